@@ -1,0 +1,28 @@
+"""Mixed precision: which dtype the encoders compute in. Losses and logits are always float32."""
+
+import torch
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
+
+
+def resolve(flag: str, device: torch.device) -> str:
+    """`auto` -> bf16 where the device computes in it natively, else fp16 on CUDA (with a loss scaler), else fp32."""
+    if flag == "fp16" and device.type != "cuda":
+        raise ValueError(f"--amp fp16: needs a CUDA device and its loss scaler, not {device.type}; pass --amp auto")
+    if flag != "auto":
+        return flag
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False):
+        return "bf16"
+    return "fp32"
+
+
+def autocast(device: torch.device, amp: str) -> torch.autocast:
+    """The context around every encoder forward."""
+    return torch.autocast(device.type, DTYPES[amp], enabled=DTYPES[amp] is not None)
+
+
+def scaler(amp: str) -> torch.amp.GradScaler:
+    """fp16's loss scaler; passes everything through unchanged for the other dtypes."""
+    return torch.amp.GradScaler("cuda", enabled=amp == "fp16")

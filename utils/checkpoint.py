@@ -1,0 +1,117 @@
+"""Checkpoints: written whole or not at all, read without unpickling code, in the layouts the field uses."""
+
+import hashlib
+import os
+import pickle
+import re
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+LATEST = "checkpoint_latest.pth.tar"
+# where published checkpoints keep the trunk (METHODS.md, last table); the first prefix that occurs decides
+PREFIXES = ("module.encoder_q.", "encoder_q.", "module.base_encoder.", "module.momentum_encoder.", "module.", "")
+
+
+def open_run(folder: str, resume: str | None) -> Path | None:
+    """Make the output folder of a run and find the checkpoint to resume from, None for a new run. Call on the first process."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"--output-dir {folder}: {error.strerror}; pass a folder you may write to") from None
+    latest = folder / LATEST
+    if resume == "auto":
+        return latest if latest.exists() else None
+    if resume is None and latest.exists():
+        raise ValueError(f"--output-dir {folder}: holds a run already; pass --resume auto to continue it, or another folder")
+    return Path(resume) if resume else None
+
+
+def save(path: Path, content: dict) -> None:
+    """Write a checkpoint atomically: it appears under its name only when it is complete on disk."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load(path: Path, flag: str) -> dict:
+    """A checkpoint, on the CPU. Nothing in it is executed: what needs more than plain data and tensors is refused by name."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{flag} {path}: no such file; pass a checkpoint such as {LATEST}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"it holds a {named[1]}, which is code and not data" if named else "it is not a readable checkpoint"
+        raise ValueError(f"{flag} {path}: {what}; save it again as plain tensors, numbers and strings") from None
+    except (RuntimeError, EOFError, OSError) as error:
+        raise ValueError(f"{flag} {path}: not a readable checkpoint ({str(error).splitlines()[0]}); is it complete?") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{flag} {path}: holds a {type(content).__name__}, not a dictionary of weights")
+    return content
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """The module inside DDP, or the model itself."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def prefixed(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The state dict with the published `module.` prefix, whether or not DDP wraps the model."""
+    return {f"module.{name}": value for name, value in bare(model).state_dict().items()}
+
+
+def unprefixed(state_dict: dict) -> dict:
+    return {name.removeprefix("module."): value for name, value in state_dict.items()}
+
+
+def trunk_state(state_dict: dict) -> dict[str, torch.Tensor]:
+    """The encoder's part of a state dict, with the names of the timm or torchvision model, its head still on it."""
+    prefix = next(p for p in PREFIXES if any(name.startswith(p) for name in state_dict))
+    return {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
+
+
+def load_trunk(trunk: nn.Module, state: dict, classifier: str, source: str) -> None:
+    """Load a trunk whose weights `state` must cover exactly; only what belongs to the classifier is left out.
+
+    Raises ValueError that lists the keys which are missing, left over or of another shape.
+    """
+    state = {name: value for name, value in state.items() if not name.startswith(f"{classifier}.")}
+    wanted = trunk.state_dict()
+    faults = {
+        "missing": wanted.keys() - state.keys(),
+        "not in the trunk": state.keys() - wanted.keys(),
+        "of another shape": [n for n in wanted.keys() & state.keys() if wanted[n].shape != state[n].shape],
+    }
+    if any(faults.values()):
+        listed = "; ".join(f"{len(keys)} {what}: {', '.join(sorted(keys))}" for what, keys in faults.items() if keys)
+        raise ValueError(f"{source}: does not cover the trunk exactly ({listed}); pass the --arch it was trained with")
+    trunk.load_state_dict(state)
+
+
+def weights_hash(model: nn.Module) -> str:
+    """sha256 over names and bytes of all parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

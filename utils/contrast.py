@@ -1,0 +1,73 @@
+"""What contrastive methods share: InfoNCE, the key encoder's moving average, shuffle-BN and the queue."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from utils import dist
+
+
+@dataclass
+class Step:
+    """Where training stands. What is random about a step is drawn from `rng`, which is equal on all processes."""
+
+    progress: float  # in [0, 1), of the whole training
+    rng: np.random.Generator
+
+    @classmethod
+    def at(cls, step: int, steps: int, seed: int) -> "Step":
+        """Step number `step` of `steps`, counted over all epochs."""
+        return cls(step / steps, np.random.default_rng([seed, step, 1]))  # the 1 keeps it apart from epoch plans
+
+
+def info_nce(
+    logits: torch.Tensor, target: torch.Tensor, temperature: float, reduction: str = "mean"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """InfoNCE (arXiv 1807.03748, eq. 4; 1911.05722, eq. 1): cross-entropy of the right key among all candidates.
+
+    logits: n x M similarities; target: n, the column of the right key. -> (loss, top-1 accuracy in %).
+    """
+    top1 = (logits.detach().argmax(1) == target).float().mean() * 100
+    return F.cross_entropy(logits / temperature, target, reduction=reduction), top1
+
+
+@torch.no_grad()
+def ema_(pairs: list[tuple[nn.Module, nn.Module]], momentum: float) -> None:
+    """key = momentum key + (1 - momentum) query, for the parameters of every (query, key) pair of modules."""
+    for query, key in pairs:
+        torch._foreach_lerp_(list(key.parameters()), list(query.parameters()), 1 - momentum)
+
+
+def key_copy(query: nn.Module, key: nn.Module) -> nn.Module:
+    """Make `key` start as a copy of `query`, without gradient."""
+    key.load_state_dict(query.state_dict())
+    return key.requires_grad_(False)
+
+
+@torch.no_grad()
+def shuffled_keys(key_forward: Callable, x_k: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+    """Shuffle-BN (arXiv 1911.05722, section 3.3): keys of the whole global batch, N x C, in its order, on every process.
+
+    The views x_k (n x ..., this process's) are dealt to the processes in one random permutation, so that a key's batch
+    statistics come from other images than its query's; the keys are gathered and put back.
+    """
+    permutation = torch.from_numpy(rng.permutation(dist.world() * len(x_k)))
+    keys = dist.gather(key_forward(dist.permute(x_k, permutation)))
+    return keys[torch.argsort(permutation).to(keys.device)]
+
+
+@torch.no_grad()
+def enqueue_(queue: torch.Tensor, pointer: torch.Tensor, keys: torch.Tensor) -> None:
+    """The keys of the whole batch (N x C) replace the oldest N columns of `queue` (C x K); `pointer` (1,) moves on."""
+    columns = (pointer + torch.arange(len(keys), device=queue.device)) % queue.shape[1]
+    queue.index_copy_(1, columns, keys.T.to(queue.dtype))
+    pointer.add_(len(keys)).remainder_(queue.shape[1])
+
+
+def in_groups(forward: Callable, groups: int, x: torch.Tensor) -> torch.Tensor:
+    """Apply `forward` to `groups` equal slices of x, as that many processes would: BatchNorm sees a slice at a time."""
+    return torch.cat([forward(part) for part in x.chunk(groups)]) if groups > 1 else forward(x)

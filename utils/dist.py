@@ -1,0 +1,117 @@
+"""The few distributed helpers the code needs. All of them also work in a single process without a process group."""
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as td
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+def setup(device_flag: str) -> torch.device:
+    """Join the process group that torchrun describes, if any, and choose this process's device.
+
+    `device_flag` is auto, cpu, cuda or mps; auto takes what the machine has.
+    """
+    if device_flag == "auto":
+        device_flag = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if device_flag == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: this machine shows no CUDA device; pass --device auto")
+    device = torch.device(device_flag)
+    if device.type == "cuda":
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"--nproc_per_node: process {local_rank} has no GPU of its own, this machine has "
+                f"{torch.cuda.device_count()}; start at most that many processes a node"
+            )
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    if "WORLD_SIZE" in os.environ and not td.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        td.init_process_group(backend, timeout=timedelta(minutes=30))
+    return device
+
+
+def teardown() -> None:
+    """Leave the process group, if there is one."""
+    if td.is_initialized():
+        td.destroy_process_group()
+
+
+def data_parallel(model: nn.Module, device: torch.device) -> nn.Module:
+    """DDP over the processes, if there are several. Buffers (BatchNorm statistics, queues) are not sent around every step."""
+    if world() == 1:
+        return model
+    ids = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def rank() -> int:
+    return td.get_rank() if td.is_initialized() else 0
+
+
+def world() -> int:
+    return td.get_world_size() if td.is_initialized() else 1
+
+
+def broadcast_object(obj):
+    """What the first process holds, on every process. Pickle-based, between our own processes only."""
+    if world() == 1:
+        return obj
+    box = [obj]
+    td.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def first_process_does(fn):
+    """Run `fn` on the first process and give its result, or raise its ValueError or OSError, on every process."""
+    outcome = None
+    if rank() == 0:
+        try:
+            outcome = fn()
+        except (ValueError, OSError) as error:
+            outcome = error
+    outcome = broadcast_object(outcome)
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
+
+
+def gather(x: torch.Tensor) -> torch.Tensor:
+    """n x ... on each process -> (world * n) x ... on every process, in rank order. No gradient."""
+    if world() == 1:
+        return x
+    out = x.new_empty(world() * x.shape[0], *x.shape[1:])
+    td.all_gather_into_tensor(out, x.contiguous())
+    return out
+
+
+def permute(x: torch.Tensor, permutation: torch.Tensor) -> torch.Tensor:
+    """This process's slice of the global batch (rank order) reordered by `permutation`, known to every process.
+
+    x: n x ..., this process's slice. permutation: N = world * n integers on the CPU. Row i of the result over all
+    processes is row permutation[i] of the input over all processes. Each row travels once, straight to its new owner.
+    """
+    n = x.shape[0]
+    if world() == 1:
+        return x[permutation.to(x.device)]
+    owner, row = permutation // n, permutation % n
+    slices = owner.view(world(), n)  # who sends each row that process p will hold
+    mine = slices == rank()
+    outgoing = row.view(world(), n)[mine]  # grouped by receiver, in the receiver's order
+    sends = mine.sum(1).tolist()
+    receives = torch.bincount(slices[rank()], minlength=world()).tolist()
+    arrived = torch.empty_like(x, memory_format=torch.contiguous_format)
+    td.all_to_all_single(arrived, x[outgoing.to(x.device)].contiguous(), receives, sends)
+    # rows arrive grouped by sender; a stable sort of the senders tells which place each was meant for
+    place = torch.argsort(slices[rank()], stable=True)
+    return arrived[torch.argsort(place).to(x.device)]
+
+
+def total(x: torch.Tensor) -> torch.Tensor:
+    """Sum over processes, in place."""
+    if world() > 1:
+        td.all_reduce(x)
+    return x

@@ -1,0 +1,85 @@
+"""Command lines: flat argparse, strict flags, bad input as one clear line."""
+
+import argparse
+import contextlib
+import math
+import os
+import sys
+
+from utils.amp import DTYPES
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse without abbreviations, with defaults in the help, `-` and `_` alike inside a flag name, errors in one line."""
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, formatter_class=_Help, **kwargs)
+
+    def parse_known_args(self, args=None, namespace=None):
+        args = [_dashes(a) for a in (sys.argv[1:] if args is None else args)]
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+def _dashes(arg: str) -> str:
+    name, equals, value = arg.partition("=")
+    return name.replace("_", "-") + equals + value if name.startswith("--") else arg
+
+
+@contextlib.contextmanager
+def one_line_errors(prog: str):
+    """Turn bad input (ValueError, OSError) into one line on stderr and exit code 2, on whichever process it happens."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        process = f"[process {os.environ['RANK']}] " if "RANK" in os.environ else ""
+        message = " ".join(str(error).split())
+        print(f"{process}{prog}: error: {message}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+def positive(flag_names: list[str], args: argparse.Namespace) -> None:
+    """Raise ValueError for the first of these flags whose value is not above zero."""
+    for name in flag_names:
+        value = getattr(args, name.removeprefix("--").replace("-", "_"))
+        if value <= 0:
+            raise ValueError(f"{name} {value}: must be above 0")
+
+
+def in_range(flag: str, value: float, low: float, high: float) -> None:
+    """Raise ValueError unless low <= value <= high."""
+    if not low <= value <= high:
+        raise ValueError(f"{flag} {value}: must lie in [{low}, {high}]")
+
+
+def add_run_flags(parser: Parser, output_dir: str | None, output_help: str) -> None:
+    """The flags of how and where a run goes, the same for every entry point."""
+    add = parser.add_argument
+    add("--output-dir", default=output_dir, metavar="DIR", help=output_help)
+    add("--resume", metavar="auto|PATH", help="continue a run: the newest checkpoint of --output-dir, if any, or this one")
+    add("--seed", type=int, default=0, help="decides weights, order and views")
+    add("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"], help="where to compute")
+    add("--amp", default="auto", choices=["auto", *DTYPES], help="dtype of the encoders; losses are always fp32")
+    add("--workers", type=int, default=default_workers(), help="loader processes for each process; changes no result")
+    add("--print-freq", type=int, default=50, help="steps between two log lines")
+
+
+def check_run_flags(args: argparse.Namespace) -> None:
+    """The checks that go with add_run_flags, and with --momentum and --weight-decay of every optimizer."""
+    positive(["--print-freq"], args)
+    for flag in ("--workers", "--seed", "--weight-decay"):
+        in_range(flag, getattr(args, flag[2:].replace("-", "_")), 0, math.inf)
+    in_range("--momentum", args.momentum, 0, 1)
+
+
+def default_workers() -> int:
+    """The CPU cores there are for each process of this machine, up to 8."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))

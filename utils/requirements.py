@@ -1,0 +1,57 @@
+"""Does this Python have what a requirements file asks for? Exit code 0, or 1 and one line that says what is missing.
+
+    python utils/requirements.py requirements.txt
+
+Answers in a tenth of a second: it reads the installed versions and imports none of the packages.
+"""
+
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+
+def unmet(path: Path) -> list[str]:
+    """What a requirements file (and those it includes with -r) asks for and this environment lacks."""
+    # packaging comes with tensorboard, timm and pytest: an environment without it lacks more than that.
+    from packaging.requirements import Requirement
+
+    missing = []
+    for line in path.read_text().splitlines():
+        line = line.partition("#")[0].strip()
+        if line.startswith("-r"):
+            missing += unmet(path.parent / line.removeprefix("-r").strip())
+        elif line:
+            requirement = Requirement(line)
+            if requirement.marker and not requirement.marker.evaluate():
+                continue
+            found = installed(requirement.name)
+            if not found:
+                missing.append(str(requirement))
+            elif not requirement.specifier.contains(found, prereleases=True):  # a nightly or +cpu build will do
+                missing.append(f"{requirement} (it has {found})")
+    return missing
+
+
+def installed(package: str) -> str | None:
+    """Its version, or None if it is not installed, or only in part."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def main(path: str) -> str | None:
+    """None if all is there, else what is not."""
+    if Path(sys.prefix, "incomplete").exists():  # left by make_environment of utils/env.sh
+        return "the end of its installation, which was cut off"
+    try:
+        missing = unmet(Path(path))
+    except ModuleNotFoundError:
+        return f"what {path} lists"
+    return ", ".join(missing) or None
+
+
+if __name__ == "__main__":
+    if reason := main(sys.argv[1]):
+        print(reason)
+        sys.exit(1)
