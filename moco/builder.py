@@ -1,0 +1,131 @@
+"""MoCo-v2 (arXiv 1911.05722, 2003.04297), with two crops or with local crops on the query side (multi-crop)."""
+
+import math
+
+import torch
+from torch import nn
+from torch.nn.functional import normalize
+
+from utils import amp, backbones, checkpoint, dist
+from utils.contrast import Step, ema_, enqueue_, in_groups, info_nce, key_copy, shuffled_keys
+from utils.flags import in_range, positive
+from utils.views import ViewSpec, moco_v2_view
+
+
+class MoCo(nn.Module):
+    """Query encoder, its moving average as key encoder, and a queue of the newest keys."""
+
+    # the linear probe of MosRep's table; the released script scaled its lr twice, 0.2 scaled once is the same effective 3.2
+    PROBE = {"epochs": 90, "batch_size": 4096, "lr": 0.2, "trust": 0.001}
+
+    @staticmethod
+    def add_flags(group):
+        MoCo.add_shared_flags(group)
+        group.add_argument("--local-crops", type=int, default=0, help="local crops, of half the size, on the query side")
+
+    @staticmethod
+    def add_shared_flags(group):
+        group.add_argument("--size", type=int, default=224, help="side of a global view in pixels; local crops have half of it")
+        group.add_argument("--crop-min", type=float, default=0.2, help="smallest area of a global crop, as share of the image")
+        group.add_argument("--local-scale", type=float, nargs=2, default=[0.1, 0.6], metavar=("MIN", "MAX"),
+                           help="area of a local crop, as a share of the image")  # fmt: skip
+        group.add_argument("--moco-dim", type=int, default=128, help="dimensions of an embedding")
+        group.add_argument("--moco-k", type=int, default=65536, help="keys in the queue; a multiple of the batch size")
+        group.add_argument("--moco-m", type=float, default=0.999, help="momentum of the key encoder's moving average")
+        group.add_argument("--moco-t", type=float, default=0.2, help="temperature of the logits")
+
+    @staticmethod
+    def check(args, samples):
+        positive(["--size", "--moco-dim", "--moco-k", "--moco-t"], args)
+        in_range("--moco-m", args.moco_m, 0, 1)
+        in_range("--crop-min", args.crop_min, 1e-8, 1)
+        low, high = args.local_scale
+        if not 0 < low <= high <= 1:
+            raise ValueError(f"--local-scale {low} {high}: must be 0 < MIN <= MAX <= 1")
+        if args.moco_k % args.batch_size:
+            down = args.moco_k // args.batch_size * args.batch_size
+            fits = f"{down} or {down + args.batch_size}" if down else f"{args.batch_size}"
+            raise ValueError(f"--moco-k {args.moco_k}: must be a multiple of --batch-size {args.batch_size}; {fits} would do")
+        if args.moco_k > samples:
+            print(f"warning: --moco-k {args.moco_k} is larger than the data set ({samples} images): "
+                  "an image's own older keys are among its negatives")  # fmt: skip
+        if args.method == "moco" and args.local_crops < 0:
+            raise ValueError(f"--local-crops {args.local_crops}: must be 0 or more; 4 is the published multi-crop")
+
+    @staticmethod
+    def views(args) -> list[ViewSpec]:
+        whole = [moco_v2_view(name, args.size, (args.crop_min, 1.0)) for name in ("query", "key")]
+        local = moco_v2_view("local", args.size // 2, tuple(args.local_scale), args.local_crops)
+        return [*whole, local] if args.local_crops else whole
+
+    @staticmethod
+    def trunk(state_dict, args):
+        return checkpoint.trunk_state(state_dict)
+
+    def __init__(self, args):
+        super().__init__()
+        self.amp, self.bn_splits = args.amp, args.bn_splits
+        self.momentum, self.temperature, self.local_crops = args.moco_m, args.moco_t, args.local_crops
+        self.build_encoders(args)
+        self.register_buffer("queue", normalize(torch.randn(args.moco_dim, args.moco_k), dim=0))  # C x K
+        self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
+
+    def build_encoders(self, args):
+        smallest = args.size // 2 if args.local_crops else args.size
+        backbones.feature_shape(backbones.build_trunk(args), args.arch, smallest)
+        self.encoder_q, self.encoder_k = (self.encoder(args) for _ in range(2))
+        key_copy(self.encoder_q, self.encoder_k)
+
+    @staticmethod
+    def encoder(args):
+        """A timm model whose classifier is MoCo-v2's head: Linear - ReLU - Linear (2003.04297, table 1)."""
+        model = backbones.build(args.arch, args.output_stride, num_classes=args.moco_dim)
+        name = backbones.classifier_name(model)
+        last = model.get_submodule(name)
+        width = last.in_features
+        model.set_submodule(name, nn.Sequential(nn.Linear(width, width), nn.ReLU(), last))
+        return model
+
+    def pairs(self):
+        """(query module, key module) of everything that the key side averages."""
+        return [(self.encoder_q, self.encoder_k)]
+
+    def embed_q(self, x):  # n x 3 x H x W -> n x C
+        return self.embed(self.encoder_q, x)
+
+    def embed_k(self, x):
+        return self.embed(self.encoder_k, x)
+
+    def embed(self, encoder, x):
+        with amp.autocast(x.device, self.amp):
+            z = in_groups(encoder, self.bn_splits, x.contiguous(memory_format=torch.channels_last))
+        return normalize(z.float(), dim=1)
+
+    @torch.no_grad()
+    def keys(self, x_k, rng):
+        """Keys of the whole global batch, N x C, from the updated key encoder."""
+        ema_(self.pairs(), self.momentum)
+        return shuffled_keys(self.embed_k, x_k, rng)
+
+    def contrast(self, q, k):
+        """Column 0 is the positive, the others are the queue. q, k: n x C."""
+        logits = torch.cat([(q * k).sum(1, keepdim=True), q @ self.queue.clone()], dim=1)  # n x (1 + K)
+        return info_nce(logits, torch.zeros(len(q), dtype=torch.long, device=q.device), self.temperature)
+
+    def chance(self, batch: int) -> float:
+        """The loss of guessing: ln of the number of candidates, for each term of the loss."""
+        return (2 if self.local_crops else 1) * math.log(1 + self.queue.shape[1])
+
+    def forward(self, views, index, step: Step):
+        x_q, x_k, *local = views  # n x 3 x H x W each; local n x V x 3 x h x w
+        keys = self.keys(x_k, step.rng)  # N x C
+        k = keys[dist.rank() * len(x_k) :][: len(x_k)]  # n x C
+        loss, top1 = self.contrast(self.embed_q(x_q), k)
+        stats = {"top1": top1}
+        if local:
+            crops = local[0].flatten(0, 1)  # n V x 3 x h x w
+            loss_local, top1_local = self.contrast(self.embed_q(crops), k.repeat_interleave(self.local_crops, 0))
+            stats |= {"loss_global": loss.detach(), "loss_local": loss_local.detach(), "top1_local": top1_local}
+            loss = loss + loss_local
+        enqueue_(self.queue, self.queue_ptr, keys)
+        return loss, stats
