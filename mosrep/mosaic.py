@@ -1,0 +1,54 @@
+"""Mosaics of local crops (MosRep, ICLR 2023, section 3.2): compose, shift, and where each tile lies. Pure functions."""
+
+import numpy as np
+import torch
+
+
+def compose(crops: torch.Tensor) -> torch.Tensor:
+    """n x 4 x 3 x s x s local crops -> n x 3 x 2s x 2s mosaics of four different images (n >= 4).
+
+    Slot i (0 top-left, 1 top-right, 2 bottom-left, 3 bottom-right) of mosaic j holds crop i of image (j - i) mod n.
+    """
+    slots = [crops[:, i].roll(i, 0) for i in range(4)]
+    return torch.cat([torch.cat(slots[:2], dim=3), torch.cat(slots[2:], dim=3)], dim=2)
+
+
+def sources(n: int) -> torch.Tensor:
+    """n x 4: the image whose crop fills each slot of each mosaic."""
+    return (torch.arange(n).view(n, 1) - torch.arange(4)) % n
+
+
+def draw_offset(rng: np.random.Generator, enable: float, reach: int, beta: float) -> tuple[int, int]:
+    """(x, y) in pixels. With probability `enable` each is int((2 Beta(beta, beta) - 1) * reach), else 0."""
+    enabled, (x, y) = rng.random() < enable, 2 * rng.beta(beta, beta, 2) - 1
+    return (int(x * reach), int(y * reach)) if enabled else (0, 0)
+
+
+def shift(mosaics: torch.Tensor, offset: tuple[int, int]) -> torch.Tensor:
+    """Move the content left by offset[0] and up by offset[1] pixels; what is uncovered is 0."""
+    x, y = offset
+    height, width = mosaics.shape[2:]
+    out = torch.zeros_like(mosaics)
+    out[:, :, max(0, -y) : height - max(0, y), max(0, -x) : width - max(0, x)] = mosaics[
+        :, :, max(0, y) : height - max(0, -y), max(0, x) : width - max(0, -x)
+    ]
+    return out
+
+
+def tile_boxes(size: int, offset: tuple[int, int]) -> torch.Tensor:
+    """4 x (x1, y1, x2, y2) in pixels of the visible part of each slot of a shifted size x size mosaic.
+
+    Corners are inclusive: the boxes are one pixel short of the continuous extent, as published.
+    """
+    half = size // 2
+    (left, right), (top, bottom) = (
+        ((max(0, -o), half - 1 - o), (half - o, min(size - o, size) - 1)) for o in offset
+    )  # (from, to) along an axis
+    boxes = [(x[0], y[0], x[1], y[1]) for y in (top, bottom) for x in (left, right)]
+    return torch.tensor(boxes, dtype=torch.float32)
+
+
+def tile_weights(boxes: torch.Tensor, size: int) -> torch.Tensor:
+    """4 weights: sqrt(visible area / tile area), the area counted with both corners."""
+    x1, y1, x2, y2 = boxes.unbind(1)
+    return ((x2 - x1 + 1) * (y2 - y1 + 1)).sqrt() / (size // 2)

@@ -1,0 +1,52 @@
+"""A picture of the mosaics that MosRep would see of your images, with the boxes of their tiles.
+
+    python -m mosrep.picture --shards output/sample-shards/train --size 64 --shift-range 14 mosaics.png
+"""
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.utils import draw_bounding_boxes, make_grid
+
+from mosrep.builder import MosRep
+from mosrep.mosaic import compose, draw_offset, shift, tile_boxes
+from utils.flags import Parser, one_line_errors
+from utils.index import load_index
+from utils.loader import load, training_batches
+from utils.photometric import MEAN, STD
+
+
+def get_args(argv=None):
+    parser = Parser(prog="mosrep.picture", description=__doc__.split("\n\n")[0])
+    parser.add_argument("picture", help="the file to write, PNG or JPEG")
+    parser.add_argument("--shards", required=True, metavar="DIR", help="folder of shards, a glob, or a brace pattern of tars")
+    parser.add_argument("--mosaics", type=int, default=8, help="how many, four or more")
+    parser.add_argument("--seed", type=int, default=0, help="decides images, views and shifts")
+    MosRep.add_flags(parser.add_argument_group("method"))
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = get_args(argv)
+    with one_line_errors("mosrep.picture"):
+        index = load_index(args.shards)
+        if not 4 <= args.mosaics <= index.total:
+            raise ValueError(f"--mosaics {args.mosaics}: must lie in [4, {index.total}], the number of images")
+    batches = training_batches(index, args.mosaics, args.seed, range(1))
+    batch = next(load(index, MosRep.views(args)[-1:], batches, args.seed, 0, torch.device("cpu")))
+    crops = (batch.views[0] * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)).clamp(0, 1)
+    rng = np.random.default_rng(args.seed)
+    pictures = []
+    for j, mosaic in enumerate(compose(crops)):
+        # a shift for each mosaic, where training has one for each step and process: the picture shows more of them
+        offset = draw_offset(rng, args.shift_enable, args.shift_range, args.shift_beta) if j % 4 else (0, 0)
+        shifted = (shift(mosaic[None], offset)[0] * 255).round().to(torch.uint8)
+        scale = max(1, 192 // args.size)  # so that one pixel of a box's line is thin
+        large = shifted.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+        pictures.append(draw_bounding_boxes(large, tile_boxes(args.size, offset) * scale + scale // 2, colors="yellow"))
+    grid = make_grid(pictures, nrow=4, padding=8, pad_value=255)
+    Image.fromarray(grid.permute(1, 2, 0).numpy()).save(args.picture)
+
+
+if __name__ == "__main__":
+    main()
