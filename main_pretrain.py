@@ -1,0 +1,155 @@
+"""Contrastive pre-training.
+
+    python main_pretrain.py --shards DIR                                     MosRep, one process: GPU or CPU
+    torchrun --nproc_per_node 8 main_pretrain.py --shards DIR                eight GPUs
+    python main_pretrain.py --method moco --local-crops 4 --shards DIR       MoCo-v2 with multi-crop
+    python main_pretrain.py --method moco --help                             the flags of that method
+
+DIR holds webdataset shards, as imagenet2wds.py writes them. Launchers with the published settings: pretrain_*.sh.
+"""
+
+from pathlib import Path
+
+import torch
+from utils.index import load_index
+
+from methods import METHODS
+from utils import amp, checkpoint, dist, optim
+from utils.contrast import Step
+from utils.flags import Parser, add_run_flags, check_run_flags, one_line_errors, positive
+from utils.loader import load, training_batches
+from utils.log import Log, say, write_config
+
+PROG = "main_pretrain.py"
+
+
+def get_args(argv=None):
+    first = Parser(prog=PROG, add_help=False)
+    first.add_argument("--method", choices=METHODS, default="mosrep", help="what to train; --help shows its own flags")
+    name = first.parse_known_args(argv)[0].method
+
+    parser = Parser(prog=PROG, description=__doc__.split("\n\n")[0], parents=[first])
+    add = parser.add_argument
+    add("--shards", required=True, metavar="DIR", help="folder of training shards, a glob, or a brace pattern of tars")
+    add("-a", "--arch", default="resnet50", help="trunk: a timm model that gives a feature map")
+    add("--output-stride", type=int, default=0, help="dilate the trunk's last stages to this stride in pixels; 0 keeps its own")
+    add("--epochs", type=int, default=200, help="times every image is shown")
+    add("--batch-size", type=int, default=256, help="images in a step, over all processes together")
+    add("--lr", type=float, default=0.03, help="learning rate for a batch of 256; scaled once by batch size / 256")
+    add("--momentum", type=float, default=0.9, help="of SGD")
+    add("--weight-decay", type=float, default=1e-4, help="of SGD, on every parameter")
+    add("--bn-splits", type=int, default=1, help="groups of a process's batch that BatchNorm treats as separate processes")
+    add("--lanes", type=int,
+        help="ranges an epoch is cut into; default: the largest power of two up to 64 that divides the batch")  # fmt: skip
+    add("--save-freq", type=int, default=10, help="epochs between two numbered checkpoints; the latest is saved every epoch")
+    add_run_flags(parser, output_dir="output/run", output_help="checkpoints, metrics and configuration go here")
+    METHODS[name].add_flags(parser.add_argument_group(f"--method {name}"))
+    return parser.parse_args(argv)
+
+
+def check(args, samples: int) -> None:
+    """Raise ValueError for flags that cannot work, naming flag, value and mend, before anything slow."""
+    check_run_flags(args)
+    positive(["--epochs", "--batch-size", "--lr", "--bn-splits", "--save-freq"], args)
+    groups = dist.world() * args.bn_splits
+    if args.batch_size % groups:
+        raise ValueError(
+            f"--batch-size {args.batch_size}: must divide evenly over {dist.world()} processes x {args.bn_splits} "
+            f"BatchNorm groups; {max(1, args.batch_size // groups) * groups} would do"
+        )
+    if args.batch_size > samples:
+        raise ValueError(f"--batch-size {args.batch_size}: larger than the data set of {samples} images")
+    if args.lanes and args.batch_size % args.lanes:
+        raise ValueError(f"--lanes {args.lanes}: must divide --batch-size {args.batch_size}")
+    METHODS[args.method].check(args, samples)
+
+
+def restore(path: Path, args, index_hash, model, optimizer, scaler) -> int:
+    """Load a checkpoint of the same run; returns the epoch to go on with."""
+    saved = checkpoint.load(path, "--resume")
+    for name in ("method", "arch"):
+        if saved.get(name) != getattr(args, name):
+            raise ValueError(f"--resume {path}: is a run with --{name} {saved.get(name)}, not {getattr(args, name)}; "
+                             "pass that, or another --output-dir")  # fmt: skip
+    harmless = ("resume", "output_dir", "workers", "print_freq", "save_freq", "device", "shards")
+    changed = [k for k, v in saved["flags"].items() if k not in harmless and getattr(args, k, v) != v]
+    for name in changed:
+        say(f"warning: --{name.replace('_', '-')} was {saved['flags'][name]} in {path.name}, is now {getattr(args, name)}")
+    if saved["index"] != index_hash:
+        say(f"warning: --shards {args.shards} are not the ones {path.name} was trained on")
+    try:
+        model.load_state_dict(checkpoint.unprefixed(saved["state_dict"]))
+    except RuntimeError as error:
+        raise ValueError(f"--resume {path}: does not fit the flags given ({error}); {', '.join(changed)} changed") from None
+    optimizer.load_state_dict(saved["optimizer"])
+    scaler.load_state_dict(saved["scaler"])
+    return saved["epoch"]
+
+
+def main(argv=None):
+    args = get_args(argv)
+    with one_line_errors(PROG):
+        device = dist.setup(args.device)
+        args.amp = amp.resolve(args.amp, device)
+        resume_from = dist.first_process_does(lambda: checkpoint.open_run(args.output_dir, args.resume))
+        index = dist.first_process_does(lambda: load_index(args.shards))
+        check(args, index.total)
+        torch.manual_seed(args.seed)
+        method = METHODS[args.method](args).to(device, memory_format=torch.channels_last)
+        lr = optim.scaled_lr(args.lr, args.batch_size)
+        optimizer = optim.sgd(method.parameters(), lr, args.momentum, args.weight_decay)
+        scaler = amp.scaler(args.amp)
+        start = restore(resume_from, args, index.hash, method, optimizer, scaler) if resume_from else 0
+
+    model = dist.data_parallel(method, device)
+    folder = Path(args.output_dir)
+    if dist.rank() == 0:
+        write_config(folder, args, index=index.hash, device=str(device))
+    train(args, index, model, optimizer, scaler, start, lr, device)
+    say(f"\nResults: {folder}/ (checkpoints, metrics.jsonl, config.json; curves: tensorboard --logdir {folder})")
+    say(f"Next:    CHECKPOINT={folder / checkpoint.LATEST} bash linear_{args.method}.sh")
+    dist.teardown()
+
+
+def train(args, index, model, optimizer, scaler, start, lr, device):
+    steps, folder = index.total // args.batch_size, Path(args.output_dir)
+    chance = checkpoint.bare(model).chance(args.batch_size)
+    say(f"{args.method} {args.arch} on {dist.world()} x {device.type} {args.amp}: {index.total} images, "
+        f"batch {args.batch_size}, {steps} steps an epoch, epochs {start} to {args.epochs}, "
+        f"learning rate {args.lr} x {args.batch_size} / 256 = {lr:.4g}")  # fmt: skip
+    model.train()
+    specs = METHODS[args.method].views(args)
+    epochs = range(start, args.epochs)
+    batches = load(
+        index, specs, training_batches(index, args.batch_size, args.seed, epochs, args.lanes), args.seed, args.workers, device
+    )
+    with Log(folder, steps, args.print_freq, args.batch_size, chance) as log:
+        for epoch in epochs:
+            lr_now = optim.set_lr(optimizer, optim.cosine(lr, epoch / args.epochs))
+            for step in log.epoch(epoch):
+                with log.waiting():
+                    batch = next(batches)
+                now = Step.at(epoch * steps + step, args.epochs * steps, args.seed)
+                loss, stats = model(batch.views, batch.index, now)
+                optimizer.zero_grad()
+                scaler.scale(loss).backward()
+                scaler.step(optimizer)
+                scaler.update()
+                log.step(step, loss, stats, lr_now)
+            if dist.rank() == 0:
+                save(args, folder, epoch + 1, index.hash, model, optimizer, scaler)
+
+
+def save(args, folder, epoch, index_hash, model, optimizer, scaler):
+    """The published layout; `epoch` epochs are done. `step` is the place of a position inside the epoch."""
+    content = {
+        "epoch": epoch, "step": 0, "method": args.method, "arch": args.arch, "flags": vars(args), "index": index_hash,
+        "state_dict": checkpoint.prefixed(model), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+    }  # fmt: skip
+    checkpoint.save(folder / checkpoint.LATEST, content)
+    if epoch % args.save_freq == 0 or epoch == args.epochs:
+        checkpoint.save(folder / f"checkpoint_{epoch - 1:04d}.pth.tar", content)
+
+
+if __name__ == "__main__":
+    main()
