@@ -1,0 +1,192 @@
+"""Linear probe: a linear classifier on the frozen trunk of a checkpoint.
+
+    python main_lincls.py --pretrained RUN --train-shards DIR --val-shards DIR            one process
+    torchrun --nproc_per_node 8 main_lincls.py --pretrained RUN ...                       eight GPUs
+    python main_lincls.py --pretrained random --arch resnet50 ...                         the same probe on an untrained trunk
+
+RUN is a checkpoint or the folder of a run. Launchers with the published protocol: linear_*.sh.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from utils.index import load_index
+
+from methods import METHODS
+from utils import amp, backbones, checkpoint, dist, optim
+from utils.flags import Parser, add_run_flags, check_run_flags, in_range, one_line_errors, positive
+from utils.loader import evaluation_batches, load, training_batches
+from utils.log import Log, say, write_config
+from utils.views import ViewSpec
+
+PROG = "main_lincls.py"
+
+
+def get_args(argv=None):
+    first = Parser(prog=PROG, add_help=False)
+    first.add_argument("--method", choices=METHODS, default="mosrep", help="whose published protocol to use as defaults")
+    parser = Parser(prog=PROG, description=__doc__.split("\n\n")[0], parents=[first])
+    add = parser.add_argument
+    add("--pretrained", required=True, metavar="PATH", help="checkpoint, folder of a run, or `random` for an untrained trunk")
+    add("--train-shards", required=True, metavar="DIR", help="folder of labelled training shards, a glob or a brace pattern")
+    add("--val-shards", required=True, metavar="DIR", help="the same for validation; every image counts exactly once")
+    add("-a", "--arch", help="timm trunk; default: the checkpoint's")
+    add("--output-stride", type=int, help="of the trunk, in pixels, 0 for its own; default: the checkpoint's")
+    add("--size", type=int, default=224, help="side of a view in pixels; tests see the centre of the image resized to 8/7 of it")
+    add("--epochs", type=int, help="times every training image is shown")
+    add("--batch-size", type=int, help="images in a step, over all processes together")
+    add("--lr", type=float, help="learning rate for a batch of 256; scaled once by batch size / 256")
+    add("--momentum", type=float, default=0.9, help="of SGD")
+    add("--weight-decay", type=float, default=0.0, help="of SGD")
+    add("--trust", type=float, help="trust coefficient of the layer-wise adaptive rate; 0 is plain SGD")
+    add_run_flags(parser, output_dir=None, output_help="default: `linear` in the folder of the checkpoint")
+    parser.set_defaults(**METHODS[first.parse_known_args(argv)[0].method].PROBE)
+    args = parser.parse_args(argv)
+    if args.output_dir is None:
+        run = Path(args.pretrained)
+        args.output_dir = str((run if run.is_dir() else run.parent) / "linear")
+    return args
+
+
+def check(args, train, val) -> None:
+    """Raise ValueError for flags and data that cannot work."""
+    check_run_flags(args)
+    positive(["--epochs", "--batch-size", "--lr", "--size"], args)
+    in_range("--trust", args.trust, 0, 1)
+    if args.batch_size % dist.world():
+        raise ValueError(f"--batch-size {args.batch_size}: must divide evenly over {dist.world()} processes; "
+                         f"{max(1, args.batch_size // dist.world()) * dist.world()} would do")  # fmt: skip
+    if args.batch_size > train.total:
+        raise ValueError(f"--batch-size {args.batch_size}: larger than the training set of {train.total} images")
+    for flag, shards, index in (("--train-shards", args.train_shards, train), ("--val-shards", args.val_shards, val)):
+        if not index.labelled:
+            raise ValueError(f"{flag} {shards}: a linear probe needs labels and these images have none; pass labelled shards")
+    if train.classes != val.classes:
+        raise ValueError(f"--val-shards {args.val_shards}: its classes are not those of --train-shards {args.train_shards}")
+
+
+def build_trunk(args) -> tuple[nn.Module, str | None]:
+    """The frozen trunk in eval mode, with pooled features, and the sha256 of the checkpoint it comes from."""
+    if args.pretrained == "random":
+        args.arch, args.output_stride = args.arch or "resnet50", args.output_stride or 0
+        return backbones.build(args.arch, args.output_stride, num_classes=0).eval().requires_grad_(False), None
+    path = Path(args.pretrained)
+    path = path / checkpoint.LATEST if path.is_dir() else path
+    saved = checkpoint.load(path, "--pretrained")
+    flags = saved.get("flags", {})
+    if args.arch is None:
+        args.arch = saved.get("arch", "resnet50")
+    if args.output_stride is None:
+        args.output_stride = flags.get("output_stride", 0)
+    trunk = backbones.build(args.arch, args.output_stride, num_classes=0)
+    state = METHODS[args.method].trunk(saved.get("state_dict", saved.get("model", saved)), args)
+    checkpoint.load_trunk(trunk, state, backbones.classifier_name(trunk), f"--pretrained {path}")
+    return trunk.eval().requires_grad_(False), checkpoint.file_hash(path)
+
+
+def main(argv=None):
+    args = get_args(argv)
+    with one_line_errors(PROG):
+        device = dist.setup(args.device)
+        args.amp = amp.resolve(args.amp, device)
+        train_index = dist.first_process_does(lambda: load_index(args.train_shards, "--train-shards"))
+        val_index = dist.first_process_does(lambda: load_index(args.val_shards, "--val-shards"))
+        check(args, train_index, val_index)
+        torch.manual_seed(args.seed)
+        trunk, source_hash = build_trunk(args)
+        resume_from = dist.first_process_does(lambda: checkpoint.open_run(args.output_dir, args.resume))
+        trunk.to(device, memory_format=torch.channels_last)
+        fc = nn.Linear(trunk.num_features, len(train_index.classes)).to(device)
+        nn.init.normal_(fc.weight, std=0.01)
+        nn.init.zeros_(fc.bias)
+        lr = optim.scaled_lr(args.lr, args.batch_size)
+        optimizer = optim.sgd(fc.parameters(), lr, args.momentum, args.weight_decay, args.trust)
+        start, best = 0, {"top1": -1.0}
+        if resume_from:
+            start, best = restore(resume_from, source_hash, fc, optimizer)
+
+    frozen = checkpoint.weights_hash(trunk)
+    folder = Path(args.output_dir)
+    if dist.rank() == 0:
+        write_config(folder, args, train_index=train_index.hash, val_index=val_index.hash, device=str(device))
+    say(f"linear probe of {args.arch} from {args.pretrained}: {train_index.total} training and {val_index.total} "
+        f"validation images, batch {args.batch_size}, learning rate {args.lr} x {args.batch_size} / 256 = {lr:.4g}")  # fmt: skip
+    best, last = train(args, train_index, val_index, trunk, fc, optimizer, start, best, lr, device, source_hash)
+    if checkpoint.weights_hash(trunk) != frozen:
+        raise RuntimeError("the frozen trunk changed during the probe; its result would be wrong and is not written")
+    if dist.rank() == 0:
+        result = {"best": best, "last": last, "protocol": vars(args), "checkpoint_sha256": source_hash, "trunk_sha256": frozen}
+        (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    say(f"\nTop-1 {last['top1']:.2f} %, top-5 {last['top5']:.2f} % (best {best['top1']:.2f} %, epoch {best['epoch']})")
+    say(f"Results: {folder / 'result.json'}")
+    dist.teardown()
+
+
+def train(args, train_index, val_index, trunk, fc, optimizer, start, best, lr, device, source_hash):
+    steps, folder, last = train_index.total // args.batch_size, Path(args.output_dir), None
+    model = dist.data_parallel(fc, device)
+    epochs = range(start, args.epochs)
+    specs = [ViewSpec("train", args.size, (0.08, 1.0))]
+    batches = training_batches(train_index, args.batch_size, args.seed, epochs)
+    batches = load(train_index, specs, batches, args.seed, args.workers, device)
+    with Log(folder, steps, args.print_freq, args.batch_size) as log:
+        for epoch in epochs:
+            lr_now = optim.set_lr(optimizer, optim.cosine(lr, epoch / args.epochs))
+            for step in log.epoch(epoch):
+                with log.waiting():
+                    batch = next(batches)
+                logits = model(features(trunk, batch.views[0], args.amp))
+                loss = F.cross_entropy(logits, batch.label)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                log.step(step, loss, {"top1": (logits.argmax(1) == batch.label).float().mean() * 100}, lr_now)
+            last = {"epoch": epoch, **evaluate(args, val_index, trunk, fc, device)}
+            best = max(best, last, key=lambda r: r["top1"])
+            say(f"epoch {epoch}: validation top-1 {last['top1']:.2f} %, top-5 {last['top5']:.2f} %")
+            log.scalars(epoch, {"val_top1": last["top1"], "val_top5": last["top5"]})
+            if dist.rank() == 0:
+                content = {
+                    "epoch": epoch + 1, "arch": args.arch, "state_dict": checkpoint.prefixed(fc), "best": best,
+                    "optimizer": optimizer.state_dict(), "pretrained_sha256": source_hash,
+                }  # fmt: skip
+                checkpoint.save(folder / checkpoint.LATEST, content)
+    return best, last
+
+
+@torch.no_grad()
+def features(trunk, x, amp_name):  # n x 3 x H x W -> n x C, float32
+    with amp.autocast(x.device, amp_name):
+        return trunk(x).float()
+
+
+@torch.no_grad()
+def evaluate(args, index, trunk, fc, device) -> dict[str, float]:
+    """Top-1 and top-5 in % over the whole index, each image counted once over all processes."""
+    spec = ViewSpec("test", args.size, resize=args.size * 256 // 224)
+    right = torch.zeros(3, dtype=torch.long, device=device)  # top-1, top-5, seen
+    for batch in load(index, [spec], evaluation_batches(index, args.batch_size), args.seed, args.workers, device):
+        top = fc(features(trunk, batch.views[0], args.amp)).topk(min(5, fc.out_features), dim=1).indices
+        hits = top == batch.label.unsqueeze(1)  # n x 5
+        right += torch.stack([hits[:, 0].sum(), hits.any(1).sum(), hits.new_tensor(len(hits), dtype=torch.long)])
+    top1, top5, seen = dist.total(right).tolist()
+    if seen != index.total:
+        raise RuntimeError(f"validation counted {seen} images, the index has {index.total}")
+    return {"top1": 100 * top1 / seen, "top5": 100 * top5 / seen}
+
+
+def restore(path: Path, source_hash, fc, optimizer):
+    """Load the classifier of an unfinished probe of the same checkpoint; returns (epoch to go on with, best so far)."""
+    saved = checkpoint.load(path, "--resume")
+    if saved.get("pretrained_sha256", "") != source_hash:
+        raise ValueError(f"--resume {path}: is the probe of another checkpoint; pass another --output-dir")
+    fc.load_state_dict(checkpoint.unprefixed(saved["state_dict"]))
+    optimizer.load_state_dict(saved["optimizer"])
+    return saved["epoch"], saved["best"]
+
+
+if __name__ == "__main__":
+    main()
