@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from utils.index import load_index
 
 from methods import METHODS
 from utils import amp, backbones, checkpoint, dist, optim
-from utils.flags import Parser, add_run_flags, check_run_flags, in_range, one_line_errors, positive
+from utils.flags import Parser, add_run_flags, check_run_flags, in_range, meaning, one_line_errors, positive
+from utils.index import load_index
 from utils.loader import evaluation_batches, load, training_batches
 from utils.log import Log, say, write_config
 from utils.views import ViewSpec
@@ -35,7 +35,7 @@ def get_args(argv=None):
     add("--val-shards", required=True, metavar="DIR", help="the same for validation; every image counts exactly once")
     add("-a", "--arch", help="timm trunk; default: the checkpoint's")
     add("--output-stride", type=int, help="of the trunk, in pixels, 0 for its own; default: the checkpoint's")
-    add("--size", type=int, default=224, help="side of a view in pixels; tests see the centre of the image resized to 8/7 of it")
+    add("--size", type=int, default=224, help="side of a view in pixels; tests: centre of the image resized to 8/7 of it")
     add("--epochs", type=int, help="times every training image is shown")
     add("--batch-size", type=int, help="images in a step, over all processes together")
     add("--lr", type=float, help="learning rate for a batch of 256; scaled once by batch size / 256")
@@ -46,8 +46,8 @@ def get_args(argv=None):
     parser.set_defaults(**METHODS[first.parse_known_args(argv)[0].method].PROBE)
     args = parser.parse_args(argv)
     if args.output_dir is None:
-        run = Path(args.pretrained)
-        args.output_dir = str((run if run.is_dir() else run.parent) / "linear")
+        run = Path("output/random" if args.pretrained == "random" else args.pretrained)
+        args.output_dir = str((run.parent if run.is_file() else run) / "linear")
     return args
 
 
@@ -64,7 +64,7 @@ def check(args, train, val) -> None:
     for flag, shards, index in (("--train-shards", args.train_shards, train), ("--val-shards", args.val_shards, val)):
         if not index.labelled:
             raise ValueError(f"{flag} {shards}: a linear probe needs labels and these images have none; pass labelled shards")
-    if train.classes != val.classes:
+    if train.classes[: len(val.classes)] != val.classes:  # of foreign shards only the largest label is known
         raise ValueError(f"--val-shards {args.val_shards}: its classes are not those of --train-shards {args.train_shards}")
 
 
@@ -104,17 +104,26 @@ def main(argv=None):
         nn.init.zeros_(fc.bias)
         lr = optim.scaled_lr(args.lr, args.batch_size)
         optimizer = optim.sgd(fc.parameters(), lr, args.momentum, args.weight_decay, args.trust)
-        start, best = 0, {"top1": -1.0}
+        identity = meaning(args) | {"weights": source_hash, "train": train_index.hash, "val": val_index.hash}
+        start, best, last = 0, {"top1": -1.0}, None
         if resume_from:
-            start, best = restore(resume_from, source_hash, fc, optimizer)
+            start, best, last = restore(resume_from, args, identity, fc, optimizer)
 
     frozen = checkpoint.weights_hash(trunk)
     folder = Path(args.output_dir)
     if dist.rank() == 0:
         write_config(folder, args, train_index=train_index.hash, val_index=val_index.hash, device=str(device))
-    say(f"linear probe of {args.arch} from {args.pretrained}: {train_index.total} training and {val_index.total} "
-        f"validation images, batch {args.batch_size}, learning rate {args.lr} x {args.batch_size} / 256 = {lr:.4g}")  # fmt: skip
-    best, last = train(args, train_index, val_index, trunk, fc, optimizer, start, best, lr, device, source_hash)
+    say(f"linear probe of {args.arch} from {args.pretrained}: {train_index.total} training and {val_index.total} validation "
+        f"images, batch {args.batch_size}, learning rate {args.lr} x {args.batch_size} / 256 = {lr:.4g}, "
+        f"epochs {start} to {args.epochs}")  # fmt: skip
+    for last in train(args, train_index, val_index, trunk, fc, optimizer, start, lr, device):
+        best = max(best, last, key=lambda result: result["top1"])
+        if dist.rank() == 0:
+            content = {
+                "epoch": last["epoch"] + 1, "arch": args.arch, "probe": identity, "best": best, "last": last,
+                "state_dict": checkpoint.prefixed(fc), "optimizer": optimizer.state_dict(),
+            }  # fmt: skip
+            checkpoint.save(folder / checkpoint.LATEST, content)
     if checkpoint.weights_hash(trunk) != frozen:
         raise RuntimeError("the frozen trunk changed during the probe; its result would be wrong and is not written")
     if dist.rank() == 0:
@@ -125,14 +134,15 @@ def main(argv=None):
     dist.teardown()
 
 
-def train(args, train_index, val_index, trunk, fc, optimizer, start, best, lr, device, source_hash):
-    steps, folder, last = train_index.total // args.batch_size, Path(args.output_dir), None
+def train(args, train_index, val_index, trunk, fc, optimizer, start, lr, device):
+    """Yields the result of each epoch."""
+    steps = train_index.total // args.batch_size
     model = dist.data_parallel(fc, device)
     epochs = range(start, args.epochs)
     specs = [ViewSpec("train", args.size, (0.08, 1.0))]
     batches = training_batches(train_index, args.batch_size, args.seed, epochs)
     batches = load(train_index, specs, batches, args.seed, args.workers, device)
-    with Log(folder, steps, args.print_freq, args.batch_size) as log:
+    with Log(Path(args.output_dir), steps, args.print_freq, args.batch_size) as log:
         for epoch in epochs:
             lr_now = optim.set_lr(optimizer, optim.cosine(lr, epoch / args.epochs))
             for step in log.epoch(epoch):
@@ -144,17 +154,10 @@ def train(args, train_index, val_index, trunk, fc, optimizer, start, best, lr, d
                 loss.backward()
                 optimizer.step()
                 log.step(step, loss, {"top1": (logits.argmax(1) == batch.label).float().mean() * 100}, lr_now)
-            last = {"epoch": epoch, **evaluate(args, val_index, trunk, fc, device)}
-            best = max(best, last, key=lambda r: r["top1"])
-            say(f"epoch {epoch}: validation top-1 {last['top1']:.2f} %, top-5 {last['top5']:.2f} %")
-            log.scalars(epoch, {"val_top1": last["top1"], "val_top5": last["top5"]})
-            if dist.rank() == 0:
-                content = {
-                    "epoch": epoch + 1, "arch": args.arch, "state_dict": checkpoint.prefixed(fc), "best": best,
-                    "optimizer": optimizer.state_dict(), "pretrained_sha256": source_hash,
-                }  # fmt: skip
-                checkpoint.save(folder / checkpoint.LATEST, content)
-    return best, last
+            result = evaluate(args, val_index, trunk, fc, device)
+            say(f"epoch {epoch}: validation top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %")
+            log.scalars(epoch, {f"val_{name}": value for name, value in result.items()})
+            yield {"epoch": epoch, **result}
 
 
 @torch.no_grad()
@@ -178,14 +181,21 @@ def evaluate(args, index, trunk, fc, device) -> dict[str, float]:
     return {"top1": 100 * top1 / seen, "top5": 100 * top5 / seen}
 
 
-def restore(path: Path, source_hash, fc, optimizer):
-    """Load the classifier of an unfinished probe of the same checkpoint; returns (epoch to go on with, best so far)."""
+def restore(path: Path, args, identity: dict, fc, optimizer):
+    """The state of an unfinished probe: (epoch to go on with, best and last result so far).
+
+    Another probe in the same place is only gone over where `--resume auto` found it; asked for by name, it is an error.
+    """
     saved = checkpoint.load(path, "--resume")
-    if saved.get("pretrained_sha256", "") != source_hash:
-        raise ValueError(f"--resume {path}: is the probe of another checkpoint; pass another --output-dir")
+    if saved.get("probe") != identity:
+        other = [name for name, value in identity.items() if saved.get("probe", {}).get(name) != value]
+        if args.resume != "auto":
+            raise ValueError(f"--resume {path}: is another probe (different: {', '.join(other)}); pass another --output-dir")
+        say(f"{path} is another probe (different: {', '.join(other)}); starting this one from the beginning")
+        return 0, {"top1": -1.0}, None
     fc.load_state_dict(checkpoint.unprefixed(saved["state_dict"]))
     optimizer.load_state_dict(saved["optimizer"])
-    return saved["epoch"], saved["best"]
+    return saved["epoch"], saved["best"], saved["last"]
 
 
 if __name__ == "__main__":

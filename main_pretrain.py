@@ -11,12 +11,12 @@ DIR holds webdataset shards, as imagenet2wds.py writes them. Launchers with the 
 from pathlib import Path
 
 import torch
-from utils.index import load_index
 
 from methods import METHODS
 from utils import amp, checkpoint, dist, optim
 from utils.contrast import Step
-from utils.flags import Parser, add_run_flags, check_run_flags, one_line_errors, positive
+from utils.flags import Parser, add_run_flags, check_run_flags, meaning, one_line_errors, positive
+from utils.index import load_index
 from utils.loader import load, training_batches
 from utils.log import Log, say, write_config
 
@@ -71,8 +71,7 @@ def restore(path: Path, args, index_hash, model, optimizer, scaler) -> int:
         if saved.get(name) != getattr(args, name):
             raise ValueError(f"--resume {path}: is a run with --{name} {saved.get(name)}, not {getattr(args, name)}; "
                              "pass that, or another --output-dir")  # fmt: skip
-    harmless = ("resume", "output_dir", "workers", "print_freq", "save_freq", "device", "shards")
-    changed = [k for k, v in saved["flags"].items() if k not in harmless and getattr(args, k, v) != v]
+    changed = [name for name, value in meaning(args).items() if saved["flags"].get(name, value) != value]
     for name in changed:
         say(f"warning: --{name.replace('_', '-')} was {saved['flags'][name]} in {path.name}, is now {getattr(args, name)}")
     if saved["index"] != index_hash:
@@ -107,7 +106,7 @@ def main(argv=None):
         write_config(folder, args, index=index.hash, device=str(device))
     train(args, index, model, optimizer, scaler, start, lr, device)
     say(f"\nResults: {folder}/ (checkpoints, metrics.jsonl, config.json; curves: tensorboard --logdir {folder})")
-    say(f"Next:    CHECKPOINT={folder / checkpoint.LATEST} bash linear_{args.method}.sh")
+    say(f"Next:    bash linear_{args.method}.sh, with the variables of this run (SHARDS, OUTPUT ...) if any were set")
     dist.teardown()
 
 

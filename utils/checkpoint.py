@@ -1,7 +1,6 @@
 """Checkpoints: written whole or not at all, read without unpickling code, in the layouts the field uses."""
 
 import hashlib
-import os
 import pickle
 import re
 import tempfile
@@ -10,6 +9,8 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+
+from utils.files import atomic
 
 LATEST = "checkpoint_latest.pth.tar"
 # where published checkpoints keep the trunk (METHODS.md, last table); the first prefix that occurs decides
@@ -34,16 +35,9 @@ def open_run(folder: str, resume: str | None) -> Path | None:
 
 
 def save(path: Path, content: dict) -> None:
-    """Write a checkpoint atomically: it appears under its name only when it is complete on disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write a checkpoint, whole or not at all."""
+    with atomic(path) as file:
+        torch.save(content, file)
 
 
 def load(path: Path, flag: str) -> dict:

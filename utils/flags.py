@@ -79,6 +79,13 @@ def check_run_flags(args: argparse.Namespace) -> None:
     in_range("--momentum", args.momentum, 0, 1)
 
 
+def meaning(args: argparse.Namespace) -> dict:
+    """The flags that decide what is computed, without those of where and how it runs."""
+    place = {"output_dir", "resume", "device", "workers", "print_freq", "save_freq"}
+    inputs = {"shards", "train_shards", "val_shards", "pretrained"}  # compared by what they hold, not by their paths
+    return {name: value for name, value in vars(args).items() if name not in place | inputs}
+
+
 def default_workers() -> int:
     """The CPU cores there are for each process of this machine, up to 8."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

@@ -37,8 +37,12 @@ class Chunks(IterableDataset):
         worker = get_worker_info()
         share, shares = (worker.id, worker.num_workers) if worker else (0, 1)
         reader = Reader(self.index)
+        threads = torch.get_num_threads()
         for epoch, samples in self.batches():
-            yield self.chunk(reader, epoch, np.array_split(samples, shares)[share])
+            torch.set_num_threads(1)  # crops are too small to share between cores
+            chunk = self.chunk(reader, epoch, np.array_split(samples, shares)[share])
+            torch.set_num_threads(threads)  # without workers this is the training process
+            yield chunk
 
     def chunk(self, reader, epoch, samples):
         crops = [torch.empty(len(samples), s.count, 3, s.size, s.size, dtype=torch.uint8) for s in self.specs]

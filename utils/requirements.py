@@ -12,7 +12,7 @@ from pathlib import Path
 
 def unmet(path: Path) -> list[str]:
     """What a requirements file (and those it includes with -r) asks for and this environment lacks."""
-    # packaging comes with tensorboard, timm and pytest: an environment without it lacks more than that.
+    # comes with tensorboard: an environment without it lacks more than that
     from packaging.requirements import Requirement
 
     missing = []

@@ -1,0 +1,80 @@
+# Sourced by the launchers, tests/run.sh and .ci/run: which Python, which images, how many processes.
+# Whoever sources it stands in the project's folder; relative paths are relative to that.
+# shellcheck shell=bash disable=SC2034
+
+die() {
+    echo "error: $*" >&2
+    exit 1
+}
+
+# use_environment FILE: set PYTHON to the interpreter of the active environment if that satisfies the requirements file,
+# else to that of .venv, which is made or completed first if need be. Nothing else is ever installed into.
+use_environment() {
+    for PYTHON in python python3 .venv/bin/python; do
+        if satisfies "$PYTHON" "$1" >/dev/null; then return; fi
+    done
+    make_environment "$1"
+}
+
+satisfies() { # PYTHON FILE; prints what is missing
+    new_enough "$1" && "$1" utils/requirements.py "$2"
+}
+
+new_enough() { # PYTHON
+    "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
+}
+
+# make_environment FILE: install a requirements file into .venv. From the first byte to the last the file .venv/incomplete
+# is there, so an installation that was cut off is seen by the next call, and starts anew.
+make_environment() (
+    flock 9 2>/dev/null || true # a second launcher waits here for the first, where the file system can lock
+    if satisfies .venv/bin/python "$1" >/dev/null; then exit; fi
+
+    local base=python3
+    new_enough "$base" || base=python
+    new_enough "$base" || die "Python 3.11 or later is needed; on Debian 12: apt-get install python3 python3-venv"
+    "$base" -c 'import ensurepip' 2>/dev/null || die "$base cannot make environments; on Debian 12: apt-get install python3-venv"
+    echo "$(command -v "$base") lacks $(satisfies "$base" "$1")"
+    echo "Installing $1 into .venv, once (to use an environment of your own: activate it, pip install -r $1)"
+
+    if [[ -e .venv/incomplete ]] || ! new_enough .venv/bin/python; then
+        "$base" -m venv --clear --without-pip .venv
+    fi
+    touch .venv/incomplete
+    .venv/bin/python -m ensurepip --default-pip >/dev/null
+    .venv/bin/python -m pip install --disable-pip-version-check -r "$1"
+    rm .venv/incomplete
+) 9<.
+
+# use_shards: without SHARDS, train on the embedded sample, converted once. SAMPLE is 1 then, and empty otherwise.
+use_shards() {
+    SAMPLE=
+    if [[ -n ${SHARDS:-} ]]; then return; fi
+    SAMPLE=1 SHARDS=output/sample-shards
+    if [[ ! -f $SHARDS/train/index.json || ! -f $SHARDS/val/index.json ]]; then # an index is written last
+        "$PYTHON" imagenet2wds.py -i data -o "$SHARDS" --dataset FashionMNIST
+    fi
+}
+
+# use_checkpoint FOLDER LAUNCHER: set CHECKPOINT to the newest one of the run folder that LAUNCHER fills, unless it is given.
+use_checkpoint() {
+    CHECKPOINT=${CHECKPOINT:-$1}
+    if [[ $CHECKPOINT == random ]]; then return; fi
+    if [[ -d $CHECKPOINT ]]; then CHECKPOINT+=/checkpoint_latest.pth.tar; fi
+    [[ -f $CHECKPOINT ]] || die "no checkpoint $CHECKPOINT: run bash $2 first, or set CHECKPOINT to a file or run folder"
+}
+
+# launch SCRIPT FLAGS...: become one process for each GPU, or a single one. NPROC overrides the number; over several nodes,
+# run the same line on each with NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT set.
+launch() {
+    NPROC=${NPROC:-$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
+    local torchrun=("$PYTHON" -m torch.distributed.run --nproc_per_node "$NPROC")
+    if ((${NNODES:-1} > 1)); then
+        exec "${torchrun[@]}" --nnodes "$NNODES" --node_rank "${NODE_RANK:?}" \
+            --master_addr "${MASTER_ADDR:?}" --master_port "${MASTER_PORT:-29500}" "$@"
+    elif ((NPROC > 1)); then
+        exec "${torchrun[@]}" --standalone "$@"
+    else
+        exec "$PYTHON" "$@"
+    fi
+}
