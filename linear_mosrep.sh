@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Linear probe of the frozen trunk that pretrain_mosrep.sh trained.
+#   bash linear_mosrep.sh                        the embedded sample: batch 256, lr 0.2 per 256, 30 epochs
+#   SHARDS=/imagenet-shards bash linear_mosrep.sh          ImageNet: batch 4096, lr 0.2 per 256 (3.2 in all), 90 epochs, LARC
+# Expected with ImageNet: top-1 72.3; the authors' figure (ICLR 2023).
+# Any flag can be added or overridden. Settings by variable: SHARDS OUTPUT (the run's folder) CHECKPOINT NPROC.
+set -euo pipefail
+cd "$(dirname "$0")"
+source utils/env.sh
+use_environment requirements.txt
+use_shards
+OUTPUT=${OUTPUT:-output/${SAMPLE:+sample-}mosrep}
+use_checkpoint "$OUTPUT" pretrain_mosrep.sh
+
+if [[ $SAMPLE ]]; then
+    recipe=(--size 64 --batch-size 256 --lr 0.2 --epochs 30)
+else
+    recipe=(--size 224 --batch-size 4096 --lr 0.2 --epochs 90)
+fi
+
+launch main_lincls.py --method mosrep --pretrained "$CHECKPOINT" --resume auto \
+    --train-shards "$SHARDS/train" --val-shards "$SHARDS/val" "${recipe[@]}" "$@"
