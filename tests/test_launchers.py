@@ -1,0 +1,200 @@
+"""The shell scripts and utils/env.sh, without installing anything: what they would run, and in which Python."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+import main_lincls
+import main_pretrain
+from utils.requirements import main as unsatisfied
+
+ROOT = Path(__file__).parent.parent
+LAUNCHERS = ["pretrain_moco.sh", "pretrain_mosrep.sh", "linear_moco.sh", "linear_mosrep.sh"]
+SCRIPTS = [*LAUNCHERS, "utils/env.sh", "tests/run.sh", ".ci/run"]
+ENTRY_POINTS = {"main_pretrain.py": main_pretrain, "main_lincls.py": main_lincls}
+
+# After the real utils/env.sh: no environment is looked for, and a launcher prints its arguments instead of becoming a program.
+DRY_RUN = """
+use_environment() { :; }
+launch() { printf '%s\\n' "$@"; }
+"""
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A dry-run copy of the scripts in a folder with a space, with a converted sample and a finished run of each method."""
+    folder = tmp_path / "a project"
+    for script in SCRIPTS:
+        (folder / script).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / script, folder / script)
+    with open(folder / "utils/env.sh", "a") as env:
+        env.write(DRY_RUN)
+    for split in ("train", "val"):
+        write(folder / f"output/sample-shards/{split}/index.json")
+    for run in ("moco", "moco-multicrop", "mosrep"):
+        write(folder / f"output/{run}/checkpoint_latest.pth.tar")
+        write(folder / f"output/sample-{run}/checkpoint_latest.pth.tar")
+    return folder
+
+
+def write(path, text=""):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def bash(*command, cwd=ROOT, **variables):
+    environment = {"PATH": os.environ["PATH"], **variables}
+    return subprocess.run(["bash", *command], cwd=cwd, env=environment, capture_output=True, text=True, timeout=60)
+
+
+def dry_run(project, launcher, *flags, **variables):
+    """The flags that a launcher would pass, as the entry point itself understands them."""
+    done = bash(project / launcher, *flags, cwd="/", **variables)
+    assert done.returncode == 0, done.stderr
+    script, *argv = done.stdout.splitlines()
+    return ENTRY_POINTS[script].get_args(argv)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_scripts__parse(script):
+    assert bash("-n", script).stderr == ""
+
+
+def test_scripts__shellcheck_is_silent():
+    shellcheck = Path(sysconfig.get_path("scripts"), "shellcheck")
+    done = subprocess.run([shellcheck, *SCRIPTS], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout + done.stderr == ""
+
+
+@pytest.mark.parametrize("shards", ["", "/data/imagenet shards"])
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_launchers__every_flag_is_known_and_the_users_flags_win(project, launcher, shards):
+    args = dry_run(project, launcher, "--epochs", "3", "--lr", "7", SHARDS=shards)
+    assert (args.method, args.epochs, args.lr) == (re.search("_(.*).sh", launcher)[1], 3, 7)
+    assert args.resume == "auto"
+    assert Path(vars(args).get("shards") or args.train_shards) == Path(shards or "output/sample-shards", "train")
+
+
+@pytest.mark.parametrize("launcher", ["pretrain_moco.sh", "pretrain_mosrep.sh"])
+def test_launchers__imagenet_recipe_is_the_published_default(project, launcher):
+    args = dry_run(project, launcher, SHARDS="/imagenet")
+    given = {"shards": "/imagenet/train", "output_dir": args.output_dir, "resume": "auto"}
+    default = main_pretrain.get_args(["--method", args.method, "--shards", "/imagenet/train"])
+    assert vars(args) == {**vars(default), **given}
+
+
+@pytest.mark.parametrize("launcher", ["linear_moco.sh", "linear_mosrep.sh"])
+def test_launchers__imagenet_probe_is_the_published_default(project, launcher):
+    args = dry_run(project, launcher, SHARDS="/imagenet")
+    given = {"pretrained": args.pretrained, "train_shards": "/imagenet/train", "val_shards": "/imagenet/val", "resume": "auto"}
+    required = [f"--{flag.replace('_', '-')}={value}" for flag, value in given.items() if flag != "resume"]
+    assert vars(args) == {**vars(main_lincls.get_args(["--method", args.method, *required])), **given}
+
+
+@pytest.mark.parametrize("shards, prefix", [("", "output/sample-"), ("/imagenet", "output/")])
+@pytest.mark.parametrize("method, multi_crop, run", [("moco", "", "moco"), ("moco", "0", "moco"),
+                                                     ("moco", "1", "moco-multicrop"), ("mosrep", "", "mosrep")])  # fmt: skip
+def test_launchers__probe_finds_the_run(project, method, multi_crop, run, shards, prefix):
+    pretrain = dry_run(project, f"pretrain_{method}.sh", SHARDS=shards, MULTI_CROP=multi_crop)
+    probe = dry_run(project, f"linear_{method}.sh", SHARDS=shards, MULTI_CROP=multi_crop)
+    assert Path(pretrain.output_dir) == Path(prefix + run)
+    assert Path(probe.pretrained) == Path(prefix + run, "checkpoint_latest.pth.tar")
+    assert Path(probe.output_dir) == Path(prefix + run, "linear")
+    assert probe.size == pretrain.size
+    if method == "moco":
+        assert pretrain.local_crops == (4 if multi_crop == "1" else 0)
+
+
+def test_launchers__output_and_checkpoint_can_be_given(project):
+    write(project / "a run/checkpoint_latest.pth.tar")
+    write(project / "released/mosrep.pth.tar")
+    assert dry_run(project, "pretrain_mosrep.sh", OUTPUT="a run").output_dir == "a run"
+    assert dry_run(project, "linear_mosrep.sh", OUTPUT="a run").pretrained == "a run/checkpoint_latest.pth.tar"
+    assert dry_run(project, "linear_mosrep.sh", CHECKPOINT="a run").pretrained == "a run/checkpoint_latest.pth.tar"
+    assert dry_run(project, "linear_mosrep.sh", CHECKPOINT="released/mosrep.pth.tar").output_dir == "released/linear"
+
+
+def test_launchers__no_checkpoint_is_one_line(project):
+    shutil.rmtree(project / "output/sample-mosrep")
+    done = bash(project / "linear_mosrep.sh")
+    assert done.returncode == 1 and done.stdout == ""
+    assert re.fullmatch(r"error: no checkpoint output/sample-mosrep: run bash pretrain_mosrep.sh first.*\n", done.stderr)
+
+
+@pytest.mark.parametrize(
+    "variables, expected",
+    [
+        ({"NPROC": "1"}, "main.py --lr 1"),
+        ({"NPROC": "4"}, "-m torch.distributed.run --nproc_per_node 4 --standalone main.py --lr 1"),
+        (
+            {"NPROC": "8", "NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "first"},
+            "-m torch.distributed.run --nproc_per_node 8 --nnodes 2 --node_rank 1 "
+            "--master_addr first --master_port 29500 main.py --lr 1",
+        ),
+    ],
+)
+def test_launch__one_process_or_torchrun(tmp_path, variables, expected):
+    python = tmp_path / "python"
+    write(python, '#!/bin/sh\necho "$@"\n')
+    python.chmod(0o755)
+    script = "set -euo pipefail; source utils/env.sh; launch main.py --lr 1; echo not reached"
+    assert bash("-c", script, PYTHON=str(python), **variables).stdout == expected + "\n"
+
+
+def test_launch__exit_code_is_the_programs(tmp_path):
+    write(tmp_path / "fails.py", "raise SystemExit(7)")
+    script = f'set -euo pipefail; source utils/env.sh; launch "{tmp_path}/fails.py"'
+    assert bash("-c", script, PYTHON=sys.executable, NPROC="1").returncode == 7
+
+
+@pytest.mark.parametrize(
+    "requirements, missing",
+    [
+        ("", None),
+        ("# a comment\n\npytest  # and another\n", None),
+        ("pytest>=1.0,<1000\n", None),
+        ("pytest>=1000\n", f"pytest>=1000 (it has {version('pytest')})"),
+        ("no-such-package>=1\n", "no-such-package>=1"),
+        ("no-such-package; python_version < '3'\npytest; python_version > '3'\n", None),
+        ("no-such-package\npytest==0.1\n", f"no-such-package, pytest==0.1 (it has {version('pytest')})"),
+        ("-r other/more.txt\npytest\n", "no-such-package"),
+    ],
+)
+def test_requirements__says_what_is_missing(tmp_path, requirements, missing):
+    write(tmp_path / "other/more.txt", "no-such-package\n")
+    write(tmp_path / "requirements.txt", requirements)
+    assert unsatisfied(str(tmp_path / "requirements.txt")) == missing
+
+
+@pytest.mark.parametrize("found, satisfies", [("2.9.1+cpu", True), ("2.13.0.dev20260101+cu130", True), ("2.9.0", False)])
+def test_requirements__local_and_nightly_builds_count(tmp_path, monkeypatch, found, satisfies):
+    monkeypatch.setattr("utils.requirements.version", lambda package: found)
+    write(tmp_path / "requirements.txt", "torch>=2.9.1\n")
+    assert (unsatisfied(str(tmp_path / "requirements.txt")) is None) == satisfies
+
+
+def test_requirements__unfinished_installation_does_not_satisfy(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    write(tmp_path / "requirements.txt", "pytest\n")
+    assert unsatisfied(str(tmp_path / "requirements.txt")) is None
+    write(tmp_path / "incomplete")
+    assert "cut off" in unsatisfied(str(tmp_path / "requirements.txt"))
+
+
+def test_requirements__as_a_program_imports_no_package(tmp_path):
+    write(tmp_path / "requirements.txt", "torch\nnumpy\n")
+    program = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__'); "
+    program += "print(*{'torch', 'numpy'} & set(sys.modules))"
+    command = [sys.executable, "-c", program, ROOT / "utils/requirements.py", tmp_path / "requirements.txt"]
+    assert subprocess.run(command, capture_output=True, text=True).stdout == "\n"
+
+
+def test_requirements__what_the_tests_run_in_satisfies_both_files():
+    assert unsatisfied(str(ROOT / "requirements-test.txt")) is None
