@@ -36,6 +36,7 @@ def get_args(argv=None):
     add("-a", "--arch", help="timm trunk; default: the checkpoint's")
     add("--output-stride", type=int, help="of the trunk, in pixels, 0 for its own; default: the checkpoint's")
     add("--size", type=int, default=224, help="side of a view in pixels; tests: centre of the image resized to 8/7 of it")
+    add("--crop-min", type=float, default=0.08, help="smallest area of a training crop, as a share of the image")
     add("--epochs", type=int, help="times every training image is shown")
     add("--batch-size", type=int, help="images in a step, over all processes together")
     add("--lr", type=float, help="learning rate for a batch of 256; scaled once by batch size / 256")
@@ -56,6 +57,7 @@ def check(args, train, val) -> None:
     check_run_flags(args)
     positive(["--epochs", "--batch-size", "--lr", "--size"], args)
     in_range("--trust", args.trust, 0, 1)
+    in_range("--crop-min", args.crop_min, 1e-8, 1)
     if args.batch_size % dist.world():
         raise ValueError(f"--batch-size {args.batch_size}: must divide evenly over {dist.world()} processes; "
                          f"{max(1, args.batch_size // dist.world()) * dist.world()} would do")  # fmt: skip
@@ -139,7 +141,7 @@ def train(args, train_index, val_index, trunk, fc, optimizer, start, lr, device)
     steps = train_index.total // args.batch_size
     model = dist.data_parallel(fc, device)
     epochs = range(start, args.epochs)
-    specs = [ViewSpec("train", args.size, (0.08, 1.0))]
+    specs = [ViewSpec("train", args.size, (args.crop_min, 1.0))]
     batches = training_batches(train_index, args.batch_size, args.seed, epochs)
     batches = load(train_index, specs, batches, args.seed, args.workers, device)
     with Log(Path(args.output_dir), steps, args.print_freq, args.batch_size) as log:

@@ -78,10 +78,12 @@ def restore(path: Path, args, index_hash, model, optimizer, scaler) -> int:
         say(f"warning: --shards {args.shards} are not the ones {path.name} was trained on")
     try:
         model.load_state_dict(checkpoint.unprefixed(saved["state_dict"]))
-    except RuntimeError as error:
-        raise ValueError(f"--resume {path}: does not fit the flags given ({error}); {', '.join(changed)} changed") from None
+    except RuntimeError:
+        flags = ", ".join(f"--{name.replace('_', '-')} {saved['flags'][name]}" for name in changed)
+        raise ValueError(f"--resume {path}: its weights have other shapes; pass its {flags}, or another --output-dir") from None
     optimizer.load_state_dict(saved["optimizer"])
-    scaler.load_state_dict(saved["scaler"])
+    if saved["scaler"]:  # empty unless the run was in fp16
+        scaler.load_state_dict(saved["scaler"])
     return saved["epoch"]
 
 

@@ -46,7 +46,7 @@ class MoCo(nn.Module):
             down = args.moco_k // args.batch_size * args.batch_size
             fits = f"{down} or {down + args.batch_size}" if down else f"{args.batch_size}"
             raise ValueError(f"--moco-k {args.moco_k}: must be a multiple of --batch-size {args.batch_size}; {fits} would do")
-        if args.moco_k > samples:
+        if args.moco_k > samples and dist.rank() == 0:
             print(f"warning: --moco-k {args.moco_k} is larger than the data set ({samples} images): "
                   "an image's own older keys are among its negatives")  # fmt: skip
         if args.method == "moco" and args.local_crops < 0:

@@ -34,16 +34,16 @@ def main(argv=None):
             raise ValueError(f"--mosaics {args.mosaics}: must lie in [4, {index.total}], the number of images")
     batches = training_batches(index, args.mosaics, args.seed, range(1))
     batch = next(load(index, MosRep.views(args)[-1:], batches, args.seed, 0, torch.device("cpu")))
-    crops = (batch.views[0] * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)).clamp(0, 1)
+    mean, std = (torch.tensor(c).view(3, 1, 1) for c in (MEAN, STD))
     rng = np.random.default_rng(args.seed)
+    scale = max(1, 192 // args.size)  # draws small mosaics larger, so that the lines of the boxes are thin
     pictures = []
-    for j, mosaic in enumerate(compose(crops)):
+    for j, mosaic in enumerate(compose(batch.views[0])):
         # a shift for each mosaic, where training has one for each step and process: the picture shows more of them
         offset = draw_offset(rng, args.shift_enable, args.shift_range, args.shift_beta) if j % 4 else (0, 0)
-        shifted = (shift(mosaic[None], offset)[0] * 255).round().to(torch.uint8)
-        scale = max(1, 192 // args.size)  # so that one pixel of a box's line is thin
-        large = shifted.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
-        pictures.append(draw_bounding_boxes(large, tile_boxes(args.size, offset) * scale + scale // 2, colors="yellow"))
+        colours = (shift(mosaic[None], offset)[0] * std + mean).clamp(0, 1)  # uncovered is 0, the mean colour
+        picture = (colours * 255).round().to(torch.uint8).repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+        pictures.append(draw_bounding_boxes(picture, tile_boxes(args.size, offset) * scale + scale // 2, colors="yellow"))
     grid = make_grid(pictures, nrow=4, padding=8, pad_value=255)
     Image.fromarray(grid.permute(1, 2, 0).numpy()).save(args.picture)
 
