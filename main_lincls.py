@@ -8,6 +8,7 @@ RUN is a checkpoint or the folder of a run. Launchers with the published protoco
 """
 
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -35,7 +36,8 @@ def get_args(argv=None):
     add("--val-shards", required=True, metavar="DIR", help="the same for validation; every image counts exactly once")
     add("-a", "--arch", help="timm trunk; default: the checkpoint's")
     add("--output-stride", type=int, help="of the trunk, in pixels, 0 for its own; default: the checkpoint's")
-    add("--size", type=int, default=224, help="side of a view in pixels; tests: centre of the image resized to 8/7 of it")
+    add("--size", type=int, default=224, help="side of a view in pixels")
+    add("--resize", type=int, help="test images: shorter side in pixels before the centre is cut; default: 8/7 of --size")
     add("--crop-min", type=float, default=0.08, help="smallest area of a training crop, as a share of the image")
     add("--epochs", type=int, help="times every training image is shown")
     add("--batch-size", type=int, help="images in a step, over all processes together")
@@ -46,6 +48,8 @@ def get_args(argv=None):
     add_run_flags(parser, output_dir=None, output_help="default: `linear` in the folder of the checkpoint")
     parser.set_defaults(**METHODS[first.parse_known_args(argv)[0].method].PROBE)
     args = parser.parse_args(argv)
+    if args.resize is None:
+        args.resize = args.size * 256 // 224
     if args.output_dir is None:
         run = Path("output/random" if args.pretrained == "random" else args.pretrained)
         args.output_dir = str((run.parent if run.is_file() else run) / "linear")
@@ -58,6 +62,7 @@ def check(args, train, val) -> None:
     positive(["--epochs", "--batch-size", "--lr", "--size"], args)
     in_range("--trust", args.trust, 0, 1)
     in_range("--crop-min", args.crop_min, 1e-8, 1)
+    in_range("--resize", args.resize, args.size, math.inf)
     if args.batch_size % dist.world():
         raise ValueError(f"--batch-size {args.batch_size}: must divide evenly over {dist.world()} processes; "
                          f"{max(1, args.batch_size // dist.world()) * dist.world()} would do")  # fmt: skip
@@ -171,7 +176,7 @@ def features(trunk, x, amp_name):  # n x 3 x H x W -> n x C, float32
 @torch.no_grad()
 def evaluate(args, index, trunk, fc, device) -> dict[str, float]:
     """Top-1 and top-5 in % over the whole index, each image counted once over all processes."""
-    spec = ViewSpec("test", args.size, resize=args.size * 256 // 224)
+    spec = ViewSpec("test", args.size, resize=args.resize)
     right = torch.zeros(3, dtype=torch.long, device=device)  # top-1, top-5, seen
     for batch in load(index, [spec], evaluation_batches(index, args.batch_size), args.seed, args.workers, device):
         top = fc(features(trunk, batch.views[0], args.amp)).topk(min(5, fc.out_features), dim=1).indices
