@@ -11,8 +11,13 @@ import hashlib
 import io
 import json
 import math
+import multiprocessing
 import os
+import shutil
+import tarfile
+import threading
 import warnings
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -21,7 +26,8 @@ from pathlib import Path
 import numpy as np
 import torchvision
 import webdataset
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
+from torchvision.datasets import imagenet
 from tqdm import tqdm
 
 from utils.files import atomic
@@ -29,7 +35,7 @@ from utils.flags import Parser, in_range, one_line_errors, positive
 from utils.index import IMAGE_EXTENSIONS, describe, scan_tar, write_index
 
 PROG = "imagenet2wds.py"
-COPIED = {"JPEG": "jpg", "PNG": "png"}  # formats that keep their bytes; every other becomes PNG
+COPIED = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png"}  # formats that keep their bytes; every other becomes PNG
 PLAN, BAD = "conversion.json", "bad_images.txt"
 
 
@@ -80,7 +86,7 @@ class Arrays:
 
 def as_png(image: Image.Image) -> bytes:
     file = io.BytesIO()
-    (image if image.mode in ("1", "L", "P", "RGB", "RGBA", "I;16") else image.convert("RGB")).save(file, "PNG")
+    (image if image.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16") else image.convert("RGB")).save(file, "PNG")
     return file.getvalue()
 
 
@@ -98,9 +104,15 @@ def is_image(name: str) -> bool:
     return not name.startswith(".") and name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS
 
 
+def image_files(folder: Path) -> Iterator[Path]:
+    for at, folders, files in os.walk(folder, followlinks=True):  # a subset of ImageNet is often a folder of links
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (Path(at) / name for name in files if is_image(name))
+
+
 def from_folder(folder: Path, name: str, classes: list[str] | None) -> Split:
     """Folders of one class each, or images without labels. Labels follow `classes`, else the sorted folder names."""
-    names = sorted(str((Path(at) / f).relative_to(folder)) for at, _, files in os.walk(folder) for f in files if is_image(f))
+    names = sorted(str(path.relative_to(folder)) for path in image_files(folder))
     if not names:
         raise ValueError(f"-i {folder}: no images in it (.{' .'.join(IMAGE_EXTENSIONS)}); pass a folder that has some")
     flat = [n for n in names if os.sep not in n]
@@ -119,12 +131,14 @@ def from_folder(folder: Path, name: str, classes: list[str] | None) -> Split:
 def find_splits(args) -> list[Split]:
     """What there is to convert."""
     source = Path(args.input)
-    if not source.is_dir():
+    if args.download and not args.dataset:
+        raise ValueError("--download: needs --dataset NAME, a data set of torchvision; pass that, or leave --download out")
+    if not source.is_dir() and not args.download:
         raise ValueError(f"-i {source}: no such folder; pass the one that holds the images, or train/ and val/")
     if args.dataset:
         return from_torchvision(args)
-    if (source / "ILSVRC2012_img_train.tar").exists():
-        for split in ("train", "val"):
+    for split in ("val", "train"):  # val first: a missing kit shows before the hours that train takes
+        if (source / f"ILSVRC2012_img_{split}.tar").exists() and not (source / split).is_dir():
             extract_imagenet(source, split)
     if not (source / "train").is_dir():
         return [from_folder(source, "train", None)]
@@ -134,12 +148,20 @@ def find_splits(args) -> list[Split]:
 
 
 def extract_imagenet(source: Path, split: str) -> None:
-    """Unpack the ILSVRC archives into class folders beside them, by torchvision."""
+    """Unpack an ILSVRC archive into class folders beside it, by torchvision. The folder gets its name when it is whole."""
+    partial = f"{split}.partial"
+    shutil.rmtree(source / partial, ignore_errors=True)
+    print(f"Unpacking ILSVRC2012_img_{split}.tar into {source / split}/")
     try:
-        torchvision.datasets.ImageNet(str(source), split)
-    except (RuntimeError, ImportError, ModuleNotFoundError) as error:
-        need = "the archives need the development kit beside them, and scipy to read it"
+        if split == "train":
+            imagenet.parse_train_archive(str(source), folder=partial)
+        else:
+            imagenet.parse_devkit_archive(str(source))
+            imagenet.parse_val_archive(str(source), folder=partial)
+    except (RuntimeError, ImportError, tarfile.TarError) as error:
+        need = "val needs ILSVRC2012_devkit_t12.tar.gz beside the archives, and pip install scipy to read it"
         raise ValueError(f"-i {source}: {error} ({need})") from None
+    (source / partial).rename(source / split)
 
 
 def from_torchvision(args) -> list[Split]:
@@ -150,10 +172,18 @@ def from_torchvision(args) -> list[Split]:
     splits = []
     for name, keywords in (("train", ({"train": True}, {"split": "train"})), ("val", ({"train": False}, {"split": "test"}))):
         dataset = construct(constructor, args, keywords)
-        labels = [int(label) for label in (dataset.targets if hasattr(dataset, "targets") else dataset.labels)]
+        labels = labels_of(dataset, args.dataset)
         classes = [str(c) for c in getattr(dataset, "classes", range(max(labels) + 1))]
         splits.append(Split(name, Arrays(dataset, f"{args.dataset} {name}"), labels, classes))
     return splits
+
+
+def labels_of(dataset, name: str) -> list[int]:
+    labels = next((getattr(dataset, a) for a in ("targets", "labels", "_labels") if hasattr(dataset, a)), None)
+    try:
+        return [int(label) for label in (labels if labels is not None else (dataset[i][1] for i in range(len(dataset))))]
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"--dataset {name}: its labels are not one class number an image; convert a folder instead") from None
 
 
 def construct(constructor, args, choices):
@@ -164,8 +194,9 @@ def construct(constructor, args, choices):
             return constructor(args.input, **keywords, **extra)
         except TypeError:
             continue
-        except RuntimeError as error:
-            raise ValueError(f"--dataset {args.dataset} -i {args.input}: {error}") from None
+        except (RuntimeError, ValueError, OSError, ImportError) as error:
+            mend = "; the flag for that is --download" if "download=True" in str(error) else ""
+            raise ValueError(f"--dataset {args.dataset} -i {args.input}: {error}{mend}") from None
     raise ValueError(f"--dataset {args.dataset}: has no training and test split known here; convert a folder instead")
 
 
@@ -183,15 +214,18 @@ def check(folder: Path, planned: dict) -> None:
         noted = json.loads(path.read_text())
         if changed := [name for name, value in planned.items() if noted.get(name) != value]:
             raise ValueError(f"-o {folder}: holds another conversion (different: {', '.join(changed)}); pass another folder")
-    elif folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and any(p.suffix != ".tmp" for p in folder.iterdir()):  # killed before PLAN: only its .tmp
         raise ValueError(f"-o {folder}: holds files that this script did not write; pass another folder")
 
 
 def claim(folder: Path, planned: dict) -> None:
     """Note in the output folder what it is for."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with atomic(folder / PLAN) as file:
-        file.write(json.dumps(planned, indent=1).encode() + b"\n")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic(folder / PLAN) as file:
+            file.write(json.dumps(planned, indent=1).encode() + b"\n")
+    except OSError as error:
+        raise ValueError(f"-o {folder}: cannot be written ({error.strerror}); pass a folder that can") from None
 
 
 @dataclass
@@ -206,8 +240,9 @@ class Writer:
         """(extension, encoded image), or why there is none."""
         try:
             return self.split.source.read(i)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-            reason = f"{self.split.source.names[i]}\t{' '.join(str(error).split())}"
+        except Exception as error:  # whatever PIL's decoders meet in damaged files: SyntaxError, struct.error, EOFError ...
+            what = "not an image" if isinstance(error, UnidentifiedImageError) else " ".join(str(error).split())
+            reason = f"{self.split.source.names[i]}\t{what or type(error).__name__}"
             if self.strict:
                 raise ValueError(f"--strict: unreadable image {reason}; mend or remove it") from None
             return reason
@@ -216,9 +251,8 @@ class Writer:
         """Write shard `number` with these images, unless it is there. -> (its entry in the index, unreadable images)."""
         path = self.folder / f"{self.split.name}-{number:06d}.tar"
         keys = {f"{number:06d}-{place:06d}": i for place, i in enumerate(chosen)}
-        if path.exists():  # what stands under its name is complete
-            done = {sample.key for sample in scan_tar(path)}
-            return describe(path, len(done)), [self.read(i) for key, i in keys.items() if key not in done]
+        if path.exists() and (bad := self.missing(path, keys)) is not None:
+            return describe(path, len(keys) - len(bad)), bad
         bad = []
         with atomic(path) as file, webdataset.TarWriter(file, mtime=0) as tar:
             for key, i in keys.items():
@@ -230,6 +264,15 @@ class Writer:
                 tar.write({"__key__": key, image[0]: image[1], **label})
         return describe(path, len(keys) - len(bad)), bad
 
+    def missing(self, path: Path, keys: dict[str, int]) -> list[str] | None:
+        """The unreadable images that a shard, written before, was made without; None if it has to be made anew."""
+        try:
+            done = {sample.key for sample in scan_tar(path)}
+        except tarfile.TarError:  # damaged since: it was complete when it got its name
+            return None
+        left_out = [self.read(i) for key, i in keys.items() if key not in done]
+        return left_out if done <= keys.keys() and all(isinstance(reason, str) for reason in left_out) else None
+
 
 WRITER: Writer  # of this worker process
 
@@ -237,8 +280,15 @@ WRITER: Writer  # of this worker process
 def start_worker(writer: Writer) -> None:
     global WRITER
     WRITER = writer
+    threading.Thread(target=end_with_parent, daemon=True).start()
     warnings.simplefilter("ignore")  # about odd metadata: the pixels are decoded all the same
     warnings.simplefilter("error", Image.DecompressionBombWarning)
+
+
+def end_with_parent() -> None:
+    """A killed parent would leave its workers waiting for ever."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def write_shard(number: int, chosen: list[int]) -> tuple[dict, list[str]]:
@@ -267,9 +317,10 @@ def convert(split: Split, folder: Path, args) -> None:
             bar.close()
     if len(bad) == len(order):
         raise ValueError(f"-i {args.input}: none of the {len(bad)} images of {split.name} is readable, such as {bad[0]}")
+    (folder / BAD).unlink(missing_ok=True)
     if bad:
         with atomic(folder / BAD) as file:
-            file.write("".join(f"{line}\n" for line in sorted(bad)).encode())
+            file.write("".join(f"{line}\n" for line in sorted(bad)).encode(errors="surrogateescape"))
         print(f"{split.name}: {len(bad)} unreadable images left out, listed in {folder / BAD}")
     write_index(folder, shards, split.classes)
     labels = f"{len(split.classes)} classes" if split.classes else "no labels"

@@ -72,7 +72,7 @@ class Reader:
         fd, samples = self._open(number)
         members = samples[sample - self.first[number]].members
         extension = next(e for e in members if e in IMAGE_EXTENSIONS)
-        label = int(self._read(fd, *members[LABEL_EXTENSION])) if LABEL_EXTENSION in members else -1
+        label = int(self._read(fd, *members[LABEL_EXTENSION])) if self.index.labelled else -1
         return self._read(fd, *members[extension]), label
 
     def _open(self, number):

@@ -1,0 +1,461 @@
+import hashlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+
+import imagenet2wds
+from utils.index import load_index
+
+ROOT = Path(imagenet2wds.__file__).parent
+SAMPLE = ROOT / "data"
+
+
+def draw(path, seed=0, **kwargs):
+    """Write an image of noise, 20 x 16 pixels."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(256, size=(16, 20, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path, **kwargs)
+    return path
+
+
+@pytest.fixture
+def flat(tmp_path):
+    """A folder of 23 images without labels."""
+    for i in range(23):
+        draw(tmp_path / "flat" / f"{i:02d}.{'jpg' if i % 2 else 'png'}", i)
+    return tmp_path / "flat"
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """Class folders in train/ (5 dogs, 3 cats, 4 birds) and val/ (2 dogs, 1 bird)."""
+    for split, counts in {"train": {"dog": 5, "cat": 3, "bird": 4}, "val": {"dog": 2, "bird": 1}}.items():
+        for name, count in counts.items():
+            for i in range(count):
+                draw(tmp_path / "tree" / split / name / f"{i}.jpg", 100 * len(split) + 10 * len(name) + i)
+    return tmp_path / "tree"
+
+
+def convert(source, target, *flags):
+    imagenet2wds.main(["-i", str(source), "-o", str(target), "-j", "1", *map(str, flags)])
+
+
+def refused(capsys, *argv):
+    """The one line that main leaves on stderr, below the progress bar if there is one; the exit code is not 0."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        imagenet2wds.main([str(a) for a in argv])
+    assert stop.value.code
+    line = capsys.readouterr().err.rstrip("\n").splitlines()[-1]
+    assert line.startswith("imagenet2wds.py: error: ")
+    return line
+
+
+def samples(folder):
+    """[(extension, image bytes, label or None)] of all shards in a folder, in order, by tarfile alone."""
+    found = []
+    for path in sorted(folder.glob("*.tar")):
+        groups = {}
+        with tarfile.open(path) as tar:
+            for member in tar.getmembers():
+                key, _, extension = member.name.partition(".")
+                groups.setdefault(key, {})[extension] = tar.extractfile(member).read()
+        for members in groups.values():
+            label = members.pop("cls", None)
+            ((extension, data),) = members.items()
+            found.append((extension, data, None if label is None else int(label)))
+    return found
+
+
+def files(folder):
+    """{path: bytes} of everything below a folder."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_imagenet2wds__jpeg_and_png_are_copied_byte_for_byte(flat, tmp_path):
+    convert(flat, tmp_path / "out", "--shard-size", 10)
+    found = samples(tmp_path / "out" / "train")
+    assert sorted(data for _, data, _ in found) == sorted(p.read_bytes() for p in flat.iterdir())
+    assert Counter(extension for extension, _, _ in found) == {"jpg": 11, "png": 12}
+    assert {label for _, _, label in found} == {None}
+    index = load_index(str(tmp_path / "out" / "train"))
+    assert [s.samples for s in index.shards] == [10, 10, 3] and not index.labelled
+
+
+def test_imagenet2wds__extension_follows_the_content(tmp_path):
+    png = draw(tmp_path / "in" / "0.jpg", format="PNG")  # ImageNet has one of these
+    convert(tmp_path / "in", tmp_path / "out")
+    assert samples(tmp_path / "out" / "train") == [("png", png.read_bytes(), None)]
+
+
+@pytest.mark.parametrize("suffix", ["bmp", "ppm", "tif", "tiff", "gif", "webp", "BMP"])
+def test_imagenet2wds__other_formats_become_png(tmp_path, suffix):
+    path = draw(tmp_path / "in" / f"0.{suffix}")
+    convert(tmp_path / "in", tmp_path / "out")
+    ((extension, data, _),) = samples(tmp_path / "out" / "train")
+    with Image.open(path) as before, Image.open(io.BytesIO(data)) as after:
+        assert (extension, after.format) == ("png", "PNG")
+        np.testing.assert_array_equal(before.convert("RGB"), after.convert("RGB"))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "I", "F"])
+def test_imagenet2wds__every_mode_is_stored(tmp_path, mode):
+    (tmp_path / "in").mkdir()
+    Image.new(mode, (9, 5)).save(tmp_path / "in" / "0.tif")
+    convert(tmp_path / "in", tmp_path / "out", "--strict")
+    with Image.open(io.BytesIO(samples(tmp_path / "out" / "train")[0][1])) as image:
+        assert image.size == (9, 5)
+
+
+def test_imagenet2wds__class_folders(tree, tmp_path):
+    convert(tree, tmp_path / "out", "--shard-size", 5)
+    for split in ("train", "val"):
+        expected = [(p.read_bytes(), ["bird", "cat", "dog"].index(p.parent.name)) for p in (tree / split).rglob("*.jpg")]
+        assert sorted((data, label) for _, data, label in samples(tmp_path / "out" / split)) == sorted(expected)
+        assert load_index(str(tmp_path / "out" / split)).classes == ("bird", "cat", "dog")
+
+
+def test_imagenet2wds__tree_without_splits_and_with_links(tree, tmp_path):
+    """As subsets of ImageNet are made: links to class folders. Hidden folders are passed over."""
+    (tmp_path / "subset").mkdir()
+    for name in ("dog", "cat"):
+        (tmp_path / "subset" / name).symlink_to(tree / "train" / name)
+    draw(tmp_path / "subset" / ".thumbnails" / "0.jpg")
+    convert(tmp_path / "subset", tmp_path / "out")
+    assert os.listdir(tmp_path / "out") == ["train"]
+    assert Counter(label for _, _, label in samples(tmp_path / "out" / "train")) == {0: 3, 1: 5}
+
+
+def test_imagenet2wds__index_against_a_recount(tree, tmp_path):
+    convert(tree, tmp_path / "out", "--shard-size", 5)
+    folder = tmp_path / "out" / "train"
+    content = json.loads((folder / "index.json").read_text())
+    assert [entry["name"] for entry in content["shards"]] == sorted(p.name for p in folder.glob("*.tar"))
+    for entry in content["shards"]:
+        data = (folder / entry["name"]).read_bytes()
+        with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+            count = sum(name.endswith(".jpg") for name in tar.getnames())
+        assert entry | {"name": 0} == {
+            "name": 0, "samples": count, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(),
+        }  # fmt: skip
+    assert content["total"] == 12
+
+
+def test_imagenet2wds__seed_decides_the_order(flat, tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        convert(flat, tmp_path / name, "--seed", seed)
+    a, b, c = (samples(tmp_path / name / "train") for name in "abc")
+    by_name = [p.read_bytes() for p in sorted(flat.iterdir())]
+    assert a == b and a != c and sorted(a) == sorted(c) and [data for _, data, _ in a] != by_name
+
+
+def test_imagenet2wds__any_number_of_jobs_gives_the_same_bytes(flat, tmp_path):
+    (flat / "bad.jpg").write_bytes(b"junk")
+    (flat / "more.jpg").write_bytes(b"junk")
+    for jobs in (1, 2):
+        convert(flat, tmp_path / str(jobs), "--shard_size", 4, "-j", jobs)
+    assert files(tmp_path / "1") == files(tmp_path / "2")
+
+
+def test_imagenet2wds__killed_and_started_again(flat, tmp_path):
+    """A pipe instead of an image holds the conversion up in mid-shard until it is killed, there and nowhere else."""
+    (flat / "11.jpg").write_bytes(b"")  # as long as a pipe
+    convert(flat, tmp_path / "unbroken", "--shard-size", 3)
+    (flat / "11.jpg").unlink()
+    os.mkfifo(flat / "11.jpg")
+    held = np.random.default_rng(0).permutation(23).tolist().index(11) // 3
+    assert 0 < held < 7
+    out = tmp_path / "out" / "train"
+    command = [sys.executable, ROOT / "imagenet2wds.py", "-i", flat, "-o", tmp_path / "out", "-j", "1", "--shard-size", "3"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
+        try:
+            end = time.monotonic() + 120
+            while not list(out.glob(f".train-{held:06d}.tar.*.tmp")):
+                assert process.poll() is None and time.monotonic() < end
+                time.sleep(0.01)
+        finally:
+            process.send_signal(signal.SIGKILL)
+        process.communicate(timeout=20)  # returns when the last holder of its stderr is gone: no worker survives
+    assert sorted(p.name for p in out.glob("*.tar")) == [f"train-{i:06d}.tar" for i in range(held)]
+    assert not (out / "index.json").exists()
+    kept = {p: p.stat().st_mtime_ns for p in out.glob("*.tar")}
+
+    (flat / "11.jpg").unlink()
+    (flat / "11.jpg").write_bytes(b"")
+    convert(flat, tmp_path / "out", "--shard-size", 3)
+    assert files(tmp_path / "out") == files(tmp_path / "unbroken")
+    assert {p: p.stat().st_mtime_ns for p in kept} == kept  # finished shards were not made again
+
+
+@pytest.mark.parametrize("size", [0, 600, 1536])
+def test_imagenet2wds__shard_damaged_since_is_made_again(flat, tmp_path, size):
+    convert(flat, tmp_path / "out", "--shard-size", 10)
+    before = files(tmp_path / "out")
+    os.truncate(tmp_path / "out" / "train" / "train-000001.tar", size)
+    convert(flat, tmp_path / "out", "--shard-size", 10)
+    assert files(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [(["--seed", 1], "different: seed"), (["--shard-size", 5], "different: shard_size"), ("file", "different: source, images"),
+     ("size", "different: source"), ("class", "different: source")],
+)  # fmt: skip
+def test_imagenet2wds__another_conversion_into_the_same_folder_is_refused(tree, tmp_path, capsys, change, message):
+    convert(tree, tmp_path / "out")
+    before = files(tmp_path / "out")
+    if change == "file":
+        draw(tree / "train" / "dog" / "9.jpg")
+    elif change == "size":
+        with open(tree / "train" / "dog" / "0.jpg", "ab") as file:
+            file.write(b" ")
+    elif change == "class":
+        (tree / "train" / "dog").rename(tree / "train" / "duck")
+        (tree / "val" / "dog").rename(tree / "val" / "duck")
+    line = refused(capsys, "-i", tree, "-o", tmp_path / "out", *(change if isinstance(change, list) else []))
+    assert f"-o {tmp_path / 'out' / 'train'}: holds another conversion ({message}); pass another folder" in line
+    assert files(tmp_path / "out") == before
+
+
+def test_imagenet2wds__one_split_refused_leaves_the_other_alone(tree, tmp_path, capsys):
+    draw(tmp_path / "out" / "val" / "0.jpg")
+    refused(capsys, "-i", tree, "-o", tmp_path / "out")
+    assert os.listdir(tmp_path / "out") == ["val"]
+
+
+@pytest.fixture
+def damaged(flat):
+    """The flat folder, where 4 images are not readable as a whole; 19 are."""
+    (flat / "00.png").write_bytes(b"junk")
+    (flat / "01.jpg").write_bytes(b"")
+    data = (flat / "02.png").read_bytes()
+    (flat / "02.png").write_bytes(data[: len(data) // 2])
+    Image.new("1", (10_000, 10_000)).save(flat / "03.jpg", "PNG")  # 12 kB that become 100 million pixels
+    return flat
+
+
+def test_imagenet2wds__unreadable_images_are_listed_and_left_out(damaged, tmp_path, capfd):
+    convert(damaged, tmp_path / "out", "--shard-size", 10)
+    assert len(samples(tmp_path / "out" / "train")) == load_index(str(tmp_path / "out" / "train")).total == 19
+    listed = (tmp_path / "out" / "train" / "bad_images.txt").read_text().splitlines()
+    assert [line.split("\t")[0] for line in listed] == ["00.png", "01.jpg", "02.png", "03.jpg"]
+    assert " at 0x" not in "".join(listed)  # no addresses: the list is the same in every run
+    out, err = capfd.readouterr()
+    assert "train: 4 unreadable images left out" in out and "Warning" not in err
+    before = files(tmp_path / "out")
+    convert(damaged, tmp_path / "out", "--shard-size", 10)
+    assert files(tmp_path / "out") == before
+
+
+def test_imagenet2wds__image_mended_since(flat, tmp_path):
+    good = (flat / "05.jpg").read_bytes()
+    (flat / "05.jpg").write_bytes(bytes(len(good)))
+    convert(flat, tmp_path / "out", "--shard-size", 10)
+    assert load_index(str(tmp_path / "out" / "train")).total == 22
+    (flat / "05.jpg").write_bytes(good)
+    convert(flat, tmp_path / "out", "--shard-size", 10)
+    assert load_index(str(tmp_path / "out" / "train")).total == 23
+    assert not (tmp_path / "out" / "train" / "bad_images.txt").exists()
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_imagenet2wds__strict_stops_at_the_first(damaged, tmp_path, capsys, jobs):
+    line = refused(capsys, "-i", damaged, "-o", tmp_path / "out", "--strict", "--shard-size", 10, "-j", jobs)
+    assert "--strict: unreadable image 0" in line and line.endswith("; mend or remove it")
+    assert not (tmp_path / "out" / "train" / "index.json").exists()
+    assert not list((tmp_path / "out" / "train").glob(".*"))
+
+
+def test_imagenet2wds__nothing_readable(tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "0.jpg").write_bytes(b"junk")
+    line = refused(capsys, "-i", tmp_path / "in", "-o", tmp_path / "out")
+    assert "none of the 1 images of train is readable" in line
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory):
+    """The embedded sample as the launchers convert it, and what the script printed."""
+    out = tmp_path_factory.mktemp("sample")
+    command = [sys.executable, "-W", "error", ROOT / "imagenet2wds.py", "-i", SAMPLE, "-o", out, "--dataset", "FashionMNIST"]
+    return out, subprocess.run([*command, "-j", "2"], check=True, capture_output=True, text=True).stdout
+
+
+@pytest.mark.parametrize("split, each", [("train", 600), ("val", 100)])
+def test_imagenet2wds__torchvision_data_set_is_stored_without_loss(sample, split, each):
+    dataset = torchvision.datasets.FashionMNIST(str(SAMPLE), train=split == "train")
+    expected = Counter((bytes(image.numpy()), int(label)) for image, label in zip(dataset.data, dataset.targets, strict=True))
+    found = samples(sample[0] / split)
+    assert {extension for extension, _, _ in found} == {"png"}
+    assert Counter((Image.open(io.BytesIO(data)).tobytes(), label) for _, data, label in found) == expected
+    assert Counter(label for _, _, label in found) == dict.fromkeys(range(10), each)
+    assert load_index(str(sample[0] / split)).classes == tuple(dataset.classes)
+
+
+def test_imagenet2wds__says_where_what_and_what_next(sample):
+    out, printed = sample
+    assert printed.splitlines() == [
+        f"{out}/train: 6000 images in 6 shards, 10 classes",
+        f"{out}/val: 1000 images in 1 shards, 10 classes",
+        f"Next: SHARDS={out} bash pretrain_mosrep.sh",
+    ]
+
+
+def test_data__is_what_its_readme_says():
+    rows = [row.split("`") for row in (SAMPLE / "README.md").read_text().splitlines() if row.startswith("| `")]
+    stated = {row[3]: row[1] for row in rows}
+    raw = SAMPLE / "FashionMNIST" / "raw"
+    assert {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in raw.iterdir()} == stated
+
+
+class Coloured:
+    """A data set of arrays as some of torchvision's are: splits by name, labels under a name of its own."""
+
+    def __init__(self, root, split):
+        if split not in ("train", "test"):
+            raise ValueError(f"no split {split}")
+        self._labels = [0, 2, 1] if split == "train" else [1]
+
+    def __len__(self):
+        return len(self._labels)
+
+    def __getitem__(self, i):
+        return np.full((4, 6, 3), 10 * i, np.uint8), self._labels[i]
+
+
+class Boxes(Coloured):
+    """A data set whose labels are no classes."""
+
+    def __getitem__(self, i):
+        return np.zeros((4, 6, 3), np.uint8), {"boxes": []}
+
+    def __len__(self):
+        return 2
+
+    _labels = property(lambda self: None, lambda self, value: None)
+
+
+def test_imagenet2wds__data_set_of_another_make(tmp_path, monkeypatch):
+    monkeypatch.setattr(torchvision.datasets, "Coloured", Coloured, raising=False)
+    convert(tmp_path, tmp_path / "out", "--dataset", "Coloured")
+    found = [(np.asarray(Image.open(io.BytesIO(data))).mean(), label) for _, data, label in samples(tmp_path / "out" / "train")]
+    assert sorted(found) == [(0, 0), (10, 2), (20, 1)]
+    assert load_index(str(tmp_path / "out" / "val")).classes == ("0", "1")
+
+
+def test_imagenet2wds__data_set_without_classes(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torchvision.datasets, "Boxes", Boxes, raising=False)
+    line = refused(capsys, "-i", tmp_path, "-o", tmp_path / "out", "--dataset", "Boxes")
+    assert "--dataset Boxes: its labels are not one class number an image" in line
+
+
+@pytest.fixture
+def archives(tree, tmp_path, monkeypatch):
+    """The ILSVRC2012 archives of a small world, and a development kit that was read already."""
+    folder = tmp_path / "ilsvrc"
+    folder.mkdir()
+    with tarfile.open(folder / "ILSVRC2012_img_train.tar", "w") as outer:
+        for at in sorted((tree / "train").iterdir()):
+            with tarfile.open(tmp_path / "inner.tar", "w") as inner:
+                for path in sorted(at.iterdir()):
+                    inner.add(path, path.name)
+            outer.add(tmp_path / "inner.tar", f"{at.name}.tar")
+    wnids = []
+    with tarfile.open(folder / "ILSVRC2012_img_val.tar", "w") as tar:
+        for number, path in enumerate(sorted((tree / "val").rglob("*.jpg"))):
+            tar.add(path, f"ILSVRC2012_val_{number:08d}.JPEG")
+            wnids.append(path.parent.name)
+    meta = torchvision.datasets.imagenet.ARCHIVE_META
+    for name in ("train", "val"):
+        monkeypatch.setitem(meta, name, (meta[name][0], None))  # these have other checksums
+
+    def parse(root):
+        torch.save(({}, wnids), Path(root) / "meta.bin")
+
+    monkeypatch.setattr(torchvision.datasets.imagenet, "parse_devkit_archive", parse)
+    return folder
+
+
+def test_imagenet2wds__archives_give_what_their_folders_give(archives, tree, tmp_path):
+    draw(archives / "train.partial" / "dog" / "8.jpg")  # of an extraction that was killed
+    convert(archives, tmp_path / "a")
+    convert(tree, tmp_path / "b")
+    for split in ("train", "val"):
+        assert sorted(samples(tmp_path / "a" / split)) == sorted(samples(tmp_path / "b" / split))
+    assert sorted(p.name for p in archives.iterdir() if p.is_dir()) == ["train", "val"]
+
+
+def test_imagenet2wds__archives_without_kit(archives, tmp_path, monkeypatch, capsys):
+    monkeypatch.undo()
+    line = refused(capsys, "-i", archives, "-o", tmp_path / "out")
+    assert f"-i {archives}: " in line and "ILSVRC2012_devkit_t12.tar.gz beside the archives, and pip install scipy" in line
+    assert not (archives / "train").exists() and not (archives / "val").exists() and not (tmp_path / "out").exists()
+
+
+def empty(tree):
+    (tree / "empty").mkdir()
+
+
+def beside(tree):
+    draw(tree / "train" / "0.jpg")
+
+
+def unknown_class(tree):
+    (tree / "val" / "dog").rename(tree / "val" / "wolf")
+
+
+BAD = {
+    "no source": ("-i {t}/none -o {o}", None, "-i {t}/none: no such folder; pass the one that holds the images"),
+    "no images": ("-i {t}/empty -o {o}", empty, "-i {t}/empty: no images in it"),
+    "images beside classes": ("-i {t} -o {o}", beside, "-i {t}/train: has images beside its class folders, such as 0.jpg;"),
+    "class of val only": ("-i {t} -o {o}", unknown_class, "-i {t}/val: the training split has no class wolf; rename"),
+    "unknown data set": ("-i {t} -o {o} --dataset Fashion", None, "--dataset Fashion: torchvision has no such data set; pass"),
+    "no data set": ("-i {t} -o {o} --dataset transforms", None, "--dataset transforms: torchvision has no such data set; pass"),
+    "data set elsewhere": ("-i {t} -o {o} --dataset MNIST", None, "--dataset MNIST -i {t}: Dataset not found. "),
+    "splits unknown": ("-i {t} -o {o} --dataset EMNIST", None, "--dataset EMNIST -i {t}: Unknown value 'train'"),
+    "download of nothing": ("-i {t} -o {o} --download", None, "--download: needs --dataset NAME"),
+    "shard size": ("-i {t} -o {o} --shard-size 0", None, "--shard-size 0: must be above 0"),
+    "jobs": ("-i {t} -o {o} -j 0", None, "--jobs 0: must be above 0"),
+    "seed": ("-i {t} -o {o} --seed -1", None, "--seed -1: must lie in"),
+    "abbreviation": ("-i {t} -o {o} --shard 5", None, "unrecognized arguments: --shard 5"),
+    "no target": ("-i {t}", None, "the following arguments are required: -o/--output"),
+    "target is a file": ("-i {t} -o {t}/train/dog/0.jpg", None, "0.jpg/train: cannot be written (Not a directory); pass"),
+    "target is in use": ("-i {t} -o {t}", None, "-o {t}/train: holds files that this script did not write; pass another"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_imagenet2wds__bad_input_is_one_clear_line(tree, tmp_path, capsys, case):
+    command, break_, message = BAD[case]
+    if break_:
+        break_(tree)
+    before = files(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        imagenet2wds.main(command.format(t=tree, o=tmp_path / "out").split())
+    out, err = capsys.readouterr()
+    assert stop.value.code and out == "" and err.count("\n") == 1
+    assert message.format(t=tree) in err and err.startswith("imagenet2wds.py: error: ")
+    assert files(tmp_path) == before
+
+
+def test_imagenet2wds__worker_that_dies_ends_the_run(flat, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(imagenet2wds, "write_shard", die)
+    line = refused(capsys, "-i", flat, "-o", tmp_path / "out", "-j", 2)
+    assert "-j 2: a process was killed; start again to go on, with fewer jobs" in line
+
+
+def die(number, chosen):
+    os.kill(os.getpid(), signal.SIGKILL)

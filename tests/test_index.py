@@ -1,0 +1,225 @@
+import hashlib
+import io
+import json
+import os
+import shutil
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from utils import index as index_module
+from utils.index import IMAGE_EXTENSIONS, TarSample, load_index, scan_tar, write_index
+
+
+def write_tar(path, members, format=tarfile.USTAR_FORMAT):
+    """A tar of (name, bytes) pairs in this order; None for the bytes makes a directory."""
+    with tarfile.open(path, "w", format=format) as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.type, info.size = (tarfile.DIRTYPE, 0) if data is None else (tarfile.REGTYPE, len(data))
+            tar.addfile(info, io.BytesIO(data or b""))
+    return path
+
+
+def shard(path, count, label="{}", start=0):
+    """A shard of `count` samples, numbered from `start`, with a made-up image and, unless it is None, a label."""
+    members = []
+    for i in range(start, start + count):
+        members.append((f"{i:04d}.jpg", b"image %d" % i * (i + 1)))
+        members += [] if label is None else [(f"{i:04d}.cls", label.format(i).encode())]
+    return write_tar(path, members)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Someone else's shards: 3, 4 and 5 samples with the labels 0 to 11, no index."""
+    path = tmp_path / "shards"
+    path.mkdir()
+    for number, (start, count) in enumerate([(0, 3), (3, 4), (7, 5)]):
+        shard(path / f"s-{number}.tar", count, start=start)
+    return path
+
+
+def names(index):
+    return [s.name for s in index.shards]
+
+
+def slow_samples(path):
+    """What scan_tar should find, with the data itself instead of where it is."""
+    groups = []
+    with tarfile.open(path) as tar:
+        for member in tar.getmembers():
+            base = member.name.rsplit("/", 1)[-1]
+            if not member.isfile() or "." not in base or base[0] == "." or base.index(".") == len(base) - 1:
+                continue
+            key = member.name[: len(member.name) - len(base) + base.index(".")]
+            if not groups or groups[-1][0] != key:
+                groups.append((key, {}))
+            groups[-1][1][base[base.index(".") + 1 :].lower()] = tar.extractfile(member).read()
+    return [(key, members) for key, members in groups if any(e in IMAGE_EXTENSIONS for e in members)]
+
+
+def read(path, sample):
+    data = Path(path).read_bytes()
+    return sample.key, {e: data[offset : offset + size] for e, (offset, size) in sample.members.items()}
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_scan_tar__agrees_with_tarfile(tmp_path, format):
+    long = "d" * 90 + "/" + "k" * 60 + ("" if format == tarfile.USTAR_FORMAT else "x" * 300)
+    members = [
+        ("a", None), ("a/0.JPG", b"0" * 700), ("a/0.cls", b"3"), ("README", b"?"), ("a/.hidden.jpg", b"?"), ("a/0.json", b"{}"),
+        ("b.c/0.seg.png", b"s"), ("b.c/0.png", b"p" * 512), ("no-image.cls", b"1"), (f"{long}.webp", b"w"),
+        (f"{long}.cls", b"2"), ("ends-with.", b"?"), ("empty.jpeg", b""), ("a/0.jpg", b"comes again"),
+    ]  # fmt: skip
+    if format != tarfile.USTAR_FORMAT:
+        members.append(("ü/日本.jpg", b"u"))
+    path = write_tar(tmp_path / "x.tar", members, format)
+    found = [read(path, sample) for sample in scan_tar(path)]
+    assert found == slow_samples(path)
+    assert len(found) == len(members) - 9  # a directory, 3 other files, a group without image, 4 further members of a sample
+
+
+def test_scan_tar__extension_that_comes_again_opens_a_sample(tmp_path):
+    members = [("x.jpg", b"1"), ("x.cls", b"0"), ("x.jpg", b"22"), ("x.cls", b"1")]
+    path = write_tar(tmp_path / "x.tar", members)
+    assert [read(path, s)[1] for s in scan_tar(path)] == [{"jpg": b"1", "cls": b"0"}, {"jpg": b"22", "cls": b"1"}]
+
+
+@pytest.mark.parametrize("size", [0, 100, 700, 2048, 2100, 2560, 2600, 3072])
+def test_scan_tar__cut_short(tmp_path, size):
+    """In a header, in a payload, and exactly between two members, where tarfile itself sees nothing amiss."""
+    path = write_tar(tmp_path / "x.tar", [("0.jpg", b"0" * 1500), ("1.jpg", b"1" * 1500)])
+    os.truncate(path, size)
+    with pytest.raises(tarfile.TarError):
+        scan_tar(path)
+
+
+def test_scan_tar__sample_is_plain_data(folder):
+    assert scan_tar(str(folder / "s-0.tar"))[0] == TarSample("0000", {"jpg": (512, 7), "cls": (1536, 1)})
+
+
+def test_load_index__foreign_shards_are_indexed_on_first_use(folder, monkeypatch):
+    index = load_index(str(folder))
+    for entry in index.shards:
+        data = (folder / entry.name).read_bytes()
+        assert (entry.bytes, entry.sha256) == (len(data), hashlib.sha256(data).hexdigest())
+        assert entry.samples == len(slow_samples(folder / entry.name))
+        assert os.path.isabs(entry.path) and Path(entry.path).samefile(folder / entry.name)
+    assert names(index) == ["s-0.tar", "s-1.tar", "s-2.tar"] and index.total == 12
+    assert index.labelled and index.classes == tuple(str(c) for c in range(12))
+    assert json.loads((folder / "index.json").read_text())["total"] == 12
+    assert not [name for name in os.listdir(folder) if name.endswith(".tmp")]
+    monkeypatch.setattr(index_module, "scan_tar", None)  # the second time nothing is scanned
+    assert load_index(str(folder)) == index
+
+
+def test_load_index__folder_that_cannot_be_written(folder, monkeypatch, capsys):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(index_module, "atomic", refuse)
+    assert load_index(str(folder)).total == 12
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("warning: ") == 1 and "Permission denied" in err
+    assert not (folder / "index.json").exists()
+
+
+@pytest.mark.parametrize(
+    "label, classes",
+    [("0", ("0",)), (" 2\n", ("0", "1", "2")), (None, None), ("cat", None), ("", None), ("-1", None), ("²", None),
+     ("123456789012", None)],
+)  # fmt: skip
+def test_load_index__classes_of_foreign_shards(tmp_path, label, classes):
+    shard(tmp_path / "x.tar", 3, label)
+    index = load_index(str(tmp_path))
+    assert index.classes == classes and index.labelled == (classes is not None)
+
+
+def test_load_index__one_sample_without_label(tmp_path):
+    shard(tmp_path / "a.tar", 3)
+    shard(tmp_path / "b.tar", 1, None)
+    assert not load_index(str(tmp_path)).labelled
+
+
+@pytest.mark.parametrize(
+    "spec, expected",
+    [("", [0, 1, 2]), ("index.json", [0, 1, 2]), ("s-1.tar", [1]), ("s-*.tar", [0, 1, 2]), ("s-[02].tar", [0, 2]),
+     ("s-{1..2}.tar", [1, 2]), ("s-{2,0}.tar", [2, 0]), ("s-{0,*}.tar", [0, 1, 2])],
+)  # fmt: skip
+def test_load_index__subset_takes_the_entries_of_the_index(folder, monkeypatch, spec, expected):
+    whole = load_index(str(folder))
+    monkeypatch.setattr(index_module, "index_folder", None)  # nothing is computed again
+    index = load_index(f"{folder}/{spec}")
+    assert index.shards == tuple(whole.shards[i] for i in expected) and index.classes == whole.classes
+    assert (index.hash == whole.hash) == (expected == [0, 1, 2])
+
+
+def test_load_index__relative_path(folder, monkeypatch):
+    whole = load_index(str(folder))
+    monkeypatch.chdir(folder)
+    assert load_index(".") == load_index("s-*.tar") == whole
+
+
+def test_index__hash_is_of_the_content_not_the_place(folder, tmp_path):
+    here = load_index(str(folder))
+    there = load_index(shutil.copytree(folder, tmp_path / "copy"))
+    assert here != there and here.hash == there.hash
+    write_index(tmp_path / "copy", json.loads((folder / "index.json").read_text())["shards"], ("a", "b"))
+    assert load_index(str(tmp_path / "copy")).hash != here.hash
+
+
+def edit_index(folder, change):
+    content = json.loads((folder / "index.json").read_text())
+    change(content)
+    (folder / "index.json").write_text(json.dumps(content))
+
+
+BROKEN = {
+    "shard changed size": (lambda f: os.truncate(f / "s-1.tar", 5), "", r"s-1.tar has 5 bytes, its index says \d+; copy"),
+    "shard gone": (lambda f: (f / "s-1.tar").unlink(), "", "s-1.tar is missing, its index says"),
+    "shard gone, pattern": (lambda f: (f / "s-1.tar").unlink(), "s-{0..2}.tar", "s-1.tar is missing; pass"),
+    "shard new": (lambda f: shard(f / "t.tar", 2), "", "t.tar is not in .*index.json; delete"),
+    "shard new, pattern": (lambda f: shard(f / "t.tar", 2), "t.tar", "t.tar is not in .*index.json; delete"),
+    "empty glob": (lambda f: None, "u-*.tar", r"u-\*.tar: no such file or folder; pass"),
+    "brace beyond": (lambda f: None, "s-{2..9}.tar", "s-3.tar is missing; pass"),
+    "brace open": (lambda f: None, "s-{0..2.tar", "a brace is not closed; write"),
+    "several folders": (lambda f: shard(f.parent / "t.tar", 2), "{.,..}/*.tar", "several folders; put"),
+    "no such folder": (lambda f: None, "nowhere", "nowhere: no such file or folder; pass"),
+    "no such index": (lambda f: (f / "index.json").unlink(), "index.json", "no such file or folder; pass"),
+    "index cut": (lambda f: os.truncate(f / "index.json", 50), "", "index.json: not a readable index .*; delete it"),
+    "index a list": (lambda f: (f / "index.json").write_text("[]"), "", "not a readable index"),
+    "index without classes": (lambda f: edit_index(f, lambda c: c.pop("classes")), "", "not a readable index"),
+    "index with odd classes": (lambda f: edit_index(f, lambda c: c.update(classes=5)), "", "not a readable index"),
+    "index with odd count": (lambda f: edit_index(f, lambda c: c["shards"][0].update(samples="x")), "", "not a readable index"),
+    "index names elsewhere": (lambda f: edit_index(f, lambda c: c["shards"][0].update(name="/x/y.tar")), "", "not a readable"),
+    "index empty": (lambda f: edit_index(f, lambda c: [s.update(samples=0) for s in c["shards"]]), "", "no images in these"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_load_index__bad_input_is_one_clear_line(folder, case):
+    load_index(str(folder))
+    break_, spec, message = BROKEN[case]
+    break_(folder)
+    with pytest.raises(ValueError, match=message) as error:
+        load_index(f"{folder}/{spec}", "--val-shards")
+    assert str(error.value).startswith(f"--val-shards {folder}") and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("data", [b"", b"no tar" * 999, b"\x1f\x8b" + bytes(998)])
+def test_load_index__foreign_file_that_is_no_tar(folder, data):
+    (folder / "t.tar").write_bytes(data)
+    with pytest.raises(ValueError, match="--shards .*t.tar: not a whole tar .*; copy it again"):
+        load_index(str(folder))
+    assert not (folder / "index.json").exists()
+
+
+@pytest.mark.parametrize("splits, expected", [(["test", "train"], "train"), (["test"], "test"), ([], "a folder of shards")])
+def test_load_index__folder_of_splits(tmp_path, splits, expected):
+    for split in splits:
+        (tmp_path / split).mkdir()
+        shard(tmp_path / split / "x.tar", 1)
+    with pytest.raises(ValueError, match=f"no shards .* in it; pass .*{expected}"):
+        load_index(str(tmp_path))
