@@ -1,0 +1,166 @@
+"""Where images come from before they are shards: folders, the ILSVRC archives, the data sets of torchvision."""
+
+import hashlib
+import io
+import os
+import shutil
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torchvision
+from PIL import Image
+from torchvision.datasets import imagenet
+
+from utils.index import IMAGE_EXTENSIONS
+
+COPIED = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png"}  # formats that keep their bytes; every other becomes PNG
+
+
+class Files:
+    """Image files below a folder."""
+
+    def __init__(self, folder: Path, paths: list[str]):
+        self.folder, self.names = folder, paths
+
+    def fingerprint(self):
+        return [(name, (self.folder / name).stat().st_size) for name in self.names]
+
+    def read(self, i: int) -> tuple[str, bytes]:
+        """(extension, encoded image); raises what PIL raises for an image that cannot be decoded whole."""
+        data = (self.folder / self.names[i]).read_bytes()
+        with Image.open(io.BytesIO(data)) as image:
+            image.load()
+            return (COPIED[image.format], data) if image.format in COPIED else ("png", as_png(image))
+
+
+class Arrays:
+    """A data set of torchvision, held in memory or read by it."""
+
+    def __init__(self, dataset, name: str):
+        self.dataset, self.names = dataset, [f"{name} {i}" for i in range(len(dataset))]
+
+    def fingerprint(self):
+        return [(self.names[i], hashlib.sha256(self.read(i)[1]).hexdigest()) for i in {0, len(self.names) - 1}]
+
+    def read(self, i: int) -> tuple[str, bytes]:
+        image = self.dataset[i][0]
+        return "png", as_png(image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image)))
+
+
+def as_png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    (image if image.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16") else image.convert("RGB")).save(file, "PNG")
+    return file.getvalue()
+
+
+@dataclass
+class Split:
+    """The images of one split: source.read(i) has label labels[i], a place in classes; both are None without labels."""
+
+    name: str
+    source: Files | Arrays
+    labels: list[int] | None
+    classes: list[str] | None
+
+
+def is_image(name: str) -> bool:
+    return not name.startswith(".") and name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS
+
+
+def image_files(folder: Path) -> Iterator[Path]:
+    for at, folders, files in os.walk(folder, followlinks=True):  # a subset of ImageNet is often a folder of links
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (Path(at) / name for name in files if is_image(name))
+
+
+def from_folder(folder: Path, name: str, classes: list[str] | None) -> Split:
+    """Folders of one class each, or images without labels. Labels follow `classes`, else the sorted folder names."""
+    names = sorted(str(path.relative_to(folder)) for path in image_files(folder))
+    if not names:
+        raise ValueError(f"-i {folder}: no images in it (.{' .'.join(IMAGE_EXTENSIONS)}); pass a folder that has some")
+    flat = [n for n in names if os.sep not in n]
+    if len(flat) == len(names):
+        return Split(name, Files(folder, names), None, None)
+    if flat:
+        raise ValueError(f"-i {folder}: has images beside its class folders, such as {flat[0]}; move either away")
+    found = sorted({n.split(os.sep)[0] for n in names})
+    classes = classes or found
+    if unknown := sorted(set(found) - set(classes)):
+        raise ValueError(f"-i {folder}: the training split has no class {', '.join(unknown[:5])}; rename or remove the folder")
+    number = {c: i for i, c in enumerate(classes)}
+    return Split(name, Files(folder, names), [number[n.split(os.sep)[0]] for n in names], classes)
+
+
+def find_splits(args) -> list[Split]:
+    """What there is to convert."""
+    source = Path(args.input)
+    if args.download and not args.dataset:
+        raise ValueError("--download: needs --dataset NAME, a data set of torchvision; pass that, or leave --download out")
+    if not source.is_dir() and not args.download:
+        raise ValueError(f"-i {source}: no such folder; pass the one that holds the images, or train/ and val/")
+    if args.dataset:
+        return from_torchvision(args)
+    for split in ("val", "train"):  # val first: a missing kit shows before the hours that train takes
+        if (source / f"ILSVRC2012_img_{split}.tar").exists() and not (source / split).is_dir():
+            extract_imagenet(source, split)
+    if not (source / "train").is_dir():
+        return [from_folder(source, "train", None)]
+    train = from_folder(source / "train", "train", None)
+    others = [name for name in ("val", "test") if (source / name).is_dir()]
+    return [train, *(from_folder(source / name, name, train.classes) for name in others)]
+
+
+def extract_imagenet(source: Path, split: str) -> None:
+    """Unpack an ILSVRC archive into class folders beside it, by torchvision. The folder gets its name when it is whole."""
+    partial = f"{split}.partial"
+    shutil.rmtree(source / partial, ignore_errors=True)
+    print(f"Unpacking ILSVRC2012_img_{split}.tar into {source / split}/")
+    try:
+        if split == "train":
+            imagenet.parse_train_archive(str(source), folder=partial)
+        else:
+            imagenet.parse_devkit_archive(str(source))
+            imagenet.parse_val_archive(str(source), folder=partial)
+    except (RuntimeError, ImportError, tarfile.TarError) as error:
+        need = "val needs ILSVRC2012_devkit_t12.tar.gz beside the archives, and pip install scipy to read it"
+        raise ValueError(f"-i {source}: {error} ({need})") from None
+    (source / partial).rename(source / split)
+
+
+def from_torchvision(args) -> list[Split]:
+    """Training and test part of a data set of torchvision; the latter becomes `val`."""
+    constructor = getattr(torchvision.datasets, args.dataset, None)
+    if constructor is None:
+        raise ValueError(f"--dataset {args.dataset}: torchvision has no such data set; pass one such as CIFAR10")
+    splits = []
+    for name, keywords in (("train", ({"train": True}, {"split": "train"})), ("val", ({"train": False}, {"split": "test"}))):
+        dataset = construct(constructor, args, keywords)
+        labels = labels_of(dataset, args.dataset)
+        classes = [str(c) for c in getattr(dataset, "classes", range(max(labels) + 1))]
+        splits.append(Split(name, Arrays(dataset, f"{args.dataset} {name}"), labels, classes))
+    return splits
+
+
+def labels_of(dataset, name: str) -> list[int]:
+    labels = next((getattr(dataset, a) for a in ("targets", "labels", "_labels") if hasattr(dataset, a)), None)
+    try:
+        return [int(label) for label in (labels if labels is not None else (dataset[i][1] for i in range(len(dataset))))]
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"--dataset {name}: its labels are not one class number an image; convert a folder instead") from None
+
+
+def construct(constructor, args, choices):
+    """torchvision names its splits in two ways."""
+    extra = {"download": True} if args.download else {}
+    for keywords in choices:
+        try:
+            return constructor(args.input, **keywords, **extra)
+        except TypeError:
+            continue
+        except (RuntimeError, ValueError, OSError, ImportError) as error:
+            mend = "; the flag for that is --download" if "download=True" in str(error) else ""
+            raise ValueError(f"--dataset {args.dataset} -i {args.input}: {error}{mend}") from None
+    raise ValueError(f"--dataset {args.dataset}: has no training and test split known here; convert a folder instead")
