@@ -11,7 +11,7 @@ use_environment requirements.txt
 use_shards
 
 if [[ $SAMPLE ]]; then
-    recipe=(-a resnet18 --size 64 --batch-size 64 --lr 0.24 --epochs 8 --moco-k 2048 --moco-m 0.99)
+    recipe=(-a resnet18 --size 64 --batch-size 64 --lr 0.24 --epochs 10 --moco-k 2048 --moco-m 0.99)
 else
     recipe=(-a resnet50 --size 224 --batch-size 256 --lr 0.03 --epochs 200 --moco-k 65536 --moco-m 0.999)
 fi
