@@ -52,7 +52,7 @@ def load(path: Path, flag: str) -> dict:
         what = f"it holds a {named[1]}, which is code and not data" if named else "it is not a readable checkpoint"
         raise ValueError(f"{flag} {path}: {what}; save it again as plain tensors, numbers and strings") from None
     except (RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{flag} {path}: not a readable checkpoint ({str(error).splitlines()[0]}); is it complete?") from None
+        raise ValueError(f"{flag} {path}: not a readable checkpoint ({type(error).__name__}); is it complete?") from None
     if not isinstance(content, dict):
         raise ValueError(f"{flag} {path}: holds a {type(content).__name__}, not a dictionary of weights")
     return content
@@ -74,7 +74,7 @@ def unprefixed(state_dict: dict) -> dict:
 
 def trunk_state(state_dict: dict) -> dict[str, torch.Tensor]:
     """The encoder's part of a state dict, with the names of the timm or torchvision model, its head still on it."""
-    prefix = next(p for p in PREFIXES if any(name.startswith(p) for name in state_dict))
+    prefix = next(p for p in PREFIXES if any(name.startswith(p) for name in state_dict) or not p)
     return {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
 
 

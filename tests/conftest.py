@@ -1,0 +1,31 @@
+"""Fixtures of several test files."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+import webdataset
+from PIL import Image
+
+torch.set_num_threads(1)  # what the tests compute is too small to share between cores
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory):
+    """Shards: train/ with 40 images of two classes, told apart by their colour; val/ with 11; plain/ without labels."""
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for split, sizes, labelled in (("train", (16, 16, 8), True), ("val", (6, 5), True), ("plain", (16,), False)):
+        (folder / split).mkdir()
+        for number, size in enumerate(sizes):
+            with webdataset.TarWriter(str(folder / split / f"{split}-{number:06d}.tar")) as tar:
+                for i in range(size):
+                    label = i % 2
+                    pixels = rng.integers(0, 60, (24, 24, 3), dtype=np.uint8)
+                    pixels[..., 2 * label] += 180  # red or blue
+                    png = io.BytesIO()
+                    Image.fromarray(pixels).save(png, "PNG")
+                    cls = {"cls": str(label)} if labelled else {}
+                    tar.write({"__key__": f"{number}-{i}", "png": png.getvalue(), **cls})
+    return folder

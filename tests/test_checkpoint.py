@@ -1,0 +1,112 @@
+"""Checkpoint files: whole or not at all, never executed, and in the layouts of METHODS."""
+
+import collections
+
+import pytest
+import timm
+import torch
+from helpers import build
+
+from methods import METHODS
+from utils import backbones, checkpoint
+
+
+class Evil:
+    def __reduce__(self):
+        return print, ("executed",)
+
+
+def test_save__failure_leaves_the_file_before(tmp_path, monkeypatch):
+    path = tmp_path / checkpoint.LATEST
+    checkpoint.save(path, {"epoch": 1})
+
+    def breaks(content, file):
+        file.write(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", breaks)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint.save(path, {"epoch": 2})
+    monkeypatch.undo()
+    assert checkpoint.load(path, "--resume") == {"epoch": 1}
+    assert [p.name for p in tmp_path.iterdir()] == [checkpoint.LATEST]
+
+
+def test_load__refuses_code_by_name_and_does_not_run_it(tmp_path, capsys):
+    path = tmp_path / "evil.pth.tar"
+    torch.save({"state_dict": Evil()}, path)
+    with pytest.raises(ValueError, match=rf"--resume {path}: it holds a (builtins.)?print") as error:
+        checkpoint.load(path, "--resume")
+    assert "\n" not in str(error.value) and capsys.readouterr().out == ""
+
+
+def test_load__truncated_file_is_an_error(tmp_path):
+    path = tmp_path / "cut.pth.tar"
+    torch.save({"state_dict": {"w": torch.zeros(1000)}}, path)
+    path.write_bytes(path.read_bytes()[:-700])
+    with pytest.raises(ValueError, match=f"--pretrained {path}: not a readable checkpoint"):
+        checkpoint.load(path, "--pretrained")
+
+
+def test_load__tensor_alone_is_an_error(tmp_path):
+    torch.save(torch.zeros(3), tmp_path / "t.pth")
+    with pytest.raises(ValueError, match="holds a Tensor"):
+        checkpoint.load(tmp_path / "t.pth", "--pretrained")
+
+
+@pytest.fixture(scope="module")
+def resnet():
+    torch.manual_seed(3)
+    return timm.create_model("resnet18", num_classes=7)
+
+
+# METHODS.md, last table: the prefix of the trunk, and what else such a checkpoint holds
+LAYOUTS = {
+    "MoCo v1, v2, MosRep, Un-Mix": ("module.encoder_q.", ["module.encoder_k.", "module.queue", "module.queue_ptr"]),
+    "the same without DDP": ("encoder_q.", ["encoder_k.", "queue"]),
+    "MoCo-v3": ("module.base_encoder.", ["module.momentum_encoder.", "module.predictor.0.weight"]),
+    "MoCo-v3, older release": ("module.momentum_encoder.", []),
+    "supervised under DDP": ("module.", []),
+    "torchvision, timm": ("", []),
+}
+
+
+@pytest.mark.parametrize("prefix, others", LAYOUTS.values(), ids=LAYOUTS)
+def test_load_trunk__every_layout_in_the_wild(resnet, prefix, others):
+    state = collections.OrderedDict((prefix + name, value) for name, value in resnet.state_dict().items())
+    for other in others:  # weights that must not be taken for the trunk's
+        names = [other + name for name in resnet.state_dict()] if other.endswith(".") else [other]
+        state |= {name: torch.full((1,), -7.0) for name in names}
+    trunk = backbones.build("resnet18", num_classes=0)
+    checkpoint.load_trunk(trunk, METHODS["moco"].trunk(state, None), "fc", "--pretrained x")
+    loaded = trunk.state_dict()
+    assert loaded.keys() == {name for name in resnet.state_dict() if not name.startswith("fc.")}
+    assert all(torch.equal(value, resnet.state_dict()[name]) for name, value in loaded.items())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_load_trunk__our_own(method):
+    trained = build(method)
+    trunk = backbones.build("tiny_resnet", num_classes=0)
+    checkpoint.load_trunk(trunk, METHODS[method].trunk(checkpoint.prefixed(trained), None), "fc", "--pretrained x")
+    assert all(torch.equal(v, trained.encoder_q.state_dict()[k]) for k, v in trunk.state_dict().items())
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (lambda s: s.pop("layer3.0.bn1.bias"), "1 missing: layer3.0.bn1.bias"),
+    (lambda s: s.update(extra=torch.zeros(1)), "1 not in the trunk: extra"),
+    (lambda s: s.update({"conv1.weight": torch.zeros(64, 3, 3, 3)}), "1 of another shape: conv1.weight"),
+    (lambda s: s.clear(), "missing: "),
+])  # fmt: skip
+def test_load_trunk__anything_but_an_exact_cover_is_an_error(resnet, spoil, message):
+    state = {k: v for k, v in resnet.state_dict().items() if not k.startswith("fc.")}
+    spoil(state)
+    trunk = backbones.build("resnet18", num_classes=0)
+    before = checkpoint.weights_hash(trunk)
+    with pytest.raises(ValueError, match=message):
+        checkpoint.load_trunk(trunk, state, "fc", "--pretrained x")
+    assert checkpoint.weights_hash(trunk) == before
+
+
+def test_trunk_state__of_nothing_is_empty():
+    assert checkpoint.trunk_state({}) == {}

@@ -1,0 +1,178 @@
+"""main_lincls.py: the protocol, the frozen trunk, each validation image once, and what bad input says."""
+
+import json
+import re
+
+import pytest
+import torch
+from helpers import TINY, spawn
+
+import main_lincls
+import main_pretrain
+from utils import backbones, checkpoint, optim
+
+FLAGS = ["--method", "moco", "--device", "cpu", "--amp", "fp32", "--workers", "0", "--size", "64", "--batch-size", "8"]
+FLAGS += ["--lr", "3.2", "--trust", "0"]
+
+
+@pytest.fixture(scope="module")
+def trained(images, tmp_path_factory):
+    """The folder of a run of one epoch."""
+    folder = tmp_path_factory.mktemp("run")
+    flags = ["--method", "moco", "--shards", f"{images}/train", "--output-dir", str(folder), "--epochs", "1", *TINY]
+    main_pretrain.main([*flags, "--device", "cpu", "--amp", "fp32", "--workers", "0"])
+    return folder
+
+
+def probe(images, trained, out, *flags):
+    splits = ["--train-shards", f"{images}/train", "--val-shards", f"{images}/val"]
+    main_lincls.main(["--pretrained", str(trained), *splits, "--output-dir", str(out), *FLAGS, *map(str, flags)])
+    return json.loads((out / "result.json").read_text())
+
+
+def test_main_lincls__learns_and_tells(images, trained, tmp_path):
+    result = probe(images, trained, tmp_path, "--epochs", 4)
+    assert result["best"]["top1"] == 100.0  # red and blue
+    assert result["last"]["top5"] == 100.0 and result["last"]["epoch"] == 3
+    assert result["protocol"]["lr"] == 3.2 and result["protocol"]["arch"] == "tiny_resnet"
+    path = trained / checkpoint.LATEST
+    assert result["checkpoint_sha256"] == checkpoint.file_hash(path)
+    trunk = backbones.build("tiny_resnet", num_classes=0)
+    checkpoint.load_trunk(trunk, checkpoint.trunk_state(checkpoint.load(path, "x")["state_dict"]), "fc", "x")
+    assert result["trunk_sha256"] == checkpoint.weights_hash(trunk)  # BatchNorm statistics included
+
+
+@pytest.mark.parametrize("method", ["moco", "mosrep"])
+def test_main_lincls__published_protocol_is_the_default(method):
+    paths = ["--pretrained", "p", "--train-shards", "t", "--val-shards", "v"]
+    args = main_lincls.get_args(["--method", method, *paths])
+    assert (args.epochs, args.batch_size, args.momentum, args.weight_decay, args.trust) == (90, 4096, 0.9, 0.0, 0.001)
+    assert (args.size, args.resize, args.crop_min) == (224, 256, 0.08)
+    assert optim.scaled_lr(args.lr, args.batch_size) == pytest.approx(3.2)
+
+
+def test_sgd__layer_wise_rate_is_that_of_a_slow_loop():
+    torch.manual_seed(0)
+    fc = torch.nn.Linear(5, 3)
+    ours = optim.sgd(fc.parameters(), 3.2, 0.9, 0.0, 0.001)
+    weights = [p.detach().clone() for p in fc.parameters()]
+    moving = [torch.zeros_like(w) for w in weights]
+    for _ in range(4):
+        for i, p in enumerate(fc.parameters()):
+            p.grad = torch.randn_like(p)
+            rate = 0.001 * weights[i].norm() / p.grad.norm()  # not clipped at the learning rate
+            moving[i] = 0.9 * moving[i] + p.grad * rate
+            weights[i] = weights[i] - 3.2 * moving[i]
+        ours.step()
+    for p, w in zip(fc.parameters(), weights, strict=True):
+        assert torch.allclose(p, w, rtol=1e-5, atol=1e-7)
+
+
+def evaluate_here(images, fc_state, batch):
+    """Top-1 of a fixed classifier by main_lincls' own evaluation, on this process's share of the images."""
+    flags = ["--pretrained", "random", "--arch", "tiny_resnet", "--train-shards", "x", "--val-shards", "x", *FLAGS]
+    args = main_lincls.get_args([*flags, "--batch-size", str(batch)])
+    torch.manual_seed(5)
+    trunk, _ = main_lincls.build_trunk(args)
+    fc = torch.nn.Linear(trunk.num_features, 2)
+    fc.load_state_dict(fc_state)
+    index = main_lincls.load_index(f"{images}/val")
+    return main_lincls.evaluate(args, index, trunk, fc, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("batch", [2, 4, 16])
+def test_evaluate__each_image_counts_once_on_one_and_two_processes(images, batch):
+    torch.manual_seed(6)
+    state = torch.nn.Linear(96, 2).state_dict()
+    one = evaluate_here(images, state, 1)
+    assert (one["top1"] * 11 / 100) == pytest.approx(round(one["top1"] * 11 / 100))  # a whole number of the 11 images
+    assert evaluate_here(images, state, batch) == one
+    if batch == 4:
+        assert spawn(evaluate_here, images, state, batch) == [one, one]
+
+
+def test_evaluate__lost_images_are_an_error(images, monkeypatch):
+    short = [(0, torch.arange(10).numpy())]
+    monkeypatch.setattr(main_lincls, "evaluation_batches", lambda index, batch: lambda: iter(short))
+    with pytest.raises(RuntimeError, match="validation counted 10 images, the index has 11"):
+        evaluate_here(images, torch.nn.Linear(96, 2).state_dict(), 4)
+
+
+def test_main_lincls__classifier_starts_as_published(images, trained, tmp_path, monkeypatch):
+    seen = {}
+
+    def look(args, train_index, val_index, trunk, fc, *rest):
+        seen.update(weight=fc.weight.detach(), bias=fc.bias.detach(), training=trunk.training)
+        seen["grad"] = any(p.requires_grad for p in trunk.parameters())
+        yield {"epoch": 0, "top1": 1.0, "top5": 1.0}
+
+    monkeypatch.setattr(main_lincls, "train", look)
+    probe(images, trained, tmp_path, "--epochs", 1)
+    assert seen["weight"].std().item() == pytest.approx(0.01, rel=0.2) and not seen["bias"].any()
+    assert not seen["training"] and not seen["grad"]
+
+
+def test_main_lincls__resumed_probe_is_the_unbroken_probe(images, trained, tmp_path, monkeypatch):
+    whole = probe(images, trained, tmp_path / "whole", "--epochs", 3)
+    evaluate, calls = main_lincls.evaluate, []
+
+    def dies(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return evaluate(*args)
+
+    monkeypatch.setattr(main_lincls, "evaluate", dies)
+    with pytest.raises(KeyboardInterrupt):
+        probe(images, trained, tmp_path / "part", "--epochs", 3)
+    monkeypatch.undo()
+    assert checkpoint.load(tmp_path / "part" / checkpoint.LATEST, "x")["epoch"] == 1
+    part = probe(images, trained, tmp_path / "part", "--epochs", 3, "--resume", "auto")
+    assert (part["best"], part["last"]) == (whole["best"], whole["last"])
+    saved = [checkpoint.load(tmp_path / name / checkpoint.LATEST, "x")["state_dict"] for name in ("whole", "part")]
+    assert torch.equal(*(state["module.weight"] for state in saved))
+    again = probe(images, trained, tmp_path / "part", "--epochs", 3, "--resume", "auto")  # nothing left to do
+    assert again["last"] == whole["last"]
+
+
+def test_main_lincls__auto_does_not_continue_another_probe(images, trained, tmp_path, capsys):
+    probe(images, trained, tmp_path, "--epochs", 1)
+    result = probe(images, trained, tmp_path, "--epochs", 2, "--resume", "auto")
+    assert "another probe (different: epochs)" in capsys.readouterr().out and result["last"]["epoch"] == 1
+
+
+def test_main_lincls__random_trunk(images, tmp_path):
+    result = probe(images, "random", tmp_path, "--epochs", 1, "--arch", "tiny_resnet")
+    assert result["checkpoint_sha256"] is None
+
+
+def broken(trained, tmp_path):
+    saved = checkpoint.load(trained / checkpoint.LATEST, "x")
+    del saved["state_dict"]["module.encoder_q.layer1.0.conv1.weight"]
+    torch.save(saved, tmp_path / "broken.pth.tar")
+    return tmp_path / "broken.pth.tar"
+
+
+BAD = {
+    "missing checkpoint": (["--pretrained", "/nowhere"], "--pretrained /nowhere/?.*: no such file"),
+    "another arch": (["--arch", "resnet18"], "does not cover the trunk exactly .* pass the --arch"),
+    "no labels": (["--val-shards", "{images}/plain"], "--val-shards .*plain: .*needs labels"),
+    "no shards": (["--train-shards", "/nowhere"], "--train-shards /nowhere: "),
+    "large batch": (["--batch-size", "64"], "--batch-size 64: larger than the training set of 40"),
+    "small resize": (["--resize", "32"], "--resize 32: must lie in"),
+}
+
+
+@pytest.mark.parametrize("flags, message", BAD.values(), ids=BAD)
+def test_main_lincls__bad_input_is_one_line(images, trained, tmp_path, capsys, flags, message):
+    with pytest.raises(SystemExit) as stop:
+        probe(images, trained, tmp_path / "out", *[f.format(images=images) for f in flags])
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and line.startswith("main_lincls.py: error: ") and re.search(message, line), line
+    assert not (tmp_path / "out").exists()
+
+
+def test_main_lincls__a_trunk_that_does_not_match_is_never_probed(images, trained, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        probe(images, broken(trained, tmp_path), tmp_path / "out")
+    assert "1 missing: layer1.0.conv1.weight" in capsys.readouterr().err and not (tmp_path / "out").exists()

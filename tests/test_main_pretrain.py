@@ -1,0 +1,181 @@
+"""main_pretrain.py as a user meets it: what a run writes, that it resumes exactly, and what bad input says."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import TINY
+
+import main_pretrain
+from utils import checkpoint
+
+ROOT = Path(__file__).parent.parent
+FLAGS = [*TINY, "--device", "cpu", "--amp", "fp32", "--workers", "0", "--print-freq", "2"]
+
+
+def run(images, out, *flags, method="moco"):
+    shift = ["--shift-range", "14"] if method == "mosrep" else []
+    main_pretrain.main(
+        ["--method", method, "--shards", f"{images}/train", "--output-dir", str(out), *FLAGS, *shift, *map(str, flags)]
+    )
+    return checkpoint.load(out / checkpoint.LATEST, "--resume")
+
+
+def same(a, b):
+    """Equal to the last bit, however nested."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def weights(saved):
+    return {k: saved[k] for k in ("epoch", "state_dict", "optimizer", "scaler")}
+
+
+@pytest.mark.parametrize("method", ["moco", "mosrep"])
+def test_main_pretrain__what_a_run_writes(images, tmp_path, method, capsys):
+    saved = run(images, tmp_path, "--epochs", 2, "--save-freq", 1, "--lr", 0.32, method=method)
+    out = capsys.readouterr().out
+    assert "learning rate 0.32 x 8 / 256 = 0.01" in out
+    candidates = {"moco": 1 + 32, "mosrep": (8 + 32) ** 2}[method]  # MosRep's loss is the sum of two
+    assert f"(chance {math.log(candidates):.3f})" in out
+    assert f"{tmp_path}/" in out and f"bash linear_{method}.sh" in out
+
+    names = {p.name for p in tmp_path.iterdir()}
+    assert {"checkpoint_0000.pth.tar", "checkpoint_0001.pth.tar", "checkpoint_latest.pth.tar", "config.json"} <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(m["epoch"], m["step"]) for m in lines] == [(0, 1), (0, 3), (0, 4), (1, 1), (1, 3), (1, 4)]
+    assert {"loss", "top1", "lr", "images_per_s", "data_wait"} <= lines[0].keys()
+    assert [m["lr"] for m in lines] == pytest.approx([0.01] * 3 + [0.01 * 0.5 * (1 + math.cos(math.pi / 2))] * 3)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["flags"]["moco_k"] == 32 and len(config["index"]) == 64
+    assert torch.__version__.startswith(config["versions"]["torch"])
+
+    assert (saved["epoch"], saved["arch"], saved["method"]) == (2, "tiny_resnet", method)
+    assert all(name.startswith("module.") for name in saved["state_dict"])
+    assert saved["state_dict"]["module.queue"].shape == (16, 32)
+    assert saved["state_dict"]["module.queue_ptr"].tolist() == [2 * 40 % 32]
+
+
+@pytest.mark.parametrize("method", ["moco", "mosrep"])
+def test_main_pretrain__resumed_run_is_the_unbroken_run(images, tmp_path, method):
+    whole = run(images, tmp_path / "whole", "--epochs", 2, "--save-freq", 1, method=method)
+    part = tmp_path / "part"
+    part.mkdir()
+    (tmp_path / "whole/checkpoint_0000.pth.tar").rename(part / checkpoint.LATEST)
+    torch.manual_seed(12345)  # the global random state decides nothing
+    assert same(weights(run(images, part, "--epochs", 2, "--resume", "auto", method=method)), weights(whole))
+
+
+def test_main_pretrain__workers_and_global_random_state_change_nothing(images, tmp_path):
+    one = run(images, tmp_path / "a", "--epochs", 1)
+    torch.manual_seed(999)
+    two = run(images, tmp_path / "b", "--epochs", 1, "--workers", 2)
+    assert same(weights(one), weights(two))
+    assert not same(weights(one), weights(run(images, tmp_path / "c", "--epochs", 1, "--seed", 1)))
+
+
+def test_main_pretrain__without_labels(images, tmp_path):
+    assert run(images, tmp_path, "--epochs", 1, "--shards", f"{images}/plain")["epoch"] == 1
+
+
+def test_main_pretrain__queue_larger_than_the_data_warns(images, tmp_path, capsys):
+    run(images, tmp_path, "--epochs", 1, "--moco-k", 64)
+    assert "warning: --moco-k 64 is larger than the data set (40 images)" in capsys.readouterr().out
+
+
+def fails(capsys, *argv):
+    """The one line that the command leaves on stderr, having changed nothing."""
+    with pytest.raises(SystemExit) as stop:
+        main_pretrain.main([str(a) for a in argv])
+    err = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and len(err) == 1 and err[0].startswith("main_pretrain.py: error: ")
+    return err[0]
+
+
+BAD = {
+    "missing shards": (["--shards", "/nowhere/train"], "--shards /nowhere/train: "),
+    "empty pattern": (["--shards", "/nowhere/train-{0000..0003}.tar"], "--shards /nowhere/train-{0000..0003}.tar: "),
+    "unknown arch": (["--arch", "resnet5O"], "--arch resnet5O: .*resnet50"),
+    "no feature map": (["--arch", "vit_tiny_patch16_224", "--size", "224"], "--arch vit_tiny_patch16_224: .*feature map"),
+    "queue and batch": (["--moco-k", "30"], "--moco-k 30: .*24 or 32 would do"),
+    "small queue": (["--moco-k", "5"], "--moco-k 5: .*8 would do"),
+    "small views": (["--size", "16"], "--size 16: .*stride of 32"),
+    "batch and groups": (["--bn-splits", "3"], "--batch-size 8: .*6 would do"),
+    "large batch": (["--batch-size", "64", "--moco-k", "64"], "--batch-size 64: larger than the data set of 40"),
+    "lanes": (["--lanes", "3"], "--lanes 3: must divide --batch-size 8"),
+    "zero epochs": (["--epochs", "0"], "--epochs 0: must be above 0"),
+    "other device": (["--amp", "fp16"], "--amp fp16: .*--amp auto"),
+    "missing checkpoint": (["--resume", "/nowhere/c.pth.tar"], "--resume /nowhere/c.pth.tar: no such file"),
+    "output below a file": (["--output-dir", "/proc/version/run"], "--output-dir /proc/version/run: "),
+    "abbreviation": (["--epoch", "1"], "unrecognized arguments: --epoch 1"),
+    "flag of another method": (["--shift-range", "3"], "unrecognized arguments: --shift-range 3"),
+}
+
+
+@pytest.mark.parametrize("flags, message", BAD.values(), ids=BAD)
+def test_main_pretrain__bad_input_is_one_line(images, tmp_path, capsys, flags, message):
+    line = fails(capsys, "--method", "moco", "--shards", images / "train", "--output-dir", tmp_path / "run", *FLAGS, *flags)
+    assert re.search(message, line), line
+    assert not list(tmp_path.glob("run/*"))
+
+
+def test_main_pretrain__mosaic_takes_four_images(images, tmp_path, capsys):
+    line = fails(capsys, "--shards", images / "train", "--output-dir", tmp_path, *FLAGS, "--shift-range", 9, "--bn-splits", 4)
+    assert "--batch-size 8: leaves 2 images" in line and "16 would do" in line
+
+
+def test_main_pretrain__a_run_is_not_gone_over_by_another(images, tmp_path, capsys):
+    run(images, tmp_path, "--epochs", 1)
+    before = (tmp_path / checkpoint.LATEST).read_bytes()
+    again = ["--shards", images / "train", "--output-dir", tmp_path, *FLAGS]
+    assert "holds a run already" in fails(capsys, "--method", "moco", *again)
+    resume = ["--resume", "auto", "--epochs", 2]
+    other = fails(capsys, "--method", "mosrep", *again, *resume, "--shift-range", 9)
+    assert "is a run with --method moco, not mosrep" in other
+    assert "with --arch tiny_resnet, not resnet18" in fails(capsys, "--method", "moco", *again, *resume, "--arch", "resnet18")
+    assert "--moco-k 32" in fails(capsys, "--method", "moco", *again, *resume, "--moco-k", 64)
+    assert (tmp_path / checkpoint.LATEST).read_bytes() == before
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 and no more"])
+def test_main_pretrain__foreign_checkpoint_is_one_line(images, tmp_path, capsys, content):
+    path = tmp_path / "foreign.pth.tar"
+    path.write_bytes(content)
+    paths = ["--shards", images / "train", "--output-dir", tmp_path / "o", "--resume", path]
+    line = fails(capsys, "--method", "moco", *FLAGS, *paths)
+    assert f"--resume {path}: " in line
+
+
+def test_main_pretrain__not_finite_loss_stops(images, tmp_path):
+    with pytest.raises(FloatingPointError, match="loss is nan|loss is inf"):
+        run(images, tmp_path, "--epochs", 3, "--lr", 1e30)
+
+
+def test_main_pretrain__underscores_are_dashes():
+    args = main_pretrain.get_args(["--method", "moco", "--shards", "x", "--moco_k", "64", "--batch_size=32"])
+    assert (args.moco_k, args.batch_size) == (64, 32)
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--batch-size", "9", "--moco-k", "36"], "--batch-size 9: must divide evenly over 2 processes"),
+    (["--shards", "/nowhere"], "--shards /nowhere: "),
+    (["--lr", "1e30", "--epochs", "3"], "FloatingPointError: the loss is"),
+])  # fmt: skip
+def test_main_pretrain__failure_on_two_processes_exits_non_zero(images, tmp_path, flags, message):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "main_pretrain.py"]
+    command += ["--method", "moco", "--shards", images / "train", "--output-dir", tmp_path / "run", *FLAGS]
+    command += ["--arch", "resnet18", "--size", "32", *flags]
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=170)
+    assert done.returncode != 0 and message in done.stderr, done.stderr
+    assert not (tmp_path / "run" / checkpoint.LATEST).exists()
