@@ -1,0 +1,103 @@
+"""What several test files share: a method built from real flags, its inputs, and functions run on several processes."""
+
+import multiprocessing
+import os
+import pickle
+import tempfile
+import time
+import warnings
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as td
+import torch.multiprocessing as mp
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.convnext import ConvNeXt
+from timm.models.resnet import BasicBlock, ResNet
+
+import main_pretrain
+from methods import METHODS
+from utils import dist
+
+TINY = ["--arch", "tiny_resnet", "--size", "64", "--moco-dim", "16", "--moco-k", "32", "--batch-size", "8"]
+
+# timm has tiny trunks of its own (test_resnet, test_convnext), but not yet in the oldest release that requirements.txt allows
+default_cfgs = generate_default_cfgs({"tiny_resnet.x": {"classifier": "fc"}, "tiny_convnext.x": {"classifier": "head.fc"}})
+
+
+@register_model
+def tiny_resnet(pretrained=False, **kwargs):
+    """A ResNet with 96 channels at stride 32."""
+    model = {"block": BasicBlock, "layers": (1, 1, 1, 1), "channels": (64, 32, 48, 96)} | kwargs
+    return build_model_with_cfg(ResNet, "tiny_resnet", pretrained, **model)
+
+
+@register_model
+def tiny_convnext(pretrained=False, **kwargs):
+    """A ConvNeXt with 64 channels at stride 32."""
+    model = {"depths": (1, 1, 1, 1), "dims": (16, 24, 32, 64)} | kwargs
+    return build_model_with_cfg(ConvNeXt, "tiny_convnext", pretrained, **model)
+
+
+def method_args(name, *flags):
+    """What main_pretrain.py makes of `--method name flags`: a tiny trunk, the CPU, no data set. Later flags win."""
+    shift = ["--shift-range", "14"] if name == "mosrep" else []
+    return main_pretrain.get_args(
+        ["--method", name, "--shards", "none", "--device", "cpu", "--amp", "fp32", *TINY, *shift, *flags]
+    )
+
+
+def build(name, *flags, seed=0):
+    """A method in training mode whose query and key side differ in everything, and where no BatchNorm scale hides a branch."""
+    torch.manual_seed(seed)
+    method = METHODS[name](method_args(name, *flags)).to(memory_format=torch.channels_last).train()
+    with torch.no_grad():
+        for parameter in method.parameters():
+            noise = torch.randn_like(parameter)
+            parameter.add_(0.3 * noise if parameter.ndim == 1 else 0.3 * parameter * noise)
+        for buffer_name, buffer in method.named_buffers():
+            if "running" in buffer_name:
+                buffer.add_(torch.rand_like(buffer))
+    return method
+
+
+def random_views(n, size=64, local_crops=4, seed=1):
+    """Query views, key views and, unless `local_crops` is 0, local crops of n images."""
+    rng = torch.Generator().manual_seed(seed)
+    whole = [torch.randn(n, 3, size, size, generator=rng) for _ in range(2)]
+    return [*whole, torch.randn(n, local_crops, 3, size // 2, size // 2, generator=rng)] if local_crops else whole
+
+
+def spawn(fn, *args, processes=2, timeout=150):
+    """[fn(*args) of process 0, of process 1, ...], in processes that gloo joins as torchrun would. fn: from a test module.
+
+    The first error in a process is raised here with its traceback; after an error or `timeout` seconds all of them are ended.
+    """
+    # as torchrun's agent does, the store is ours and takes a port that is free
+    store = td.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    # the fork server imports the slow libraries once for all tests
+    multiprocessing.set_forkserver_preload(["torch", "torchvision", "timm", "pytest", "torch.utils.tensorboard"])
+    start = partial(mp.start_processes, nprocs=processes, join=False, start_method="forkserver")
+    with tempfile.TemporaryDirectory() as folder:
+        running, end = start(_process, (processes, store.port, folder, fn, args)), time.monotonic() + timeout
+        try:
+            while not running.join(timeout=1):
+                if time.monotonic() > end:
+                    raise TimeoutError(f"{fn.__name__} on {processes} processes: not done after {timeout} seconds")
+        finally:
+            for process in running.processes:
+                process.kill()
+        return [pickle.loads(Path(folder, str(rank)).read_bytes()) for rank in range(processes)]
+
+
+def _process(rank, processes, port, folder, fn, args):
+    warnings.simplefilter("error")
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    dist.setup("cpu")
+    td.barrier()  # gloo may hang if a process leaves while another still connects
+    result = fn(*args)
+    Path(folder, str(rank)).write_bytes(pickle.dumps(result))
+    dist.teardown()
