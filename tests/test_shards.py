@@ -1,0 +1,272 @@
+import itertools
+import os
+import random
+import tarfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from shards_helpers import chi_square, one_color, write_members, write_shards
+
+from utils import shards
+from utils.index import IMAGE_EXTENSIONS, Index, Shard, load_index
+from utils.shards import Reader, default_lanes, epoch_plan, shuffle_buffer
+
+SIZES = (10, 10, 10, 7)
+
+
+def index_of(*sizes):
+    """An index whose shards need not exist."""
+    return Index(tuple(Shard(f"/nowhere/{i}.tar", f"{i}.tar", size, 0, "") for i, size in enumerate(sizes)), None)
+
+
+def test_default_lanes__largest_power_of_two_up_to_64_that_divides():
+    for batch in range(1, 1100):
+        assert default_lanes(batch) == max(p for p in (1, 2, 4, 8, 16, 32, 64) if batch % p == 0)
+
+
+@pytest.mark.parametrize("pool", [1, 5, 4096])
+@pytest.mark.parametrize("sizes", [SIZES, (37,), (1,) * 37, (0, 30, 0, 7, 0)])
+@pytest.mark.parametrize("batch", [1, 2, 5, 6, 8, 12, 36, 37])
+def test_epoch_plan__every_sample_at_most_once(monkeypatch, pool, sizes, batch):
+    monkeypatch.setattr(shards, "POOL", pool)
+    for epoch in range(3):
+        plan = epoch_plan(index_of(*sizes), batch, 0, epoch)
+        assert plan.shape == (37 // batch, batch)
+        seen = Counter(plan.ravel().tolist())
+        assert max(seen.values()) == 1 and set(seen) <= set(range(37))
+        if 37 % batch == 0:
+            assert set(seen) == set(range(37))
+
+
+@pytest.mark.parametrize("lanes", [1, 2, 3, 4, 6, 12])
+def test_epoch_plan__exactly_once_with_any_lanes(lanes):
+    assert sorted(epoch_plan(index_of(10, 10, 10, 6), 12, 5, 1, lanes).ravel()) == list(range(36))
+
+
+def test_epoch_plan__lanes_must_divide_the_batch():
+    with pytest.raises(ValueError, match="--lanes 5.*--batch-size 12"):
+        epoch_plan(index_of(*SIZES), 12, 0, 0, lanes=5)
+
+
+def test_epoch_plan__function_of_seed_and_epoch_alone():
+    """A new seed and a new epoch give another order, (1, 2) is not (2, 1), and the global random state decides nothing."""
+    plans = {}
+    for seed, epoch in itertools.product(range(5), range(5)):
+        plans[seed, epoch] = epoch_plan(index_of(*SIZES), 4, seed, epoch).tobytes()
+    assert len(set(plans.values())) == 25
+    for seed, epoch in [(3, 1), (0, 4), (1, 3)]:
+        np.random.seed(epoch)
+        random.seed(epoch)
+        assert epoch_plan(index_of(*SIZES), 4, seed, epoch).tobytes() == plans[seed, epoch]
+
+
+@pytest.mark.parametrize("pool", [1, 6, 4096])
+@pytest.mark.parametrize("sizes, batch, lanes", [((5, 2, 1), 4, 2), ((1, 11), 6, 1), (SIZES, 12, 4), ((9,), 4, 4)])
+def test_epoch_plan__positions_are_uniform_over_epochs(monkeypatch, pool, sizes, batch, lanes):
+    """Exact law: any sample is at any position, or among those left over, with equal probability. Even without any mixing."""
+    monkeypatch.setattr(shards, "POOL", pool)
+    index, epochs = index_of(*sizes), 1500
+    counts = np.zeros((index.total, index.total // batch * batch))
+    for epoch in range(epochs):
+        plan = epoch_plan(index, batch, 7, epoch, lanes).ravel()
+        counts[plan, np.arange(len(plan))] += 1
+    left_over = epochs - counts.sum(1, keepdims=True)
+    positions = counts.shape[1]
+    for sample in range(index.total):
+        expected = np.full(positions, epochs / index.total)
+        observed = counts[sample]
+        if positions < index.total:
+            observed = np.append(observed, left_over[sample])
+            expected = np.append(expected, epochs * (1 - positions / index.total))
+        assert chi_square(observed, expected) < 5
+
+
+def test_epoch_plan__cuts_a_ring_of_permuted_shards_into_lanes(monkeypatch):
+    """Without mixing, the lanes one after the other are the shards in random order, entered anywhere; batches dealt evenly."""
+    monkeypatch.setattr(shards, "POOL", 1)
+    index, batch, lanes = index_of(*SIZES, 3), 8, 4
+    first = [0, 10, 20, 30, 37, 40]
+    orders, entries = Counter(), set()
+    for epoch in range(1000):
+        plan = epoch_plan(index, batch, 0, epoch, lanes)
+        ring = [plan[s, lane * 2 + k] for lane in range(lanes) for s in range(len(plan)) for k in range(2)]
+        entries.add(int(ring[0]))
+        ring = np.roll(ring, -ring.index(0)).tolist()  # begin with shard 0
+        order = []
+        while ring:
+            shard = first.index(ring[0])
+            samples = list(range(first[shard], first[shard + 1]))
+            assert ring[: len(samples)] == samples
+            order.append(shard)
+            ring = ring[len(samples) :]
+        orders[tuple(order)] += 1
+    assert len(entries) == 40 and len(orders) == 24
+    assert chi_square(list(orders.values()), [1000 / 24] * 24) < 5
+
+
+@pytest.mark.parametrize("batch, lanes", [(4, 1), (64, 64), (48, 16), (100, 100)])
+def test_epoch_plan__pool_is_bounded(monkeypatch, batch, lanes):
+    """All windows together hold POOL images; each lane's samples are those of its own range."""
+    calls = []
+
+    def spy(ranges, places, rng):
+        calls.append((ranges.copy(), places))
+        return shuffle_buffer(ranges, places, rng)
+
+    monkeypatch.setattr(shards, "shuffle_buffer", spy)
+    plan = epoch_plan(index_of(*[1000] * 13), batch, 0, 0, lanes)
+    ((ranges, places),) = calls
+    assert shards.POOL - lanes < places * lanes <= shards.POOL <= 5000
+    for lane, (range_, emitted) in enumerate(zip(ranges, plan.reshape(len(plan), lanes, -1).swapaxes(0, 1), strict=True)):
+        assert set(range_) == set(emitted.ravel()), lane
+        assert places >= len(range_) or not np.array_equal(np.sort(range_[:100]), np.sort(emitted.ravel()[:100]))
+
+
+@pytest.mark.parametrize("length, places", [(40, 1), (40, 7), (40, 39), (40, 40), (40, 99), (1, 1), (0, 3)])
+def test_shuffle_buffer__each_row_keeps_its_items_and_none_leaves_early(length, places):
+    ranges = np.random.default_rng(1).permutation(30 * length).reshape(30, length)
+    before = ranges.copy()
+    out = shuffle_buffer(ranges, places, np.random.default_rng(0))
+    assert np.array_equal(ranges, before)
+    held = []
+    for row, emitted in zip(ranges.tolist(), out.tolist(), strict=True):
+        assert sorted(row) == sorted(emitted)
+        for turn, item in enumerate(emitted):
+            assert row.index(item) < turn + places  # in the buffer by then
+        read = [min(turn + places, length) for turn in range(length)]
+        held.append(max((r - turn for turn, r in enumerate(read)), default=0))
+    assert max(held) <= places
+    if places == 1:
+        assert np.array_equal(out, ranges)
+
+
+def law(waiting, buffer, places):
+    """{order of emission: probability} of a shuffle buffer, by walking every branch."""
+    buffer, waiting = buffer + waiting[: places - len(buffer)], waiting[places - len(buffer) :]
+    if not buffer:
+        return {(): 1.0}
+    out = Counter()
+    for i, item in enumerate(buffer):
+        for tail, p in law(waiting, buffer[:i] + buffer[i + 1 :], places).items():
+            out[item, *tail] += p / len(buffer)
+    return out
+
+
+@pytest.mark.parametrize("length, places", [(5, 2), (5, 3), (4, 4), (3, 8)])
+def test_shuffle_buffer__has_the_law_of_a_plain_list(length, places):
+    expected, n = law(list(range(length)), [], places), 12000
+    emitted = shuffle_buffer(np.tile(np.arange(length), (n, 1)), places, np.random.default_rng(3)).tolist()
+    counts = Counter(tuple(row) for row in emitted)
+    assert set(counts) <= set(expected)
+    assert chi_square([counts[order] for order in expected], [n * p for p in expected.values()]) < 5
+    for apart in (1, 2):  # neighbouring rows are independent
+        pairs = Counter((a[0], b[0]) for a, b in zip(emitted, emitted[apart:], strict=False))
+        k = min(length, places)
+        assert chi_square([pairs[p] for p in itertools.product(range(k), repeat=2)], [(n - apart) / k**2] * k**2) < 5
+
+
+@pytest.fixture
+def five(tmp_path):
+    return write_shards(tmp_path / "five", (3, 1, 4, 2, 5), label=lambda number: 100 + number)
+
+
+def open_files(folder):
+    """What this process holds open under a folder."""
+    links = [os.path.join("/proc/self/fd", fd) for fd in os.listdir("/proc/self/fd")]
+    return [os.readlink(link) for link in links if os.path.lexists(link) and os.readlink(link).startswith(f"{folder}/")]
+
+
+def slow_walk(index):
+    """[(image, label)] through tarfile, in the order of the shards."""
+    found = []
+    for shard in index.shards:
+        with tarfile.open(shard.path) as tar:
+            for member in tar:
+                stem, _, extension = member.name.partition(".")
+                if extension.lower() in IMAGE_EXTENSIONS:
+                    found.append([stem, tar.extractfile(member).read(), -1])
+                elif extension == "cls" and found and found[-1][0] == stem:
+                    found[-1][2] = int(tar.extractfile(member).read())
+    return [(image, label) for _, image, label in found]
+
+
+@pytest.mark.parametrize("open_shards", [1, 2, 5, 128])
+def test_reader__agrees_with_a_walk_through_the_tars(five, open_shards):
+    expected, folder = slow_walk(five), os.path.dirname(five.shards[0].path)
+    assert len(expected) == 15 and [label for _, label in expected] == list(range(100, 115))
+    reader = Reader(five, open_shards)
+    order = np.random.default_rng(0).permutation(np.repeat(np.arange(15), 3))
+    for sample in [*order, *range(15)]:
+        assert reader(sample) == expected[sample]
+        assert len(open_files(folder)) <= open_shards
+    assert len(open_files(folder)) == min(5, open_shards)
+    reader.close()
+    assert not open_files(folder)
+    assert reader(14) == expected[14] and reader(0) == expected[0]  # it opens again
+    del reader
+    assert not open_files(folder)
+
+
+def test_reader__keeps_the_shards_used_last(five, monkeypatch):
+    reader, opened, open_ = Reader(five, 2), [], os.open
+    monkeypatch.setattr(os, "open", lambda path, *rest: opened.append(Path(path).name) or open_(path, *rest))
+    for sample in (0, 3, 0, 4, 1, 2, 3):  # shards 0, 1, 0, 2, 0, 0, 1
+        reader(sample)
+    assert opened == ["000.tar", "001.tar", "002.tar", "001.tar"]
+
+
+def test_reader__members_in_any_order_and_unknown_ones(tmp_path):
+    a, b, c = one_color(1), one_color(2), one_color(3)
+    write_members(tmp_path / "x.tar", [
+        ("LICENSE", b"text"), ("a.cls", b" 7\n"), ("a.json", b"{}"), ("a.JPG", a),
+        ("only.json", b"{}"), ("b.png", b), ("b.cls", b"5"), ("b.txt", b"3"), ("c.webp", c), ("c.cls", b"0"),
+    ])  # fmt: skip
+    index = load_index(str(tmp_path))
+    assert index.total == 3
+    reader = Reader(index)
+    assert [reader(i) for i in range(3)] == [(a, 7), (b, 5), (c, 0)]
+    reader.close()
+
+
+@pytest.mark.parametrize("label", [None, "cat {}", ""])
+def test_reader__no_label_is_minus_one(tmp_path, label):
+    """Nor is text one: pre-training needs none."""
+    index = write_shards(tmp_path / "x", (3,), label=lambda number: label and label.format(number))
+    reader = Reader(index)
+    assert [reader(i) for i in range(3)] == [(one_color(i), -1) for i in range(3)]
+    reader.close()
+
+
+def test_reader__some_samples_without_label(tmp_path):
+    index = write_shards(tmp_path / "x", (3, 2), label=lambda number: None if number in (1, 4) else 9)
+    reader = Reader(index)
+    images, labels = zip(*[reader(i) for i in range(5)], strict=True)
+    assert list(images) == [one_color(i) for i in range(5)]
+    assert labels[1] == labels[4] == -1
+    reader.close()
+
+
+@pytest.mark.parametrize("samples", [4, 6])
+def test_reader__changed_shard(tmp_path, samples):
+    index = write_shards(tmp_path / "x", (3, 5))
+    write_shards(tmp_path / "y", (3, samples))
+    os.replace(tmp_path / "y/001.tar", tmp_path / "x/001.tar")
+    reader = Reader(index)
+    assert reader(2)[1] == 2
+    with pytest.raises(RuntimeError, match=rf"001.tar holds {samples} samples, its index says 5"):
+        reader(3)
+    reader.close()
+
+
+@pytest.mark.parametrize("when", ["before it is opened", "after it was opened"])
+def test_reader__shard_cut_short(tmp_path, when):
+    index = write_shards(tmp_path / "x", (3,))
+    reader = Reader(index)
+    if when == "after it was opened":
+        reader(0)
+    os.truncate(index.shards[0].path, 4 * 512)  # sample 0 is whole, sample 1 is not
+    with pytest.raises((RuntimeError, tarfile.TarError)):
+        reader(1)
+    reader.close()

@@ -1,0 +1,364 @@
+import io
+import itertools
+import math
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from shards_helpers import PHOTOGRAPHS, chi_square, encode, ks_distance, photograph
+from torchvision.transforms import CenterCrop, RandomResizedCrop, Resize
+from torchvision.transforms.v2 import functional as F
+
+import main_pretrain
+from methods import METHODS
+from utils.photometric import COLUMNS
+from utils.views import ViewSpec, color_parameters, crop_box, cut, decode, draw
+
+ROWS = 20_000
+LAST = 1 - 2**-53  # the largest number that `draw` gives
+
+
+def rows(n=ROWS, seed=0):
+    """n rows of draw(): 4 views of n / 4 samples."""
+    return np.concatenate([draw(seed, 3, sample, 4) for sample in range(n // 4)])
+
+
+@pytest.fixture(scope="module")
+def many():
+    return rows()
+
+
+def to_tensor(image):
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def apart(a, b):
+    """Mean absolute difference of two uint8 images, in 1/255."""
+    return (a.float() - b.float()).abs().mean().item()
+
+
+# draw
+
+
+def test_draw__row_is_a_function_of_seed_epoch_sample_and_view_alone():
+    once = {key: draw(*key, 6) for key in itertools.product((0, 1, 2**31), (0, 1, 199), (0, 1, 1_281_166))}
+    for (seed, epoch, sample), expected in reversed(once.items()):
+        np.random.seed(sample % 7)
+        torch.manual_seed(sample)
+        assert np.array_equal(draw(seed, epoch, sample, 6), expected)
+        for views in (1, 2, 5):
+            assert np.array_equal(draw(seed, epoch, sample, views), expected[:views])
+
+
+def test_draw__no_number_comes_twice():
+    """Of 53 random bits each: two streams that overlapped anywhere would repeat each other."""
+    keys = itertools.product((0, 1, 2), (0, 1, 2), [*range(40), 10**6])
+    numbers = np.concatenate([draw(*key, 6).ravel() for key in keys])
+    assert len(np.unique(numbers)) == len(numbers) == 9 * 41 * 6 * 40
+
+
+def test_draw__columns_are_uniform(many):
+    assert many.min() >= 0 and many.max() < 1
+    for column in many.T:
+        assert chi_square(np.histogram(column, 25, (0, 1))[0], [ROWS / 25] * 25) < 5
+
+
+@pytest.mark.parametrize("neighbour", ["sample", "view", "epoch", "seed", "column"])
+def test_draw__neighbours_are_uncorrelated(neighbour):
+    n = 1500
+    step = {"seed": (1, 0, 0), "epoch": (0, 1, 0), "sample": (0, 0, 1)}.get(neighbour, (0, 0, 0))
+    a = np.stack([draw(1, 1, sample, 2) for sample in range(n)])
+    b = np.stack([draw(1 + step[0], 1 + step[1], sample + step[2], 2) for sample in range(n)])
+    if neighbour == "view":
+        a, b = a[:, :1], a[:, 1:]
+    if neighbour == "column":
+        a, b = a[..., :-1], a[..., 1:]
+    a, b = a.reshape(n, -1), b.reshape(n, -1)
+    for bend in (lambda x: x, lambda x: (x - 0.5) ** 2):
+        x, y = bend(a) - bend(a).mean(0), bend(b) - bend(b).mean(0)
+        correlation = (x * y).mean(0) / (x.std(0) * y.std(0))
+        assert np.abs(correlation).max() < 4.5 / math.sqrt(n)
+
+
+# crop_box
+
+SHAPES = [(375, 500), (500, 333), (100, 400), (28, 28), (3, 5), (1, 1), (2, 2), (1, 500), (500, 1), (40, 500), (64, 48)]
+GLOBAL, LOCAL = ViewSpec("global", 224, (0.2, 1.0)), ViewSpec("local", 112, (0.1, 0.6))
+
+
+def slow_crop_box(spec, u, height, width):
+    """Torchvision's get_params with given random numbers: ten tries, one by one, then the centre."""
+    for attempt in range(10):
+        area = height * width * (spec.scale[0] + (spec.scale[1] - spec.scale[0]) * u[attempt])
+        ratio = math.exp(math.log(spec.ratio[0]) + (math.log(spec.ratio[1]) - math.log(spec.ratio[0])) * u[10 + attempt])
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return math.floor(u[20] * (height - h + 1)), math.floor(u[21] * (width - w + 1)), h, w
+    torch.manual_seed(0)
+    return RandomResizedCrop.get_params(torch.empty(3, height, width), (2.0, 2.0), spec.ratio)  # no area fits: its centre
+
+
+@pytest.mark.parametrize("spec", [GLOBAL, LOCAL, ViewSpec("probe", 224, (0.08, 1.0))], ids=lambda s: s.name)
+def test_crop_box__takes_the_first_of_ten_tries_that_fits(many, spec):
+    for height, width in SHAPES:
+        for u in many[:150]:
+            assert crop_box(spec, u, height, width) == slow_crop_box(spec, u, height, width)
+
+
+@pytest.mark.parametrize("spec", [GLOBAL, LOCAL], ids=lambda s: s.name)
+@pytest.mark.parametrize("shape", [(375, 500), (100, 260), (28, 28)])
+def test_crop_box__has_torchvisions_distribution(many, spec, shape):
+    """Of area, ratio and both positions, on a plain image, an extreme one and a tiny one."""
+    n = 2500
+    ours = np.array([crop_box(spec, u, *shape) for u in many[:n]], float)
+    torch.manual_seed(0)
+    empty = torch.empty(3, *shape)
+    theirs = np.array([RandomResizedCrop.get_params(empty, spec.scale, spec.ratio) for _ in range(n)], float)
+    for name, of in {
+        "area": lambda b: b[:, 2] * b[:, 3],
+        "ratio": lambda b: b[:, 3] / b[:, 2],
+        "top": lambda b: b[:, 0],
+        "left": lambda b: b[:, 1],
+        "place": lambda b: b[:, 0] / np.maximum(shape[0] - b[:, 2], 1) + b[:, 1] / np.maximum(shape[1] - b[:, 3], 1),
+    }.items():
+        assert ks_distance(of(ours), of(theirs)) < 1.95, name
+
+
+@pytest.mark.parametrize("shape", [(1, 500), (500, 1), (3, 400), (400, 3), (20, 500), (500, 20), (10, 10**5)])
+def test_crop_box__extreme_images_take_torchvisions_central_fallback(many, shape):
+    expected = RandomResizedCrop.get_params(torch.empty(3, *shape, device="meta"), GLOBAL.scale, GLOBAL.ratio)
+    assert {crop_box(GLOBAL, u, *shape) for u in many[:50]} == {expected}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_crop_box__lies_within_the_image(many, shape):
+    corners = [np.full(40, 0.0), np.full(40, LAST), np.r_[np.zeros(20), np.full(20, LAST)]]
+    for spec in (GLOBAL, LOCAL, ViewSpec("whole", 8, (1.0, 1.0)), ViewSpec("crumb", 8, (1e-6, 1e-3))):
+        for u in [*many[:60], *corners]:
+            top, left, height, width = crop_box(spec, u, *shape)
+            assert height >= 1 and width >= 1
+            assert 0 <= top <= top + height <= shape[0] and 0 <= left <= left + width <= shape[1]
+
+
+# cut
+
+
+@pytest.mark.parametrize("name", PHOTOGRAPHS)
+@pytest.mark.parametrize("spec", [GLOBAL, LOCAL, ViewSpec("enlarged", 384, (0.1, 0.3))], ids=lambda s: s.name)
+def test_cut__agrees_with_torchvision_and_pil_on_photographs(many, name, spec):
+    photo = photograph(name)
+    decoded = decode(encode(photo, "PNG"))
+    for u in many[100:104]:
+        view = cut(decoded, spec, u)
+        assert view.shape == (3, spec.size, spec.size) and view.dtype == torch.uint8
+        top, left, height, width = crop_box(spec, u, *decoded.shape[1:])
+        size = [spec.size, spec.size]
+        theirs = F.resized_crop(to_tensor(photo), top, left, height, width, size, antialias=True)
+        pil = to_tensor(photo.crop((left, top, left + width, top + height)).resize(size, Image.Resampling.BILINEAR))
+        if u[22] < 0.5:
+            theirs, pil = theirs.flip(2), pil.flip(2)
+        assert apart(view, theirs) < 0.6 and apart(view, pil) < 0.6  # the bound of the issue is 1.5
+        assert apart(view.flip(2), pil) > 5  # the test can tell
+        assert torch.equal(cut(decoded.contiguous(), spec, u), view)  # whatever the memory layout
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 500), (500, 1), (28, 28), (2, 3)])
+def test_cut__tiny_images(many, shape):
+    image = torch.randint(256, (3, *shape), dtype=torch.uint8)
+    for spec in (GLOBAL, ViewSpec("test", 20, resize=24)):
+        view = cut(image, spec, many[0])
+        assert view.shape == (3, spec.size, spec.size)
+        if shape == (1, 1):
+            assert torch.equal(view, image.expand_as(view))
+
+
+def test_cut__flip_is_the_mirror_image_half_of_the_time(many):
+    image = (torch.arange(64).repeat(3, 48, 1) * 4).to(torch.uint8)  # brighter to the right
+    flipped = []
+    for u in many[:3000]:
+        view = cut(image, ViewSpec("v", 4), u).int()
+        flipped.append(bool(view[0, 0, 0] > view[0, 0, -1]))
+        assert view[0, 0, 0] != view[0, 0, -1]
+    assert abs(np.mean(flipped) - 0.5) < 4 * 0.5 / math.sqrt(3000)
+    photo = to_tensor(photograph("chelsea"))
+    for u in many[:5]:
+        plain, mirrored = (cut(photo, ViewSpec("v", 32, flip_p=p), u) for p in (0.0, 1.0))
+        assert torch.equal(plain.flip(2), mirrored) and not torch.equal(plain, mirrored)
+    for p in (0.2, 0.9):
+        share = np.mean([torch.equal(cut(image, ViewSpec("v", 4, flip_p=p), u), cut(image, ViewSpec("v", 4, flip_p=1), u))
+                         for u in many[:1000]])  # fmt: skip
+        assert abs(share - p) < 4 * math.sqrt(p * (1 - p) / 1000)
+
+
+@pytest.mark.parametrize("shape", [(375, 500), (500, 333), (257, 301), (301, 257), (256, 256), (225, 999), (70, 41)])
+def test_cut__test_view_is_resize_and_centre_crop(many, shape):
+    photo = photograph("astronaut").resize(shape[::-1])
+    spec = ViewSpec("test", 224, resize=256)
+    view = cut(decode(encode(photo, "PNG")), spec, many[0])
+    theirs = CenterCrop(224)(Resize(256, antialias=True)(to_tensor(photo)))
+    pil = to_tensor(CenterCrop(224)(Resize(256)(photo)))
+    assert view.shape == (3, 224, 224) and apart(view, theirs) < 0.6 and apart(view, pil) < 0.6
+    assert max(apart(view.roll(1, dim), pil) for dim in (1, 2)) > 2  # a centre one pixel off would show
+    for u in many[1:4]:
+        assert torch.equal(cut(to_tensor(photo), spec, u), view)  # nothing random
+    neutral = torch.tensor([1, 1, 1, 0, -1, 0, 0, 0]).float()
+    assert torch.equal(torch.from_numpy(color_parameters(spec, many[:50])), neutral.expand(50, 8))
+
+
+# color_parameters
+
+JITTER = (0.4, 0.4, 0.4, 0.1)
+PUBLISHED = {  # METHODS.md, "Shared augmentation vocabulary", and its kinds of views in order: (count, size, scale)
+    "moco": (["--method", "moco"], [(1, 224, (0.2, 1.0))] * 2),
+    "moco multi-crop": (["--method", "moco", "--local-crops", "4"],
+                        [(1, 224, (0.2, 1.0))] * 2 + [(4, 112, (0.1, 0.6))]),
+    "mosrep": (["--method", "mosrep"], [(1, 224, (0.2, 1.0))] * 2 + [(4, 112, (0.1, 0.6))]),
+}  # fmt: skip
+
+
+def uniform(values, low, high):
+    assert values.min() >= low - 1e-6 and values.max() <= high + 1e-6
+    bins = max(5, min(20, len(values) // 50))
+    return chi_square(np.histogram(values, bins, (low - 1e-6, high + 1e-6))[0], [len(values) / bins] * bins) < 5
+
+
+def often(flags, p):
+    return abs(flags.mean() - p) <= 4 * math.sqrt(p * (1 - p) / len(flags))
+
+
+@pytest.mark.parametrize("method", PUBLISHED)
+def test_views__of_each_method_are_the_published_ones(many, method):
+    flags, expected = PUBLISHED[method]
+    args = main_pretrain.get_args([*flags, "--shards", "none"])
+    specs = METHODS[args.method].views(args)
+    found = [(s.count, s.size, s.scale) for s in specs]
+    assert sorted(found) == sorted(expected)
+    for spec in specs:
+        assert spec.ratio == (3 / 4, 4 / 3) and spec.flip_p == 0.5 and spec.resize is None
+        check_parameters(spec, many, JITTER, jitter_p=0.8, gray_p=0.2, blur_p=0.5, solarize_p=0)
+
+
+@pytest.mark.parametrize("view, blur_p, solarize_p", [(1, 1.0, 0.0), (2, 0.1, 0.2)])
+def test_color_parameters__of_the_w2ssl_views(many, view, blur_p, solarize_p):
+    jitter = (0.4, 0.4, 0.2, 0.1)
+    spec = ViewSpec(f"view {view}", 112, jitter=jitter, jitter_p=0.8, gray_p=0.2, blur_p=blur_p, solarize_p=solarize_p)
+    check_parameters(spec, many, jitter, 0.8, 0.2, blur_p, solarize_p)
+
+
+def check_parameters(spec, u, jitter, jitter_p, gray_p, blur_p, solarize_p):
+    """The frequencies of all flags and orders and the distributions of all values over these draws."""
+    parameters = color_parameters(spec, u)
+    assert parameters.shape == (len(u), 8) and parameters.dtype == np.float32
+    p = dict(zip(COLUMNS, parameters.T, strict=True))
+    for name, strength in zip(("brightness", "contrast", "saturation"), jitter, strict=False):
+        assert uniform(p[name], 1 - strength, 1 + strength), name
+    assert uniform(p["hue"], -jitter[3], jitter[3])
+    jittered, blurred = p["order"] >= 0, p["sigma"] > 0
+    assert set(p["order"]) == {-1.0, *map(float, range(24))}
+    orders = np.unique(p["order"][jittered], return_counts=True)[1]
+    assert chi_square(orders, [jittered.sum() / 24] * 24) < 5
+    assert often(jittered, jitter_p) and often(blurred, blur_p)
+    assert uniform(p["sigma"][blurred], 0.1, 2.0)
+    assert set(p["gray"]) <= {0, 1} and often(p["gray"], gray_p)
+    assert set(p["solarize"]) <= {0, 1} and often(p["solarize"], solarize_p)
+    drawn = np.stack([p[n] for n in ("brightness", "contrast", "saturation", "hue", "order", "gray", "sigma", "solarize")])
+    flipped, top, left = u[:, 22] < 0.5, u[:, 20], u[:, 21]
+    everything = np.stack([*drawn, jittered, flipped, top, left])
+    everything = everything[everything.std(1) > 0]
+    correlation = np.corrcoef(everything)
+    order_row = np.isin(np.arange(len(everything)), (4, len(everything) - 4))  # order and jittered tell the same
+    correlation[np.ix_(order_row, order_row)] = 0
+    np.fill_diagonal(correlation, 0)
+    assert np.abs(correlation).max() < 5 / math.sqrt(len(u))  # drawn independently of each other
+
+
+def test_color_parameters__factors_do_not_go_below_zero(many):
+    p = color_parameters(ViewSpec("v", 8, jitter=(1.5, 2.0, 1.0, 0.5), jitter_p=1.0), many)
+    for column, high in enumerate((2.5, 3.0, 2.0)):
+        assert uniform(p[:, column], 0.0, high)  # max(0, 1 - strength) to 1 + strength, as torchvision's ColorJitter
+    assert uniform(p[:, 3], -0.5, 0.5)
+
+
+# decode
+
+PHOTO = photograph("chelsea").crop((60, 40, 241, 201))  # 161 x 181
+
+
+def alpha():
+    image = PHOTO.copy()
+    image.putalpha(Image.linear_gradient("L").resize(image.size))
+    return image
+
+
+def rotated():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: turn by 90 degrees to display
+    return encode(PHOTO, "JPEG", quality=95, exif=exif)
+
+
+ENCODED = {  # bytes, what they should look like, tolerance in 1/255
+    "JPEG": lambda: (encode(PHOTO, "JPEG", quality=95, subsampling=0), PHOTO, 2),
+    "progressive JPEG": lambda: (encode(PHOTO, "JPEG", quality=95, subsampling=0, progressive=True), PHOTO, 2),
+    "grey JPEG": lambda: (encode(PHOTO.convert("L"), "JPEG", quality=95), PHOTO.convert("L"), 1.5),
+    "CMYK JPEG": lambda: (encode(PHOTO.convert("CMYK"), "JPEG", quality=95), PHOTO, 2.5),
+    "JPEG rotated by EXIF": lambda: (rotated(), PHOTO, 2.5),
+    "PNG": lambda: (encode(PHOTO, "PNG"), PHOTO, 0),
+    "grey PNG": lambda: (encode(PHOTO.convert("L"), "PNG"), PHOTO.convert("L"), 0),
+    "1-bit PNG": lambda: (encode(PHOTO.convert("1"), "PNG"), PHOTO.convert("1"), 0),
+    "PNG with alpha": lambda: (encode(alpha(), "PNG"), PHOTO, 0),
+    "grey PNG with alpha": lambda: (encode(alpha().convert("LA"), "PNG"), PHOTO.convert("L"), 0),
+    "palette PNG": lambda: (encode(PHOTO.quantize(64), "PNG"), PHOTO.quantize(64), 0),
+    "palette PNG, one colour transparent": lambda: (encode(PHOTO.quantize(64), "PNG", transparency=3), PHOTO.quantize(64), 0),
+    "palette PNG with alpha": lambda: (
+        encode(PHOTO.quantize(64), "PNG", transparency=bytes(range(64))), PHOTO.quantize(64), 0
+    ),
+    "16-bit PNG": lambda: (
+        encode(Image.fromarray(np.array(PHOTO.convert("L")).astype(np.uint16) * 257), "PNG"), PHOTO.convert("L"), 1
+    ),
+    "WebP": lambda: (encode(PHOTO, "WEBP", quality=95), PHOTO, 2.5),
+    "lossless WebP": lambda: (encode(PHOTO, "WEBP", lossless=True), PHOTO, 0),
+    "GIF": lambda: (encode(PHOTO.quantize(64), "GIF"), PHOTO.quantize(64), 0),
+    "BMP": lambda: (encode(PHOTO, "BMP"), PHOTO, 0),
+    "PPM": lambda: (encode(PHOTO, "PPM"), PHOTO, 0),
+    "TIFF": lambda: (encode(PHOTO, "TIFF"), PHOTO, 0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("format", ENCODED)
+def test_decode__every_format_gives_rgb(format):
+    """The right pixels, 3 x H x W uint8, no warning, and what PIL makes of it."""
+    data, looks, tolerance = ENCODED[format]()
+    image = decode(data)
+    assert image.shape == (3, 161, 181) and image.dtype == torch.uint8
+    assert apart(image, to_tensor(looks.convert("RGB"))) <= tolerance
+    if format != "16-bit PNG":  # PIL clips where it should scale
+        with warnings.catch_warnings(action="ignore"):
+            pil = Image.open(io.BytesIO(data)).convert("RGB")
+        assert apart(image, to_tensor(pil)) < 0.5
+
+
+def test_decode__result_can_be_written_and_keeps_nothing():
+    image = decode(encode(PHOTO, "PNG"))
+    image.fill_(7)
+    assert image.sum() == 7 * image.numel()
+
+
+JPEG, PNG, WEBP = (encode(PHOTO, format) for format in ("JPEG", "PNG", "WEBP"))
+BAD = {
+    "nothing": b"",
+    "text": b"no image",
+    "JPEG cut short": JPEG[: len(JPEG) // 2],
+    "JPEG header": JPEG[:20],
+    "PNG cut short": PNG[: len(PNG) // 2],
+    "WebP cut short": WEBP[: len(WEBP) // 2],
+    "PNG with a changed byte": PNG[:40] + bytes([PNG[40] ^ 255]) + PNG[41:],
+    "pickle": b"\x80\x04\x95\x06\x00\x00\x00\x00\x00\x00\x00\x8c\x02hi\x94.",
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_decode__undecodable_bytes_raise(case):
+    with pytest.raises((OSError, SyntaxError, ValueError)):
+        decode(BAD[case])
