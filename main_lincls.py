@@ -51,8 +51,9 @@ def get_args(argv=None):
     if args.resize is None:
         args.resize = args.size * 256 // 224
     if args.output_dir is None:
-        run = Path("output/random" if args.pretrained == "random" else args.pretrained)
-        args.output_dir = str((run.parent if run.is_file() else run) / "linear")
+        run = Path(args.pretrained)
+        folder = Path("output/random") if args.pretrained == "random" else run if run.is_dir() else run.parent
+        args.output_dir = str(folder / "linear")
     return args
 
 

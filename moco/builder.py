@@ -72,7 +72,7 @@ class MoCo(nn.Module):
 
     def build_encoders(self, args):
         smallest = args.size // 2 if args.local_crops else args.size
-        backbones.feature_shape(backbones.build_trunk(args), args.arch, smallest)
+        backbones.feature_shape(backbones.build_trunk(args), args.arch, args.size, smallest)  # refuses what cannot work
         self.encoder_q, self.encoder_k = (self.encoder(args) for _ in range(2))
         key_copy(self.encoder_q, self.encoder_k)
 

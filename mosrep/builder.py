@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.functional import normalize
@@ -54,7 +55,7 @@ class MosRep(MoCo):
         self.size = args.size
         self.shift = {"enable": args.shift_enable, "reach": args.shift_range, "beta": args.shift_beta}
         self.encoder_q, self.encoder_k = (backbones.build_trunk(args) for _ in range(2))
-        self.map = backbones.feature_shape(self.encoder_q, args.arch, args.size)
+        self.map = backbones.feature_shape(self.encoder_q, args.arch, args.size, args.size)
         self.projector_q, self.projector_k = (Projector(self.map.channels, args.moco_dim) for _ in range(2))
         for query, key in self.pairs():
             key_copy(query, key)
@@ -86,7 +87,11 @@ class MosRep(MoCo):
         return info_nce(logits, target, self.temperature, reduction)
 
     def chance(self, batch: int) -> float:
-        return 2 * math.log(batch + self.queue.shape[1])
+        # a shifted tile counts with its weight; the mean weight is that of 2,000 draws of the offset
+        rng = np.random.default_rng(0)
+        boxes = [tile_boxes(self.size, draw_offset(rng, **self.shift)) for _ in range(2000)]
+        weight = torch.stack([tile_weights(b, self.size) for b in boxes]).mean().item()
+        return (1 + weight) * math.log(batch + self.queue.shape[1])
 
     def forward(self, views, index, step: Step):
         x_q, x_k, crops = views  # n x 3 x H x W, n x 3 x H x W, n x 4 x 3 x H/2 x W/2

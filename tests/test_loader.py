@@ -8,7 +8,9 @@ from shards_helpers import color_of, one_color, one_photograph, write_shards
 
 from utils import loader
 from utils.loader import evaluation_batches, load, training_batches
-from utils.views import ViewSpec, moco_v2_view
+from utils.photometric import photometric
+from utils.shards import Reader
+from utils.views import ViewSpec, color_parameters, cut, decode, draw, moco_v2_view
 
 # the machine may have fewer cores than a test starts workers
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -129,6 +131,22 @@ def test_load__view_is_a_function_of_seed_epoch_and_sample(monkeypatch, photogra
     for number in range(37):
         if (0, number) in views and (1, number) in views:
             assert all(not torch.equal(x, y) for x, y in zip(views[0, number], views[1, number], strict=True))
+
+
+def test_load__each_view_has_its_own_box_and_colours(monkeypatch, photographs):
+    """View number v over all specs is cut with row v of the sample's draws and coloured by it."""
+    specs = [ViewSpec("a", 8), ViewSpec("b", 8, count=2), moco_v2_view("c", 8, (0.2, 1.0), count=2)]
+    reader = Reader(photographs)
+    for batch in train(monkeypatch, photographs, 18, workers=2, specs=specs, seed=5, epochs=range(3, 4))[0]:
+        a, b, c = batch.views
+        for i, number in enumerate(batch.index.tolist()):
+            image, u = decode(reader(number)[0]), draw(5, 3, number, 5)
+            found = [a[i], b[i, 0], b[i, 1], c[i, 0], c[i, 1]]
+            for v, (view, spec) in enumerate(zip(found, [specs[0], specs[1], specs[1], specs[2], specs[2]], strict=True)):
+                expected = photometric(cut(image, spec, u[v]), torch.from_numpy(color_parameters(spec, u[v])))
+                torch.testing.assert_close(view, expected, atol=1e-5, rtol=0)
+            assert not any(torch.equal(x, y) for x, y in itertools.combinations(found[:3], 2))  # no colours: other boxes
+    reader.close()
 
 
 @pytest.mark.parametrize("workers", [0, 2])

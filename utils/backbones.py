@@ -46,13 +46,17 @@ def classifier_name(model: nn.Module) -> str:
 
 
 @torch.no_grad()
-def feature_shape(trunk: nn.Module, arch: str, size: int) -> Shape:
-    """The feature map of a `size` x `size` view. `trunk`: built with num_classes=0, global_pool=""."""
+def feature_shape(trunk: nn.Module, arch: str, size: int, smallest: int) -> Shape:
+    """The feature map of a `size` x `size` view, `smallest` being the side of the smallest view. `trunk`: of build_trunk."""
     stride = trunk.feature_info[-1]["reduction"]
-    if size < stride:
-        raise ValueError(f"--size {size}: {arch} has a stride of {stride} pixels and needs views at least that large")
+    if smallest < stride:
+        raise ValueError(f"--size {size}: makes views of {smallest} pixels, and {arch} has a stride of {stride}; "
+                         f"{-(-size * stride // smallest)} would do")  # fmt: skip
     mode = trunk.training
-    features = trunk.eval()(torch.zeros(1, 3, size, size))
+    try:
+        features = trunk.eval()(torch.zeros(1, 3, size, size))
+    except (AssertionError, RuntimeError) as error:  # of trunks with a size of their own
+        raise ValueError(f"--size {size}: {arch} does not take it ({str(error).partition(chr(10))[0]})") from None
     trunk.train(mode)
     if features.ndim != 4 or abs(features.shape[2] - size / stride) >= 1:
         shape = tuple(features.shape)

@@ -2,6 +2,7 @@
 
 import os
 from datetime import timedelta
+from inspect import signature
 
 import torch
 import torch.distributed as td
@@ -45,7 +46,9 @@ def data_parallel(model: nn.Module, device: torch.device) -> nn.Module:
     if world() == 1:
         return model
     ids = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+    flags = signature(DistributedDataParallel).parameters
+    sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in flags else "broadcast_buffers"  # renamed in torch 2.15
+    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, **{sync_buffers: False})
 
 
 def rank() -> int:
@@ -79,12 +82,13 @@ def first_process_does(fn):
     return outcome
 
 
+@torch.no_grad()
 def gather(x: torch.Tensor) -> torch.Tensor:
     """n x ... on each process -> (world * n) x ... on every process, in rank order. No gradient."""
     if world() == 1:
         return x
     out = x.new_empty(world() * x.shape[0], *x.shape[1:])
-    td.all_gather_into_tensor(out, x.contiguous())
+    td.all_gather_into_tensor(out, x.detach().contiguous())
     return out
 
 

@@ -73,18 +73,16 @@ def load(
     stream = iter(chunks)
     for parts in zip(*[stream] * max(workers, 1), strict=True):  # one chunk of every worker makes a batch
         crops, parameters, samples, labels = zip(*parts, strict=True)
-        yield Batch(
-            [
-                _finish(spec, torch.cat(c), torch.cat(p), device)
-                for spec, c, p in zip(specs, zip(*crops, strict=True), zip(*parameters, strict=True), strict=True)
-            ],
-            torch.cat(samples).to(device, non_blocking=True),
-            torch.cat(labels).to(device, non_blocking=True),
-        )
+        views = [
+            _finish(spec, [c[i] for c in crops], torch.cat([p[i] for p in parameters]), device) for i, spec in enumerate(specs)
+        ]
+        samples, labels = (torch.cat(x).to(device, non_blocking=True) for x in (samples, labels))
+        yield Batch(views, samples, labels)
 
 
-def _finish(spec, crops, parameters, device):
-    view = photometric(crops.to(device, non_blocking=True), parameters)
+def _finish(spec, chunks, parameters, device):
+    crops = torch.cat([chunk.to(device, non_blocking=True) for chunk in chunks])  # the chunks are pinned, their sum is not
+    view = photometric(crops, parameters)
     if spec.count == 1:
         return view.squeeze(1).contiguous(memory_format=torch.channels_last)
     return view

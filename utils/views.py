@@ -94,6 +94,10 @@ def decode(data: bytes) -> torch.Tensor:
     PIL, because torchvision's decoders are deprecated since 0.29; both use libjpeg-turbo and give the same pixels.
     """
     with Image.open(io.BytesIO(data)) as image:
+        if image.mode in ("I", "I;16"):  # 16-bit PNG: PIL would clip at 255
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        elif image.mode == "P":  # PIL warns of some transparent palettes unless asked for alpha
+            image = image.convert("RGBA")
         return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
