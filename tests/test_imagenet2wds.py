@@ -2,6 +2,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,8 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.io
 import torch
 import torchvision
+import webdataset
 from PIL import Image
 
 import imagenet2wds
@@ -54,11 +57,11 @@ def convert(source, target, *flags):
 
 
 def refused(capsys, *argv):
-    """The one line that main leaves on stderr, below the progress bar if there is one; the exit code is not 0."""
+    """The one line that main leaves on stderr, below the progress bar if there is one; the exit code is 2."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         imagenet2wds.main([str(a) for a in argv])
-    assert stop.value.code
+    assert stop.value.code == 2
     line = capsys.readouterr().err.rstrip("\n").splitlines()[-1]
     assert line.startswith("imagenet2wds.py: error: ")
     return line
@@ -120,6 +123,22 @@ def test_imagenet2wds__every_mode_is_stored(tmp_path, mode):
         assert image.size == (9, 5)
 
 
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16"])
+def test_imagenet2wds__modes_that_png_has_keep_every_pixel(tmp_path, mode):
+    size = {"LA": 2, "RGB": 3, "RGBA": 4, "I;16": 2}.get(mode, 1) * 8 * 6
+    noise = np.random.default_rng(1).integers(256, size=size, dtype=np.uint8).tobytes()
+    image = Image.frombytes("L", (8, 6), noise).convert("1") if mode == "1" else Image.frombytes(mode, (8, 6), noise)
+    if mode == "P":
+        image.putpalette(bytes(range(255, -1, -1)) * 3)
+    (tmp_path / "in").mkdir()
+    image.save(tmp_path / "in" / "0.tif")
+    convert(tmp_path / "in", tmp_path / "out", "--strict")
+    ((extension, data, _),) = samples(tmp_path / "out" / "train")
+    with Image.open(io.BytesIO(data)) as after:
+        assert (extension, after.format, after.mode) == ("png", "PNG", mode)
+        assert after.tobytes() == image.tobytes() and after.getpalette() == image.getpalette()
+
+
 def test_imagenet2wds__class_folders(tree, tmp_path):
     convert(tree, tmp_path / "out", "--shard-size", 5)
     for split in ("train", "val"):
@@ -137,6 +156,47 @@ def test_imagenet2wds__tree_without_splits_and_with_links(tree, tmp_path):
     convert(tmp_path / "subset", tmp_path / "out")
     assert os.listdir(tmp_path / "out") == ["train"]
     assert Counter(label for _, _, label in samples(tmp_path / "out" / "train")) == {0: 3, 1: 5}
+
+
+def test_imagenet2wds__val_takes_the_class_numbers_of_train(tree, tmp_path):
+    for path in (tree / "val" / "bird").iterdir():
+        path.unlink()
+    (tree / "val" / "bird").rmdir()
+    convert(tree, tmp_path / "out")
+    assert [label for _, _, label in samples(tmp_path / "out" / "val")] == [2, 2]  # bird cat dog
+    assert json.loads((tmp_path / "out" / "val" / "index.json").read_text())["classes"] == ["bird", "cat", "dog"]
+
+
+def test_imagenet2wds__classes_are_sorted_as_text(tmp_path):
+    for name in ("n2", "n10", "N3"):
+        draw(tmp_path / "in" / name / "0.jpg", len(name))
+        (tmp_path / "in" / name / "0.jpg").rename(tmp_path / "in" / name / f"{name}.jpg")
+    convert(tmp_path / "in", tmp_path / "out")
+    assert load_index(str(tmp_path / "out" / "train")).classes == ("N3", "n10", "n2")
+    data = {label: data for _, data, label in samples(tmp_path / "out" / "train")}
+    assert data == {i: (tmp_path / "in" / n / f"{n}.jpg").read_bytes() for i, n in enumerate(("N3", "n10", "n2"))}
+
+
+@pytest.mark.parametrize("count, size, expected", [(6, 3, [3, 3]), (7, 3, [3, 3, 1]), (2, 3, [2]), (3, 1, [1, 1, 1])])
+def test_imagenet2wds__only_the_last_shard_is_short(tmp_path, count, size, expected):
+    for i in range(count):
+        draw(tmp_path / "in" / f"{i}.png", i)
+    convert(tmp_path / "in", tmp_path / "out", "--shard-size", size)
+    found = []
+    for path in sorted((tmp_path / "out" / "train").glob("*.tar")):
+        with tarfile.open(path) as tar:
+            found.append(len(tar.getnames()))
+    content = json.loads((tmp_path / "out" / "train" / "index.json").read_text())
+    assert found == expected == [entry["samples"] for entry in content["shards"]] and content["total"] == count
+
+
+def test_imagenet2wds__shuffle_is_of_the_whole_not_of_shards(flat, tmp_path):
+    convert(flat, tmp_path / "out", "--shard-size", 8)
+    place = {p.read_bytes(): i for i, p in enumerate(sorted(flat.iterdir()))}
+    order = [place[data] for _, data, _ in samples(tmp_path / "out" / "train")]
+    assert sorted(order) == list(range(23))
+    for start in (0, 8, 16):  # each shard holds images of every third of the folder
+        assert {i // 8 for i in order[start : start + 8]} == {0, 1, 2}
 
 
 def test_imagenet2wds__index_against_a_recount(tree, tmp_path):
@@ -173,10 +233,16 @@ def test_imagenet2wds__any_number_of_jobs_gives_the_same_bytes(flat, tmp_path):
 def test_imagenet2wds__killed_and_started_again(flat, tmp_path):
     """A pipe instead of an image holds the conversion up in mid-shard until it is killed, there and nowhere else."""
     (flat / "11.jpg").write_bytes(b"")  # as long as a pipe
+    order = np.random.default_rng(0).permutation(23).tolist()
+    ends = {i: sorted(flat.iterdir())[i] for i in (order[1], order[22])}  # of the first and the last shard
+    ends[order[1]].write_bytes(ends[order[1]].read_bytes()[:-200])
+    ends[order[22]].write_text("<html>404</html>")
     convert(flat, tmp_path / "unbroken", "--shard-size", 3)
+    listed = (tmp_path / "unbroken" / "train" / "bad_images.txt").read_text().splitlines()
+    assert [line.split("\t")[0] for line in listed] == sorted(["11.jpg", *(path.name for path in ends.values())])
     (flat / "11.jpg").unlink()
     os.mkfifo(flat / "11.jpg")
-    held = np.random.default_rng(0).permutation(23).tolist().index(11) // 3
+    held = order.index(11) // 3
     assert 0 < held < 7
     out = tmp_path / "out" / "train"
     command = [sys.executable, ROOT / "imagenet2wds.py", "-i", flat, "-o", tmp_path / "out", "-j", "1", "--shard-size", "3"]
@@ -195,7 +261,7 @@ def test_imagenet2wds__killed_and_started_again(flat, tmp_path):
 
     (flat / "11.jpg").unlink()
     (flat / "11.jpg").write_bytes(b"")
-    convert(flat, tmp_path / "out", "--shard-size", 3)
+    convert(flat, tmp_path / "out", "--shard-size", 3, "-j", 2)
     assert files(tmp_path / "out") == files(tmp_path / "unbroken")
     assert {p: p.stat().st_mtime_ns for p in kept} == kept  # finished shards were not made again
 
@@ -238,23 +304,25 @@ def test_imagenet2wds__one_split_refused_leaves_the_other_alone(tree, tmp_path, 
 
 @pytest.fixture
 def damaged(flat):
-    """The flat folder, where 4 images are not readable as a whole; 19 are."""
+    """The flat folder, where 5 images are not readable as a whole; 18 are."""
     (flat / "00.png").write_bytes(b"junk")
     (flat / "01.jpg").write_bytes(b"")
     data = (flat / "02.png").read_bytes()
     (flat / "02.png").write_bytes(data[: len(data) // 2])
+    data = (flat / "21.jpg").read_bytes()
+    (flat / "21.jpg").write_bytes(data[: len(data) // 2])
     Image.new("1", (10_000, 10_000)).save(flat / "03.jpg", "PNG")  # 12 kB that become 100 million pixels
     return flat
 
 
 def test_imagenet2wds__unreadable_images_are_listed_and_left_out(damaged, tmp_path, capfd):
     convert(damaged, tmp_path / "out", "--shard-size", 10)
-    assert len(samples(tmp_path / "out" / "train")) == load_index(str(tmp_path / "out" / "train")).total == 19
+    assert len(samples(tmp_path / "out" / "train")) == load_index(str(tmp_path / "out" / "train")).total == 18
     listed = (tmp_path / "out" / "train" / "bad_images.txt").read_text().splitlines()
-    assert [line.split("\t")[0] for line in listed] == ["00.png", "01.jpg", "02.png", "03.jpg"]
+    assert [line.split("\t")[0] for line in listed] == ["00.png", "01.jpg", "02.png", "03.jpg", "21.jpg"]
     assert " at 0x" not in "".join(listed)  # no addresses: the list is the same in every run
     out, err = capfd.readouterr()
-    assert "train: 4 unreadable images left out" in out and "Warning" not in err
+    assert "train: 5 unreadable images left out" in out and "Warning" not in err
     before = files(tmp_path / "out")
     convert(damaged, tmp_path / "out", "--shard-size", 10)
     assert files(tmp_path / "out") == before
@@ -274,7 +342,7 @@ def test_imagenet2wds__image_mended_since(flat, tmp_path):
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_imagenet2wds__strict_stops_at_the_first(damaged, tmp_path, capsys, jobs):
     line = refused(capsys, "-i", damaged, "-o", tmp_path / "out", "--strict", "--shard-size", 10, "-j", jobs)
-    assert "--strict: unreadable image 0" in line and line.endswith("; mend or remove it")
+    assert re.search("--strict: unreadable image (00.png|01.jpg|02.png|03.jpg|21.jpg) ", line) and line.endswith("; mend or remove it")
     assert not (tmp_path / "out" / "train" / "index.json").exists()
     assert not list((tmp_path / "out" / "train").glob(".*"))
 
@@ -284,6 +352,46 @@ def test_imagenet2wds__nothing_readable(tmp_path, capsys):
     (tmp_path / "in" / "0.jpg").write_bytes(b"junk")
     line = refused(capsys, "-i", tmp_path / "in", "-o", tmp_path / "out")
     assert "none of the 1 images of train is readable" in line
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_imagenet2wds__full_disk_leaves_only_whole_shards(flat, tmp_path, capsys, monkeypatch, jobs):
+    convert(flat, tmp_path / "whole", "--shard-size", 4)
+    write = webdataset.TarWriter.write
+
+    def full(self, sample):
+        if sample["__key__"] == "000002-000001":  # one image of the shard is in the file already
+            raise OSError(28, "No space left on device")
+        return write(self, sample)
+
+    monkeypatch.setattr(webdataset.TarWriter, "write", full)  # the processes of the conversion are forked
+    line = refused(capsys, "-i", flat, "-o", tmp_path / "out", "--shard-size", 4, "-j", jobs)
+    assert "No space left on device" in line
+    left, whole = files(tmp_path / "out"), files(tmp_path / "whole")
+    assert left.items() <= whole.items() and "train/index.json" not in left and "train/train-000002.tar" not in left
+    monkeypatch.undo()
+    convert(flat, tmp_path / "out", "--shard-size", 4, "-j", jobs)
+    assert files(tmp_path / "out") == whole
+
+
+def test_imagenet2wds__target_that_cannot_be_written(flat, tmp_path, capsys, monkeypatch):
+    """The tests may run as root, whom no permission stops."""
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(imagenet2wds, "atomic", refuse)
+    line = refused(capsys, "-i", flat, "-o", tmp_path / "out", "-j", 1)
+    assert f"-o {tmp_path / 'out' / 'train'}: cannot be written (Permission denied); pass a folder that can" in line
+
+
+def test_imagenet2wds__shards_of_someone_else_are_not_touched(flat, tmp_path, capsys):
+    convert(flat, tmp_path / "out")
+    (tmp_path / "out" / "train" / "conversion.json").unlink()
+    before = files(tmp_path / "out")
+    line = refused(capsys, "-i", flat, "-o", tmp_path / "out")
+    assert "holds files that this script did not write; pass another folder" in line
+    assert files(tmp_path / "out") == before
 
 
 @pytest.fixture(scope="module")
@@ -398,6 +506,28 @@ def test_imagenet2wds__archives_give_what_their_folders_give(archives, tree, tmp
     assert sorted(p.name for p in archives.iterdir() if p.is_dir()) == ["train", "val"]
 
 
+def test_imagenet2wds__archives_with_a_kit_that_torchvision_reads(archives, tree, tmp_path, monkeypatch):
+    """A development kit in miniature: the synsets in another order than their names, and one that is no class."""
+    wnids = [at.name for p in sorted((tree / "val").rglob("*.jpg")) for at in [p.parent]]
+    number = {"dog": 1, "bird": 2, "cat": 3}
+    fields = [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O"), ("gloss", "O"), ("num_children", "O")]
+    rows = [(i, name, f"{name}, {name}s", "", 0) for name, i in number.items()] + [(4, "animal", "animal", "", 3)]
+    data = tmp_path / "ILSVRC2012_devkit_t12" / "data"
+    data.mkdir(parents=True)
+    scipy.io.savemat(data / "meta.mat", {"synsets": np.array(rows, dtype=fields)})
+    (data / "ILSVRC2012_validation_ground_truth.txt").write_text("".join(f"{number[w]}\n" for w in wnids))
+    with tarfile.open(archives / "ILSVRC2012_devkit_t12.tar.gz", "w:gz") as tar:
+        tar.add(tmp_path / "ILSVRC2012_devkit_t12", "ILSVRC2012_devkit_t12")
+    monkeypatch.undo()
+    meta = torchvision.datasets.imagenet.ARCHIVE_META
+    for name in ("train", "val", "devkit"):
+        monkeypatch.setitem(meta, name, (meta[name][0], None))
+    convert(archives, tmp_path / "a")
+    convert(tree, tmp_path / "b")
+    for split in ("train", "val"):
+        assert sorted(samples(tmp_path / "a" / split)) == sorted(samples(tmp_path / "b" / split))
+
+
 def test_imagenet2wds__archives_without_kit(archives, tmp_path, monkeypatch, capsys):
     monkeypatch.undo()
     line = refused(capsys, "-i", archives, "-o", tmp_path / "out")
@@ -446,7 +576,7 @@ def test_imagenet2wds__bad_input_is_one_clear_line(tree, tmp_path, capsys, case)
     with pytest.raises(SystemExit) as stop:
         imagenet2wds.main(command.format(t=tree, o=tmp_path / "out").split())
     out, err = capsys.readouterr()
-    assert stop.value.code and out == "" and err.count("\n") == 1
+    assert stop.value.code == 2 and out == "" and err.count("\n") == 1
     assert message.format(t=tree) in err and err.startswith("imagenet2wds.py: error: ")
     assert files(tmp_path) == before
 

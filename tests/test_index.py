@@ -2,12 +2,14 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import tarfile
 from pathlib import Path
 
 import pytest
 
+import main_pretrain
 from utils import index as index_module
 from utils.index import IMAGE_EXTENSIONS, TarSample, load_index, scan_tar, write_index
 
@@ -170,6 +172,17 @@ def test_index__hash_is_of_the_content_not_the_place(folder, tmp_path):
     assert load_index(str(tmp_path / "copy")).hash != here.hash
 
 
+def test_index__hash_changes_with_a_byte_of_a_shard_and_with_their_order(folder):
+    before = load_index(str(folder)).hash
+    in_another_order = load_index(f"{folder}/s-{{2,1,0}}.tar")
+    assert in_another_order.total == 12 and in_another_order.hash != before
+    data = bytearray((folder / "s-1.tar").read_bytes())
+    data[512] ^= 1  # the first byte of the first image: sizes and names stay
+    (folder / "s-1.tar").write_bytes(data)
+    (folder / "index.json").unlink()
+    assert load_index(str(folder)).hash != before
+
+
 def edit_index(folder, change):
     content = json.loads((folder / "index.json").read_text())
     change(content)
@@ -206,6 +219,45 @@ def test_load_index__bad_input_is_one_clear_line(folder, case):
     with pytest.raises(ValueError, match=message) as error:
         load_index(f"{folder}/{spec}", "--val-shards")
     assert str(error.value).startswith(f"--val-shards {folder}") and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_load_index__bad_input_ends_a_run_with_code_2(folder, tmp_path, capsys, case):
+    load_index(str(folder))
+    break_, spec, message = BROKEN[case]
+    break_(folder)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main_pretrain.main(
+            ["--method", "moco", "--shards", f"{folder}/{spec}", "--output-dir", str(tmp_path / "out"), "--device", "cpu"]
+        )
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1
+    assert err.startswith(f"main_pretrain.py: error: --shards {folder}") and re.search(message, err)
+
+
+@pytest.mark.parametrize("size", [700, 2048, 3000])
+def test_load_index__foreign_shard_cut_short(folder, size):
+    """In a payload, between two members, in the end of the archive; a shard that fits its headers is not the size it was."""
+    assert size < (folder / "s-1.tar").stat().st_size
+    os.truncate(folder / "s-1.tar", size)
+    with pytest.raises(ValueError, match="^--shards .*s-1.tar: not a whole tar .*; copy it again"):
+        load_index(str(folder))
+    assert not (folder / "index.json").exists()
+
+
+def test_load_index__foreign_shards_without_an_image(tmp_path):
+    write_tar(tmp_path / "x.tar", [("0.cls", b"1"), ("notes.txt", b"?")])
+    with pytest.raises(ValueError, match="^--shards .*: no images in these shards; pass others$"):
+        load_index(str(tmp_path))
+
+
+def test_load_index__names_as_tar_writes_them_for_a_folder(tmp_path):
+    """`tar -C FOLDER -cf x.tar .` puts ./ before every name and packs the folders too."""
+    members = [("./", None), ("./a/", None), ("./a/0.PNG", b"p"), ("./a/0.cls", b"1"), ("./b.d/", None), ("./b.d/0.Jpeg", b"j" * 600)]
+    path = write_tar(tmp_path / "x.tar", members)
+    assert [read(path, s)[1] for s in scan_tar(path)] == [{"png": b"p", "cls": b"1"}, {"jpeg": b"j" * 600}]
+    assert load_index(str(path)).total == 2 and (tmp_path / "index.json").exists()
 
 
 @pytest.mark.parametrize("data", [b"", b"no tar" * 999, b"\x1f\x8b" + bytes(998)])
