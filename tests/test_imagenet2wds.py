@@ -342,7 +342,8 @@ def test_imagenet2wds__image_mended_since(flat, tmp_path):
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_imagenet2wds__strict_stops_at_the_first(damaged, tmp_path, capsys, jobs):
     line = refused(capsys, "-i", damaged, "-o", tmp_path / "out", "--strict", "--shard-size", 10, "-j", jobs)
-    assert re.search("--strict: unreadable image (00.png|01.jpg|02.png|03.jpg|21.jpg) ", line) and line.endswith("; mend or remove it")
+    assert re.search("--strict: unreadable image (00.png|01.jpg|02.png|03.jpg|21.jpg) ", line)
+    assert line.endswith("; mend or remove it")
     assert not (tmp_path / "out" / "train" / "index.json").exists()
     assert not list((tmp_path / "out" / "train").glob(".*"))
 

@@ -254,7 +254,8 @@ def test_load_index__foreign_shards_without_an_image(tmp_path):
 
 def test_load_index__names_as_tar_writes_them_for_a_folder(tmp_path):
     """`tar -C FOLDER -cf x.tar .` puts ./ before every name and packs the folders too."""
-    members = [("./", None), ("./a/", None), ("./a/0.PNG", b"p"), ("./a/0.cls", b"1"), ("./b.d/", None), ("./b.d/0.Jpeg", b"j" * 600)]
+    members = [("./", None), ("./a/", None), ("./a/0.PNG", b"p"), ("./a/0.cls", b"1"), ("./b.d/", None)]
+    members.append(("./b.d/0.Jpeg", b"j" * 600))
     path = write_tar(tmp_path / "x.tar", members)
     assert [read(path, s)[1] for s in scan_tar(path)] == [{"png": b"p", "cls": b"1"}, {"jpeg": b"j" * 600}]
     assert load_index(str(path)).total == 2 and (tmp_path / "index.json").exists()
