@@ -13,9 +13,13 @@ def resolve(flag: str, device: torch.device) -> str:
         return flag
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    if device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False):
-        return "bf16"
-    return "fp32"
+    return "bf16" if device.type == "cpu" and cpu_computes_bf16() else "fp32"
+
+
+def cpu_computes_bf16() -> bool:
+    if hasattr(torch.cpu, "get_capabilities"):  # not yet in torch 2.9
+        return torch.cpu.get_capabilities().get("avx512_bf16", False)
+    return torch.cpu._is_avx512_bf16_supported()
 
 
 def autocast(device: torch.device, amp: str) -> torch.autocast:
