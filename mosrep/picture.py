@@ -1,6 +1,6 @@
 """A picture of the mosaics that MosRep would see of your images, with the boxes of their tiles.
 
-    python -m mosrep.picture --shards output/sample-shards/train --size 64 --shift-range 14 mosaics.png
+python -m mosrep.picture --shards output/sample-shards/train --size 64 --shift-range 14 mosaics.png
 """
 
 import numpy as np
