@@ -27,11 +27,11 @@ from tqdm import tqdm
 
 from utils.files import atomic
 from utils.flags import Parser, in_range, one_line_errors, positive
-from utils.index import describe, scan_tar, write_index
+from utils.index import PLAN, describe, scan_tar, write_index
 from utils.sources import Split, find_splits
 
 PROG = "imagenet2wds.py"
-PLAN, BAD = "conversion.json", "bad_images.txt"
+BAD = "bad_images.txt"
 
 
 def get_args(argv=None):
@@ -59,10 +59,13 @@ def check(folder: Path, planned: dict) -> None:
     """Refuse an output folder that is for something else."""
     path = folder / PLAN
     if path.exists():
-        noted = json.loads(path.read_text())
+        try:
+            noted = dict(json.loads(path.read_text()))
+        except (ValueError, TypeError):
+            raise ValueError(f"-o {folder}: {PLAN} is damaged; delete the folder to begin again") from None
         if changed := [name for name, value in planned.items() if noted.get(name) != value]:
             raise ValueError(f"-o {folder}: holds another conversion (different: {', '.join(changed)}); pass another folder")
-    elif folder.exists() and any(p.suffix != ".tmp" for p in folder.iterdir()):  # killed before PLAN: only its .tmp
+    elif folder.exists() and any(not p.match(f".{PLAN}.*.tmp") for p in folder.iterdir()):  # of one that was killed
         raise ValueError(f"-o {folder}: holds files that this script did not write; pass another folder")
 
 
@@ -185,7 +188,10 @@ def main(argv=None):
             check(folder, plan(split, args))
         for folder, split in splits.items():
             claim(folder, plan(split, args))
-            convert(split, folder, args)
+            try:
+                convert(split, folder, args)
+            except OSError as error:
+                raise ValueError(f"-o {folder}: {error.strerror}; mend that and start again to go on") from None
     print(f"Next: SHARDS={args.output} bash pretrain_mosrep.sh")
 
 

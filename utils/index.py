@@ -17,6 +17,7 @@ from utils.files import atomic
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "ppm", "bmp", "webp", "tif", "tiff", "gif")
 LABEL_EXTENSION = "cls"
 INDEX = "index.json"
+PLAN = "conversion.json"  # what imagenet2wds.py begins with; the index is what it ends with
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,9 @@ def load_index(spec: str, flag: str = "--shards") -> Index:
 def _folder(spec, flag):
     """(the folder that spec is, or whose index.json it is; the tars in it)"""
     folder = Path(spec) if Path(spec).is_dir() else Path(spec).parent
-    names = sorted(path.name for path in folder.glob("*.tar"))
+    names = sorted(path.name for path in folder.glob("*.tar") if path.is_file())
+    if (folder / PLAN).exists() and not (folder / INDEX).exists():
+        raise ValueError(f"{flag} {spec}: a conversion that is not finished; start imagenet2wds.py again as it was started")
     if not names and not (folder / INDEX).exists():
         within = sorted({path.parent.name for path in folder.glob("*/*.tar")}, key=lambda name: (name != "train", name))
         mend = folder / within[0] if within else "a folder of shards, see imagenet2wds.py"
@@ -157,7 +160,7 @@ def _shard(folder, entry):
 def index_folder(folder: Path, flag: str) -> tuple[dict[str, Shard], tuple[str, ...] | None]:
     """Index someone else's shards. Labels that are numbers give classes named after them; no or other labels give None."""
     shards, labels = {}, set()
-    for path in tqdm(sorted(folder.glob("*.tar")), desc=f"indexing {folder}", unit="shard"):
+    for path in tqdm(sorted(p for p in folder.glob("*.tar") if p.is_file()), desc=f"indexing {folder}", unit="shard"):
         try:
             samples = scan_tar(path)
         except tarfile.TarError as error:

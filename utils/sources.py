@@ -26,7 +26,18 @@ class Files:
         self.folder, self.names = folder, paths
 
     def fingerprint(self):
-        return [(name, (self.folder / name).stat().st_size) for name in self.names]
+        """Names and sizes; sizes say little of formats without compression, so some of those files are hashed."""
+        plain = [name for name in self.names if not name.lower().endswith((".jpg", ".jpeg", ".png"))]
+        hashed = [hashlib.sha256(self.bytes(name)).hexdigest() for name in plain[:: 1 + len(plain) // 64]]
+        return [[(name, self.size(name)) for name in self.names], hashed]
+
+    def size(self, name: str) -> int:
+        path = self.folder / name
+        return path.stat().st_size if path.exists() else -1  # a link to nowhere
+
+    def bytes(self, name: str) -> bytes:
+        path = self.folder / name
+        return path.read_bytes() if path.exists() else b""
 
     def read(self, i: int) -> tuple[str, bytes]:
         """(extension, encoded image); raises what PIL raises for an image that cannot be decoded whole."""
@@ -51,8 +62,16 @@ class Arrays:
 
 
 def as_png(image: Image.Image) -> bytes:
+    """The image as PNG; raises ValueError for pixels that PNG cannot hold."""
+    if image.mode.startswith("I"):
+        pixels = np.asarray(image)
+        if pixels.min() < 0 or pixels.max() > 65535:
+            raise ValueError("more than 16 bits a pixel")
+        image = Image.fromarray(pixels.astype(np.uint16))
+    elif image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA"):
+        image = image.convert("RGB")
     file = io.BytesIO()
-    (image if image.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16") else image.convert("RGB")).save(file, "PNG")
+    image.save(file, "PNG")
     return file.getvalue()
 
 
@@ -106,10 +125,15 @@ def find_splits(args) -> list[Split]:
     for split in ("val", "train"):  # val first: a missing kit shows before the hours that train takes
         if (source / f"ILSVRC2012_img_{split}.tar").exists() and not (source / split).is_dir():
             extract_imagenet(source, split)
-    if not (source / "train").is_dir():
-        return [from_folder(source, "train", None)]
-    train = from_folder(source / "train", "train", None)
     others = [name for name in ("val", "test") if (source / name).is_dir()]
+    if not (source / "train").is_dir():
+        if others:
+            raise ValueError(f"-i {source}: has {others[0]}/ but no train/; pass {source / others[0]} to convert it alone")
+        return [from_folder(source, "train", None)]
+    beside = [p for p in sorted(source.iterdir()) if p.name not in ("train", "val", "test") and p.suffix != ".partial"]
+    if stray := next((p for p in beside if p.is_dir() and next(image_files(p), None)), None):
+        raise ValueError(f"-i {source}: has images in {stray.name}/ beside train/; move it away, or all classes into train/")
+    train = from_folder(source / "train", "train", None)
     return [train, *(from_folder(source / name, name, train.classes) for name in others)]
 
 

@@ -1,0 +1,174 @@
+"""Command lines: strict flags, one-line errors, and no flag that does nothing."""
+
+import argparse
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import TINY
+
+import main_lincls
+import main_pretrain
+from utils import flags
+from utils.flags import Parser, one_line_errors
+
+ROOT = Path(__file__).parent.parent
+PRETRAIN = ["--shards", "x"]
+PROBE = ["--pretrained", "p", "--train-shards", "t", "--val-shards", "v"]
+
+
+def fails(capsys, get_args, argv):
+    with pytest.raises(SystemExit) as stop:
+        get_args(argv)
+    lines = capsys.readouterr().err.splitlines()
+    assert stop.value.code != 0 and len(lines) == 1
+    return lines[0]
+
+
+@pytest.mark.parametrize("get_args, required", [(main_pretrain.get_args, PRETRAIN), (main_lincls.get_args, PROBE)])
+def test_parser__unknown_flags_and_abbreviations_are_refused(capsys, get_args, required):
+    get_args(required)  # the base line is fine
+    for bad in (["--no-such-flag"], ["--epoch", "3"], ["--batch", "8"], ["--meth", "moco"], ["--out", "x"], ["--amp=int8"]):
+        assert bad[0].split("=")[0] in fails(capsys, get_args, [*required, *bad])
+    assert "--epochs" in fails(capsys, get_args, [*required, "--epochs", "ten"])
+    assert re.search("ten", fails(capsys, get_args, [*required, "--epochs", "ten"]))
+    assert "simclr" in fails(capsys, get_args, ["--method", "simclr", *required])
+
+
+def test_parser__a_flag_of_another_method_is_an_error(capsys):
+    for flag in ("--shift-range", "--shift-enable", "--shift-beta"):
+        main_pretrain.get_args(["--method", "mosrep", *PRETRAIN, flag, "1"])
+        assert flag in fails(capsys, main_pretrain.get_args, ["--method", "moco", *PRETRAIN, flag, "1"])
+    main_pretrain.get_args(["--method", "moco", *PRETRAIN, "--local-crops", "4"])
+    assert "--local-crops" in fails(capsys, main_pretrain.get_args, ["--method", "mosrep", *PRETRAIN, "--local-crops", "4"])
+
+
+def test_parser__method_may_stand_anywhere():
+    for argv in (["--method", "moco", *PRETRAIN], [*PRETRAIN, "--method", "moco"], [*PRETRAIN, "--method=moco"]):
+        args = main_pretrain.get_args([*argv, "--local-crops", "2"])
+        assert (args.method, args.local_crops) == ("moco", 2)
+    assert main_pretrain.get_args(PRETRAIN).method == "mosrep"
+
+
+def test_parser__dash_and_underscore_are_the_same_inside_a_name_and_kept_in_a_value():
+    for k in (["--moco-k", "64"], ["--moco_k", "64"], ["--moco-k=64"], ["--moco_k=64"]):
+        assert main_pretrain.get_args([*PRETRAIN, *k]).moco_k == 64
+    args = main_pretrain.get_args(["--shards=/a_b/c_d-e", "--output_dir", "/x_y", "-a", "convnext_tiny"])
+    assert (args.shards, args.output_dir, args.arch) == ("/a_b/c_d-e", "/x_y", "convnext_tiny")
+
+
+def test_parser__help_shows_the_default_of_the_parser(capsys):
+    parser = Parser(prog="p")
+    parser.add_argument("--height", type=int, default=3, help="in pixels")
+    parser.set_defaults(height=17)
+    with pytest.raises(SystemExit) as stop:
+        parser.parse_args(["--help"])
+    assert stop.value.code == 0 and "in pixels (default: 17)" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("method", ["moco", "mosrep"])
+def test_parser__every_flag_has_help_and_the_published_default(method, capsys):
+    with pytest.raises(SystemExit):
+        main_pretrain.get_args(["--method", method, "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    args = main_pretrain.get_args(["--method", method, *PRETRAIN])
+    fixed = {"local_crops"} if method == "mosrep" else set()  # a mosaic is 2 x 2: a number, but no flag
+    assert all("--" + name.replace("_", "-") in text for name in vars(args).keys() - fixed)
+    assert ("--shift-range" in text) == (method == "mosrep")
+    published = {"arch": "resnet50", "epochs": 200, "batch_size": 256, "lr": 0.03, "momentum": 0.9, "weight_decay": 1e-4,
+                 "moco_k": 65536, "moco_m": 0.999, "moco_t": 0.2, "moco_dim": 128, "size": 224, "crop_min": 0.2,
+                 "local_scale": [0.1, 0.6]}  # fmt: skip
+    if method == "mosrep":
+        published |= {"shift_range": 48, "shift_enable": 1.0, "shift_beta": 0.5}
+    assert {name: getattr(args, name) for name in published} == published
+
+
+def test_one_line_errors__bad_input_is_one_line_and_exit_2(capsys, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    for error in (ValueError("--a 3:\nno\n   good"), FileNotFoundError("--b x: no such file")):
+        with pytest.raises(SystemExit) as stop, one_line_errors("main.py"):
+            raise error
+        assert stop.value.code == 2
+    assert capsys.readouterr().err == "main.py: error: --a 3: no good\nmain.py: error: --b x: no such file\n"
+    monkeypatch.setenv("RANK", "3")
+    with pytest.raises(SystemExit), one_line_errors("main.py"):
+        raise ValueError("--a 3: no")
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "main.py: error: --a 3: no" in err and "3" in err.split("main.py")[0]
+
+
+def test_one_line_errors__a_bug_is_not_hidden():
+    with pytest.raises(KeyError), one_line_errors("main.py"):
+        raise KeyError("a bug, with its traceback")
+
+
+@pytest.mark.parametrize("value", [0, -1, float("nan")])
+def test_positive__names_flag_and_value(value):
+    flags.positive(["--batch-size"], argparse.Namespace(batch_size=3))
+    with pytest.raises(ValueError, match=f"--batch-size {value}: "):
+        flags.positive(["--batch-size"], argparse.Namespace(batch_size=value))
+
+
+def test_in_range__ends_belong_and_nan_does_not():
+    for value in (0, 0.5, 1):
+        flags.in_range("--moco-m", value, 0, 1)
+    for value in (-0.01, 1.01, float("nan")):
+        with pytest.raises(ValueError, match=f"--moco-m {value}: .*0, 1"):
+            flags.in_range("--moco-m", value, 0, 1)
+
+
+def test_meaning__leaves_out_only_place_and_inputs():
+    args = main_pretrain.get_args(["--method", "moco", *PRETRAIN])
+    rest = {"shards", "output_dir", "resume", "device", "workers", "print_freq", "save_freq"}
+    assert flags.meaning(args).keys() == vars(args).keys() - rest
+
+
+@pytest.mark.parametrize("processes", [1, 2, 64])
+def test_default_workers__shares_the_cores(monkeypatch, processes):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    for cores in (1, 2, 8, 96):
+        monkeypatch.setattr(flags.os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)), raising=False)
+        assert 0 <= flags.default_workers() <= 8 and flags.default_workers() * processes <= cores
+
+
+class Recording(argparse.Namespace):
+    """Notes who reads which flag."""
+
+    def __getattribute__(self, name):
+        function = sys._getframe(1).f_code.co_name
+        if function not in {"check", "check_run_flags", "positive", "in_range", "meaning", "restore"}:
+            READ.add(name)
+        return super().__getattribute__(name)
+
+
+READ = set()
+
+
+@pytest.mark.parametrize("flags", [["--method", "moco", "--local-crops", "2"], ["--method", "mosrep", "--shift-range", "14"]])
+def test_main_pretrain__every_flag_that_is_parsed_is_read(images, tmp_path, monkeypatch, flags):
+    """Not only by a check: it must get where something is done with it."""
+    argv = [*flags, "--shards", f"{images}/train", "--output-dir", str(tmp_path), *TINY, "--epochs", "1", "--workers", "0"]
+    args = Recording(**vars(main_pretrain.get_args([*argv, "--device", "cpu", "--amp", "fp32"])))
+    monkeypatch.setattr(main_pretrain, "get_args", lambda argv: args)
+    READ.clear()
+    main_pretrain.main()
+    assert set(vars(args)) - READ == set()
+
+
+def test_main_lincls__every_flag_that_is_parsed_is_read(images, tmp_path, monkeypatch):
+    argv = ["--pretrained", "random", "--arch", "tiny_resnet", "--size", "32", "--epochs", "1", "--batch-size", "20"]
+    argv += ["--train-shards", f"{images}/train", "--val-shards", f"{images}/val", "--output-dir", str(tmp_path)]
+    args = Recording(**vars(main_lincls.get_args([*argv, "--workers", "0", "--device", "cpu", "--amp", "fp32"])))
+    monkeypatch.setattr(main_lincls, "get_args", lambda argv: args)
+    READ.clear()
+    main_lincls.main()
+    assert set(vars(args)) - READ == {"method"}  # get_args itself reads it, and what is not random is read by its trunk()
+
+
+@pytest.mark.parametrize("script", ["main_pretrain.py", "main_lincls.py"])
+def test_entry_points__unknown_flag_in_a_process(script):
+    done = subprocess.run([sys.executable, "-W", "error", script, "--shard", "x"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith(f"{script}: error: ")

@@ -1,0 +1,147 @@
+"""What a run tells: means over steps and processes, rates, chance level, TensorBoard, config.json."""
+
+import argparse
+import json
+import math
+import platform
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import spawn
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from utils import dist, log
+
+LOSSES = [4.0, 2.0, 1.0, 7.0, 5.0]
+CHANCE = math.log(33)
+
+
+class Clock:
+    """A clock that moves only when told to."""
+
+    def __init__(self):
+        self.now = 100.0
+
+    def perf_counter(self):
+        return self.now
+
+
+def epoch(folder, number=0, losses=LOSSES, print_freq=2, clock=None, chance=CHANCE):
+    """An epoch of steps of 3 seconds, 1 of them waiting for data, 8 images each."""
+    with log.Log(folder, len(losses), print_freq, 8, chance) as writer:
+        for step in writer.epoch(number):
+            with writer.waiting():
+                if clock:
+                    clock.now += 1
+            if clock:
+                clock.now += 2
+            loss = torch.tensor(losses[step], requires_grad=True)
+            writer.step(step, loss, {"top1": torch.tensor(10.0 * step)}, 0.5)
+        writer.scalars(number, {"val_top1": 50.0})
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(log, "time", clock)
+    return clock
+
+
+def test_log__means_rates_and_waits_of_each_window(tmp_path, clock, capsys):
+    *lines, last = epoch(tmp_path, clock=clock)
+    assert [(x["epoch"], x["step"]) for x in lines] == [(0, 1), (0, 3), (0, 4)]  # the short window at the end is not lost
+    assert [x["loss"] for x in lines] == [3.0, 4.0, 5.0]
+    assert [x["top1"] for x in lines] == [5.0, 25.0, 40.0]
+    assert all(x["lr"] == 0.5 for x in lines)
+    assert [x["images_per_s"] for x in lines] == pytest.approx([8 / 3] * 3)
+    assert [x["data_wait"] for x in lines] == pytest.approx([1 / 3] * 3)
+    assert last == {"epoch": 0, "val_top1": 50.0}
+    out = capsys.readouterr().out.splitlines()
+    assert len(out) == 3 and "loss 3.0000 (chance 3.497)" in out[0] and "data wait 33%" in out[0]
+    for word in ("epoch 0", "2/5", "top1 5.000", "lr 0.5", "3 images/s"):
+        assert word in out[0]
+
+
+def test_log__without_a_chance_level_none_is_printed(tmp_path, capsys):
+    epoch(tmp_path, chance=None)
+    assert "chance" not in capsys.readouterr().out
+
+
+def test_log__an_epoch_starts_its_clock_anew(tmp_path, clock):
+    """What lies between two epochs, such as validation, is no training time."""
+    with log.Log(tmp_path, 1, 1, 8) as writer:
+        for number in range(2):
+            for step in writer.epoch(number):
+                clock.now += 2
+                writer.step(step, torch.tensor(1.0), {}, 0.1)
+            clock.now += 1000
+    rates = [json.loads(line)["images_per_s"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert rates == [4.0, 4.0]
+
+
+def test_log__continues_its_file(tmp_path):
+    epoch(tmp_path)
+    assert [x["epoch"] for x in epoch(tmp_path, number=1)] == [0] * 4 + [1] * 4
+
+
+def test_log__tensorboard_has_every_number_at_its_step(tmp_path):
+    epoch(tmp_path, number=1)
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert {"loss", "top1", "lr", "images_per_s", "data_wait", "val_top1"} <= set(events.Tags()["scalars"])
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(7, 3.0), (9, 4.0), (10, 5.0)]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("place", range(5))
+def test_log__a_loss_that_is_not_finite_stops_and_is_not_written(tmp_path, bad, place):
+    losses = [*LOSSES]
+    losses[place] = bad
+    with pytest.raises(FloatingPointError, match="loss.*epoch 0"):
+        epoch(tmp_path, losses=losses)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == place // 2 and all(math.isfinite(json.loads(line)["loss"]) for line in lines)
+
+
+def two_processes(folder):
+    losses = [x + 10 * dist.rank() for x in LOSSES]
+    folder = Path(folder)
+    with log.Log(folder, len(losses), 2, 8, None) as writer:
+        for step in writer.epoch(0):
+            writer.step(step, torch.tensor(losses[step]), {"top1": torch.tensor(100.0 * dist.rank())}, 0.5)
+    seen = log.Log(folder / "bad", 1, 1, 8) if dist.rank() else None
+    assert seen is None or (seen.file is None and seen.writer is None)
+    try:  # a loss that is not finite on one process stops all
+        with log.Log(folder / "other", 1, 1, 8) as writer:
+            writer.epoch(0)
+            writer.step(0, torch.tensor(float("nan") if dist.rank() else 1.0), {}, 0.5)
+    except FloatingPointError:
+        return "stopped"
+
+
+def test_log__means_over_processes_written_once(tmp_path):
+    (tmp_path / "other").mkdir()
+    assert spawn(two_processes, tmp_path) == ["stopped", "stopped"]
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(x["step"], x["loss"], x["top1"]) for x in lines] == [(1, 8.0, 50.0), (3, 9.0, 50.0), (4, 10.0, 50.0)]
+    assert len(list(tmp_path.glob("events.out.tfevents*"))) == 1 and not (tmp_path / "bad").exists()
+
+
+def test_say__first_process_only(monkeypatch, capsys):
+    monkeypatch.setattr(dist, "rank", lambda: 1)
+    log.say("no")
+    monkeypatch.setattr(dist, "rank", lambda: 0)
+    log.say("a", 1)
+    assert capsys.readouterr().out == "a 1\n"
+
+
+def test_write_config__flags_versions_commit_and_facts(tmp_path):
+    log.write_config(tmp_path, argparse.Namespace(moco_k=32, local_scale=[0.1, 0.6], resume=None), index="ab", device="cpu")
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["flags"] == {"moco_k": 32, "local_scale": [0.1, 0.6], "resume": None}
+    assert (config["index"], config["device"], config["processes"]) == ("ab", "cpu", 1)
+    assert config["versions"]["python"] == platform.python_version()
+    assert torch.__version__.startswith(config["versions"]["torch"])  # it may add +cpu or +cu132
+    assert {"torchvision", "timm", "webdataset"} <= config["versions"].keys() and "commit" in config

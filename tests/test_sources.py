@@ -1,0 +1,83 @@
+"""Sources and targets that could be taken for something else."""
+
+import io
+
+import numpy as np
+import pytest
+import webdataset
+from PIL import Image
+from test_imagenet2wds import convert, draw, flat, refused, samples  # noqa: F401
+
+from utils.index import load_index
+
+
+def test_find_splits__class_called_train(tmp_path, capsys):
+    for name in ("bus", "car", "train"):
+        draw(tmp_path / "in" / name / "0.jpg")
+    refused(capsys, "-i", tmp_path / "in", "-o", tmp_path / "out")  # or all three classes are converted
+
+
+def test_find_splits__val_without_train(tmp_path, capsys):
+    for name in ("bus", "car"):
+        draw(tmp_path / "in" / "val" / name / "0.jpg")
+    refused(capsys, "-i", tmp_path / "in", "-o", tmp_path / "out")
+
+
+def test_check__source_of_same_names_and_sizes(tmp_path, capsys):
+    for i in range(4):
+        draw(tmp_path / "a" / f"{i}.bmp", i)
+        draw(tmp_path / "b" / f"{i}.bmp", 9 + i)
+    convert(tmp_path / "a", tmp_path / "out")
+    refused(capsys, "-i", tmp_path / "b", "-o", tmp_path / "out")
+
+
+def test_load_index__unfinished_conversion_is_not_someone_elses(flat, tmp_path):  # noqa: F811
+    convert(flat, tmp_path / "out", "--shard-size", 5)
+    (tmp_path / "out/train/index.json").unlink()
+    (tmp_path / "out/train/train-000004.tar").unlink()
+    with pytest.raises(ValueError, match="imagenet2wds.py"):
+        load_index(str(tmp_path / "out/train"))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "5"])
+def test_check__conversion_json_damaged(flat, tmp_path, capsys, text):  # noqa: F811
+    convert(flat, tmp_path / "out")
+    (tmp_path / "out/train/conversion.json").write_text(text)
+    assert "-o " in refused(capsys, "-i", flat, "-o", tmp_path / "out")
+
+
+def test_files__dangling_link_is_unreadable(flat, tmp_path):  # noqa: F811
+    (flat / "z.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    convert(flat, tmp_path / "out")
+    assert "z.jpg" in (tmp_path / "out/train/bad_images.txt").read_text()
+
+
+def test_check__foreign_tmp_is_not_deleted(flat, tmp_path, capsys):  # noqa: F811
+    (tmp_path / "out/train").mkdir(parents=True)
+    (tmp_path / "out/train/.precious.tmp").write_text("x")
+    refused(capsys, "-i", flat, "-o", tmp_path / "out")
+
+
+@pytest.mark.parametrize("mode", ["I;16B", "I"])
+def test_as_png__sixteen_bits_keep_their_pixels(tmp_path, mode):
+    pixels = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000
+    raw = pixels.astype(">u2" if mode == "I;16B" else "<i4").tobytes()
+    (tmp_path / "in").mkdir()
+    Image.frombytes(mode, (8, 8), raw).save(tmp_path / "in" / "0.tif")
+    convert(tmp_path / "in", tmp_path / "out")
+    with Image.open(io.BytesIO(samples(tmp_path / "out/train")[0][1])) as image:
+        np.testing.assert_array_equal(np.asarray(image), pixels)
+
+
+def test_load_index__folder_named_like_a_shard(tmp_path):
+    (tmp_path / "x.tar").mkdir()
+    with pytest.raises(ValueError, match="--shards"):
+        load_index(str(tmp_path))
+
+
+def test_imagenet2wds__full_disk_names_the_flag(flat, tmp_path, capsys, monkeypatch):  # noqa: F811
+    def full(self, sample):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(webdataset.TarWriter, "write", full)
+    assert "-o " in refused(capsys, "-i", flat, "-o", tmp_path / "out", "-j", 1)
