@@ -80,7 +80,8 @@ def build_trunk(args) -> tuple[nn.Module, str | None]:
     """The frozen trunk in eval mode, with pooled features, and the sha256 of the checkpoint it comes from."""
     if args.pretrained == "random":
         args.arch, args.output_stride = args.arch or "resnet50", args.output_stride or 0
-        return backbones.build(args.arch, args.output_stride, num_classes=0).eval().requires_grad_(False), None
+        trunk = backbones.build(args.arch, args.output_stride, num_classes=0)
+        return backbones.try_size(trunk, args.arch, args.size).requires_grad_(False), None
     path = Path(args.pretrained)
     path = path / checkpoint.LATEST if path.is_dir() else path
     saved = checkpoint.load(path, "--pretrained")
@@ -90,9 +91,9 @@ def build_trunk(args) -> tuple[nn.Module, str | None]:
     if args.output_stride is None:
         args.output_stride = flags.get("output_stride", 0)
     trunk = backbones.build(args.arch, args.output_stride, num_classes=0)
-    state = METHODS[args.method].trunk(saved.get("state_dict", saved.get("model", saved)), args)
+    state = METHODS[args.method].trunk(checkpoint.weights_of(saved, f"--pretrained {path}"), args)
     checkpoint.load_trunk(trunk, state, backbones.classifier_name(trunk), f"--pretrained {path}")
-    return trunk.eval().requires_grad_(False), checkpoint.file_hash(path)
+    return backbones.try_size(trunk, args.arch, args.size).requires_grad_(False), checkpoint.file_hash(path)
 
 
 def main(argv=None):

@@ -67,6 +67,8 @@ def check(args, samples: int) -> None:
 def restore(path: Path, args, index_hash, model, optimizer, scaler) -> int:
     """Load a checkpoint of the same run; returns the epoch to go on with."""
     saved = checkpoint.load(path, "--resume")
+    if not {"flags", "index", "state_dict", "optimizer", "scaler", "epoch"} <= saved.keys():
+        raise ValueError(f"--resume {path}: is not a checkpoint of main_pretrain.py; pass one of the same run")
     for name in ("method", "arch"):
         if saved.get(name) != getattr(args, name):
             raise ValueError(f"--resume {path}: is a run with --{name} {saved.get(name)}, not {getattr(args, name)}; "
@@ -92,9 +94,9 @@ def main(argv=None):
     with one_line_errors(PROG):
         device = dist.setup(args.device)
         args.amp = amp.resolve(args.amp, device)
-        resume_from = dist.first_process_does(lambda: checkpoint.open_run(args.output_dir, args.resume))
         index = dist.first_process_does(lambda: load_index(args.shards))
         check(args, index.total)
+        resume_from = dist.first_process_does(lambda: checkpoint.open_run(args.output_dir, args.resume))
         torch.manual_seed(args.seed)
         method = METHODS[args.method](args).to(device, memory_format=torch.channels_last)
         lr = optim.scaled_lr(args.lr, args.batch_size)

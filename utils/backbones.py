@@ -46,6 +46,20 @@ def classifier_name(model: nn.Module) -> str:
 
 
 @torch.no_grad()
+def try_size(model: nn.Module, arch: str, size: int) -> nn.Module:
+    """The model in eval mode, having seen one `size` x `size` view. Raises ValueError where it takes other sizes only."""
+    _features(model.eval(), arch, size)
+    return model
+
+
+def _features(model, arch, size):
+    try:
+        return model(torch.zeros(1, 3, size, size))
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(f"--size {size}: {arch} does not take it ({str(error).partition(chr(10))[0]})") from None
+
+
+@torch.no_grad()
 def feature_shape(trunk: nn.Module, arch: str, size: int, smallest: int) -> Shape:
     """The feature map of a `size` x `size` view, `smallest` being the side of the smallest view. `trunk`: of build_trunk."""
     stride = trunk.feature_info[-1]["reduction"]
@@ -53,10 +67,7 @@ def feature_shape(trunk: nn.Module, arch: str, size: int, smallest: int) -> Shap
         raise ValueError(f"--size {size}: makes views of {smallest} pixels, and {arch} has a stride of {stride}; "
                          f"{-(-size * stride // smallest)} would do")  # fmt: skip
     mode = trunk.training
-    try:
-        features = trunk.eval()(torch.zeros(1, 3, size, size))
-    except (AssertionError, RuntimeError) as error:  # of trunks with a size of their own
-        raise ValueError(f"--size {size}: {arch} does not take it ({str(error).partition(chr(10))[0]})") from None
+    features = _features(trunk.eval(), arch, size)
     trunk.train(mode)
     if features.ndim != 4 or abs(features.shape[2] - size / stride) >= 1:
         shape = tuple(features.shape)

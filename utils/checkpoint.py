@@ -31,6 +31,8 @@ def open_run(folder: str, resume: str | None) -> Path | None:
         return latest if latest.exists() else None
     if resume is None and latest.exists():
         raise ValueError(f"--output-dir {folder}: holds a run already; pass --resume auto to continue it, or another folder")
+    if resume and latest.exists() and Path(resume).resolve().parent != folder.resolve():
+        raise ValueError(f"--output-dir {folder}: holds another run, which --resume {resume} would go over; pass another")
     return Path(resume) if resume else None
 
 
@@ -51,7 +53,7 @@ def load(path: Path, flag: str) -> dict:
         named = re.search(r"GLOBAL (\S+)", str(error))
         what = f"it holds a {named[1]}, which is code and not data" if named else "it is not a readable checkpoint"
         raise ValueError(f"{flag} {path}: {what}; save it again as plain tensors, numbers and strings") from None
-    except (RuntimeError, EOFError, OSError) as error:
+    except Exception as error:  # torch passes on whatever its unpickler meets in a file that is none
         raise ValueError(f"{flag} {path}: not a readable checkpoint ({type(error).__name__}); is it complete?") from None
     if not isinstance(content, dict):
         raise ValueError(f"{flag} {path}: holds a {type(content).__name__}, not a dictionary of weights")
@@ -78,6 +80,14 @@ def trunk_state(state_dict: dict) -> dict[str, torch.Tensor]:
     return {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
 
 
+def weights_of(saved: dict, source: str) -> dict:
+    """The state dict in a checkpoint, or the checkpoint itself if it is one. Raises ValueError for anything else."""
+    state = saved.get("state_dict", saved.get("model", saved))
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+        raise ValueError(f"{source}: holds no weights by name; pass a checkpoint of a model")
+    return state
+
+
 def load_trunk(trunk: nn.Module, state: dict, classifier: str, source: str) -> None:
     """Load a trunk whose weights `state` must cover exactly; only what belongs to the classifier is left out.
 
@@ -88,7 +98,7 @@ def load_trunk(trunk: nn.Module, state: dict, classifier: str, source: str) -> N
     faults = {
         "missing": wanted.keys() - state.keys(),
         "not in the trunk": state.keys() - wanted.keys(),
-        "of another shape": [n for n in wanted.keys() & state.keys() if wanted[n].shape != state[n].shape],
+        "of another shape": [n for n in wanted.keys() & state.keys() if wanted[n].shape != getattr(state[n], "shape", None)],
     }
     if any(faults.values()):
         listed = "; ".join(f"{len(keys)} {what}: {', '.join(sorted(keys))}" for what, keys in faults.items() if keys)

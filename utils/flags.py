@@ -49,7 +49,7 @@ def positive(flag_names: list[str], args: argparse.Namespace) -> None:
     """Raise ValueError for the first of these flags whose value is not above zero."""
     for name in flag_names:
         value = getattr(args, name.removeprefix("--").replace("-", "_"))
-        if value <= 0:
+        if not value > 0:  # nan too
             raise ValueError(f"{name} {value}: must be above 0")
 
 

@@ -1,0 +1,204 @@
+"""Checkpoint files as they come: published layouts end to end, spoiled files, code inside, a save that is killed."""
+
+import argparse
+import os
+import re
+import signal
+
+import helpers  # noqa: F401 - registers tiny_resnet
+import numpy as np
+import pytest
+import timm
+import torch
+
+import main_lincls
+from utils import checkpoint
+
+PROBE = ["--train-shards", "x", "--val-shards", "x", "--output-dir", "x"]
+HEADS = {  # published heads in the place of the classifier
+    "v1": {"fc.weight": (128, 512), "fc.bias": (128,)},
+    "v2": {"fc.0.weight": (512, 512), "fc.0.bias": (512,), "fc.2.weight": (128, 512), "fc.2.bias": (128,)},
+    "v3": {"fc.0.weight": (64, 512), "fc.1.weight": (64,), "fc.1.running_mean": (64,), "fc.1.num_batches_tracked": ()},
+    "none": {},
+}
+QUEUE = {"module.queue": torch.randn(128, 64), "module.queue_ptr": torch.zeros(1, dtype=torch.long)}
+MOSREP = {f"module.projector_{s}.{n}": torch.randn(4) for s in "qk" for n in ("conv.0.weight", "conv.1.running_var")}
+
+
+@pytest.fixture(scope="module")
+def resnets():
+    """Three different ResNets: the trunk that counts, and two that must not be taken for it."""
+    torch.manual_seed(11)
+    models = [timm.create_model("tiny_resnet", num_classes=0).state_dict() for _ in range(3)]
+    for state in models:
+        for name, value in state.items():
+            if value.is_floating_point():
+                state[name] = torch.randn_like(value)  # running statistics too
+    return models
+
+
+def named(prefix, state, head="none"):
+    return {prefix + n: v for n, v in state.items()} | {prefix + n: torch.randn(s) for n, s in HEADS[head].items()}
+
+
+def moco(r, head):
+    return {"epoch": 200, "arch": "tiny_resnet", "optimizer": {}, "state_dict":
+            named("module.encoder_q.", r[0], head) | named("module.encoder_k.", r[1], head) | QUEUE}  # fmt: skip
+
+
+LAYOUTS = {
+    "MoCo v1": lambda r: moco(r, "v1"),
+    "MoCo v2": lambda r: moco(r, "v2"),
+    "MosRep": lambda r: moco(r, "none") | {"state_dict": moco(r, "none")["state_dict"] | MOSREP},
+    "key encoder first": lambda r: {"state_dict": dict(reversed(moco(r, "v2")["state_dict"].items()))},
+    "MoCo-v3": lambda r: {"state_dict": named("module.momentum_encoder.", r[1], "v3")
+                          | named("module.base_encoder.", r[0], "v3") | {"module.predictor.0.weight": torch.randn(4, 4)}},
+    "MoCo-v3, older": lambda r: {"state_dict": named("module.momentum_encoder.", r[0], "v3")},
+    "torchvision": lambda r: named("", r[0], "v1"),
+    "timm without classifier": lambda r: named("", r[0]),
+    "our export": lambda r: {"arch": "tiny_resnet", "state_dict": named("", r[0])},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("old_format", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_build_trunk__published_layouts(resnets, tmp_path, layout, old_format):
+    """From a file to a frozen trunk that gives the same features; MoCo's first releases were saved in torch's old format."""
+    torch.save(LAYOUTS[layout](resnets), tmp_path / "c.pth.tar", _use_new_zipfile_serialization=not old_format)
+    args = main_lincls.get_args(["--pretrained", str(tmp_path / "c.pth.tar"), "--arch", "tiny_resnet", *PROBE])
+    trunk, digest = main_lincls.build_trunk(args)
+    loaded = trunk.state_dict()
+    assert loaded.keys() == resnets[0].keys() and all(torch.equal(v, resnets[0][n]) for n, v in loaded.items())
+    assert len(digest) == 64 and not trunk.training and not any(p.requires_grad for p in trunk.parameters())
+
+
+def test_build_trunk__the_arch_is_the_checkpoints(resnets, tmp_path):
+    torch.save(moco(resnets, "v2"), tmp_path / "c.pth.tar")
+    args = main_lincls.get_args(["--pretrained", str(tmp_path / "c.pth.tar"), *PROBE])
+    main_lincls.build_trunk(args)
+    assert args.arch == "tiny_resnet"
+
+
+SPOILT = {
+    "one key too few": (lambda s: s.pop("layer2.0.bn1.running_var"), "1 missing.*layer2.0.bn1.running_var"),
+    "one key too many": (lambda s: s.update({"layer5.weight": torch.ones(1)}), "1 .*layer5.weight"),
+    "other shape": (lambda s: s.update({"conv1.weight": torch.zeros(64, 3, 3, 3)}), "1 .*shape.*conv1.weight"),
+    "not a tensor": (lambda s: s.update({"conv1.weight": 3.0}), "conv1.weight"),
+    "other names": (lambda s: [s.update({f"backbone.{n}": s.pop(n)}) for n in list(s)], "missing.*conv1.weight"),
+    "no weights": (lambda s: s.clear(), "missing.*conv1.weight"),
+    "names that are numbers": (lambda s: s.update({7: torch.ones(1)}), "weights"),
+}
+
+
+@pytest.mark.parametrize("spoil, message", SPOILT.values(), ids=SPOILT)
+@pytest.mark.parametrize("where", ["bare", "state_dict"])
+def test_build_trunk__no_probe_on_a_checkpoint_that_does_not_match(resnets, tmp_path, capsys, images, spoil, message, where):
+    state = dict(resnets[0])
+    spoil(state)
+    torch.save(state if where == "bare" else {"state_dict": state}, tmp_path / "c.pth.tar")
+    one_line(capsys, images, tmp_path, message)
+
+
+@pytest.mark.parametrize("content", [{"state_dict": [1, 2]}, {"state_dict": "x"}, {"model": None}, {"epoch": 3}])
+def test_build_trunk__a_dictionary_without_weights(tmp_path, capsys, images, content):
+    torch.save(content, tmp_path / "c.pth.tar")
+    one_line(capsys, images, tmp_path, "c.pth.tar: ")
+
+
+def one_line(capsys, images, folder, message):
+    argv = ["--pretrained", folder / "c.pth.tar", "--arch", "tiny_resnet", "--output-dir", folder / "out", "--device", "cpu"]
+    argv += ["--train-shards", images / "train", "--val-shards", images / "val", "--batch-size", "8", "--workers", "0"]
+    with pytest.raises(SystemExit) as stop:
+        main_lincls.main([str(a) for a in argv])
+    err = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if line and "indexing" not in line]
+    assert stop.value.code == 2 and len(err) == 1 and not list(folder.glob("out/*"))
+    assert err[0].startswith(f"main_lincls.py: error: --pretrained {folder / 'c.pth.tar'}: "), err
+    assert re.search(message, err[0]), err
+
+
+class Harmless:
+    pass
+
+
+class Executed:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+CODE = {
+    "namespace": (lambda: argparse.Namespace(lr=1), "argparse.Namespace"),
+    "numpy number": (lambda: np.float64(3), "numpy"),
+    "class": (Harmless, "Harmless"),
+    "call": (Executed, "mkdir"),
+    "whole model": (lambda: torch.nn.Linear(2, 2), "Linear"),
+}
+
+
+@pytest.mark.parametrize("old_format", [False, True])
+@pytest.mark.parametrize("make, name", CODE.values(), ids=CODE)
+def test_load__names_the_type_that_it_refuses(tmp_path, monkeypatch, make, name, old_format):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"epoch": 3, "args": make()}, "c.pth.tar", _use_new_zipfile_serialization=not old_format)
+    with pytest.raises(ValueError, match=rf"--pretrained c.pth.tar: .*{name}") as error:
+        checkpoint.load("c.pth.tar", "--pretrained")
+    assert "\n" not in str(error.value) and not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("old_format", [False, True])
+def test_load__a_file_cut_anywhere_is_an_error(tmp_path, old_format):
+    path = tmp_path / "c.pth.tar"
+    torch.save({"epoch": 3, "state_dict": {"w": torch.randn(50)}}, path, _use_new_zipfile_serialization=not old_format)
+    whole = path.read_bytes()
+    for size in [*range(0, len(whole), 7), len(whole) - 1]:
+        path.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=f"--resume {path}: ") as error:
+            checkpoint.load(path, "--resume")
+        assert "\n" not in str(error.value), size
+
+
+def test_load__noise_is_an_error(tmp_path):
+    path, rng = tmp_path / "c.pth.tar", np.random.default_rng(2)
+    texts = [b"<!DOCTYPE html>", b"{}", b"\x80\x02}q\x00.", b"\x1f\x8b", b"checkpoint\n" * 9, bytes(4096), b"(lp0\n"]
+    for content in [*texts, *(rng.integers(0, 256, n, dtype=np.uint8).tobytes() for n in range(1, 300))]:
+        path.write_bytes(content)
+        try:
+            assert isinstance(checkpoint.load(path, "--resume"), dict)
+        except ValueError as error:
+            assert str(error).startswith(f"--resume {path}: ") and "\n" not in str(error), content
+
+
+def test_save__killed_half_way_leaves_the_file_before(tmp_path, monkeypatch):
+    """A process that gets SIGKILL while it writes: no clean-up runs."""
+    path = tmp_path / checkpoint.LATEST
+    checkpoint.save(path, {"epoch": 1, "state_dict": {"w": torch.arange(9)}})
+
+    def dies(content, file):
+        file.write(b"half of it")
+        file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(torch, "save", dies)
+    child = os.fork()
+    if not child:
+        try:
+            checkpoint.save(path, {"epoch": 2})
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    monkeypatch.undo()
+    assert checkpoint.load(path, "--resume")["epoch"] == 1
+    checkpoint.save(path, {"epoch": 3})
+    assert checkpoint.load(path, "--resume") == {"epoch": 3}
+
+
+def test_weights_hash__sees_every_number_and_name():
+    model = timm.create_model("tiny_resnet", num_classes=0)
+    seen = {checkpoint.weights_hash(model)}
+    model.bn1.running_mean[3] += 1e-6  # BatchNorm statistics
+    seen.add(checkpoint.weights_hash(model))
+    model.layer4[0].bn2.num_batches_tracked += 1
+    seen.add(checkpoint.weights_hash(model))
+    with torch.no_grad():
+        model.conv1.weight[0, 0, 0, 0] = 0.0
+    seen.add(checkpoint.weights_hash(model))
+    assert len(seen) == 4 and checkpoint.weights_hash(model) in seen

@@ -1,0 +1,320 @@
+"""main_pretrain.py: what travels in a checkpoint, several processes, broken data, and that a mend which is offered works."""
+
+import io
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import webdataset
+from helpers import TINY, spawn
+from PIL import Image
+
+import main_lincls
+import main_pretrain
+from utils import amp, checkpoint, dist
+
+ROOT = Path(__file__).parent.parent
+COMMON = [*TINY, "--device", "cpu", "--amp", "fp32", "--workers", "0", "--print-freq", "1"]
+
+
+def flags_of(method):
+    return ["--method", method, *COMMON, *(["--shift-range", "14"] if method == "mosrep" else [])]
+
+
+def run(images, out, *flags, method="moco"):
+    main_pretrain.main(
+        [*flags_of(method), "--shards", f"{images}/train", "--epochs", "1", "--output-dir", str(out), *map(str, flags)]
+    )
+    return torch.load(Path(out) / checkpoint.LATEST, weights_only=True)
+
+
+def fails(capsys, *argv, main=main_pretrain):
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main.main([str(a) for a in argv])
+    err = capsys.readouterr().err
+    assert stop.value.code not in (0, None) and err.count("\n") == 1 and " error: " in err and "Traceback" not in err
+    return err
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+# ---------------------------------------------------------------- the learning rate
+
+
+def test_main_pretrain__learning_rate_is_scaled_once_in_the_optimizer_too(images, tmp_path, capsys):
+    saved = run(images, tmp_path, "--lr", "0.32", "--epochs", "2")
+    groups = saved["optimizer"]["param_groups"]
+    assert [g["lr"] for g in groups] == pytest.approx([0.32 * 8 / 256 * 0.5 * (1 + math.cos(math.pi / 2))])  # of epoch 1
+    assert all((g["momentum"], g["weight_decay"], g["nesterov"]) == (0.9, 1e-4, False) for g in groups)
+    lines = metrics(tmp_path)
+    assert [m["lr"] for m in lines[:5]] == pytest.approx([0.01] * 5)
+    assert len(re.findall(r"learning rate", capsys.readouterr().out)) == 1
+
+
+def test_main_pretrain__first_update_is_lr_times_gradient(images, tmp_path, monkeypatch):
+    """One step by hand: w - lr (g + wd w), with lr = 0.03 x 40 / 256 and the gradient that backward left."""
+    before, grads = {}, {}
+    real = torch.optim.SGD.step
+
+    def step(self, *args, **kwargs):
+        before.update({i: p.detach().clone() for i, p in enumerate(self.param_groups[0]["params"])})
+        grads.update({i: p.grad.clone() for i, p in enumerate(self.param_groups[0]["params"])})
+        real(self, *args, **kwargs)
+        for i, p in enumerate(self.param_groups[0]["params"]):
+            torch.testing.assert_close(p.detach(), before[i] - 0.03 * 40 / 256 * (grads[i] + 1e-4 * before[i]))
+
+    monkeypatch.setattr(torch.optim.SGD, "step", step)
+    run(images, tmp_path, "--batch-size", 40, "--moco-k", 40)
+    assert len(before) > 10 and any(g.abs().max() > 0 for g in grads.values())
+
+
+# ---------------------------------------------------------------- what a checkpoint carries
+
+
+class FakeScaler:
+    """Stands for fp16's loss scaler on a machine without CUDA."""
+
+    def __init__(self, *_):
+        self.state = {"scale": 65536.0, "_growth_tracker": 0}
+
+    def scale(self, loss):
+        return loss
+
+    def step(self, optimizer):
+        optimizer.step()
+
+    def update(self):
+        self.state["_growth_tracker"] += 1
+
+    def state_dict(self):
+        return dict(self.state)
+
+    def load_state_dict(self, state):
+        self.state = dict(state)
+
+
+def test_main_pretrain__scaler_and_queue_pointer_travel(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(amp, "scaler", FakeScaler)
+    first = run(images, tmp_path, "--epochs", "1")
+    assert first["scaler"] == {"scale": 65536.0, "_growth_tracker": 5}
+    assert first["state_dict"]["module.queue_ptr"].tolist() == [40 % 32]
+    second = run(images, tmp_path, "--epochs", "2", "--resume", "auto")
+    assert second["scaler"]["_growth_tracker"] == 10
+    assert second["state_dict"]["module.queue_ptr"].tolist() == [80 % 32]
+    assert second["epoch"] == 2 and second["optimizer"]["state"]
+
+
+@pytest.mark.parametrize("method", ["moco", "mosrep"])
+def test_main_pretrain__resume_from_a_numbered_checkpoint_elsewhere(images, tmp_path, method):
+    """--resume PATH into another folder gives what the unbroken run gives, workers or not."""
+    whole = run(images, tmp_path / "a", "--epochs", "3", "--save-freq", "1", method=method)
+    path = tmp_path / "a/checkpoint_0001.pth.tar"
+    assert torch.load(path, weights_only=True)["epoch"] == 2
+    torch.manual_seed(4321)
+    again = run(images, tmp_path / "b", "--epochs", "3", "--resume", path, "--workers", "2", method=method)
+    for name in ("state_dict", "optimizer"):
+        old, new = (torch.utils._pytree.tree_flatten_with_path(x[name])[0] for x in (whole, again))
+        assert len(old) == len(new)
+        for (place, a), (_, b) in zip(old, new, strict=True):
+            assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, place
+    assert [(m["epoch"], m["step"]) for m in metrics(tmp_path / "b")] == [(2, step) for step in range(5)]
+    losses = [[m["loss"] for m in metrics(tmp_path / x) if m["epoch"] == 2] for x in "ab"]
+    assert losses[0] == losses[1]
+
+
+def test_main_pretrain__resume_auto_in_an_empty_folder_starts(images, tmp_path):
+    assert run(images, tmp_path / "new", "--resume", "auto")["epoch"] == 1
+
+
+def test_main_pretrain__a_finished_run_resumed_is_left_as_it_is(images, tmp_path):
+    run(images, tmp_path)
+    before = (tmp_path / checkpoint.LATEST).read_bytes()
+    run(images, tmp_path, "--resume", "auto")
+    assert (tmp_path / checkpoint.LATEST).read_bytes() == before
+
+
+def test_main_pretrain__config_tells_the_run(images, tmp_path):
+    run(images, tmp_path, "--seed", "5")
+    config = json.loads((tmp_path / "config.json").read_text())
+    args = main_pretrain.get_args([*flags_of("moco"), "--shards", "x"])
+    assert config["flags"].keys() == vars(args).keys() and config["flags"]["seed"] == 5
+    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    assert (config["commit"] or "").startswith(head)  # None outside a clone
+    index = main_pretrain.load_index(f"{images}/train").hash
+    assert config["index"] == index and config["versions"].keys() >= {"python", "torch", "torchvision", "timm"}
+
+
+# ---------------------------------------------------------------- several processes
+
+
+def train_two(images, out, method, flags):
+    main_pretrain.main([*flags_of(method), "--shards", f"{images}/train", "--epochs", "1", "--output-dir", str(out), *flags])
+
+
+@pytest.mark.parametrize("method", ["moco", "mosrep"])
+def test_main_pretrain__two_processes_write_what_one_writes(images, tmp_path, method):
+    """One process with two BatchNorm groups is the same run: losses equal, keys equal, every line and file once."""
+    one = run(images, tmp_path / "one", "--bn-splits", "2", "--save-freq", "1", method=method)
+    spawn(train_two, images, tmp_path / "two", method, ["--save-freq", "1"])
+    two = torch.load(tmp_path / "two" / checkpoint.LATEST, weights_only=True)
+    assert two["state_dict"].keys() == one["state_dict"].keys()
+    assert all(re.match(r"module\.(?!module\.)", name) for name in two["state_dict"])
+    assert (two["epoch"], two["arch"], two["method"]) == (one["epoch"], one["arch"], one["method"])
+    assert torch.equal(two["state_dict"]["module.queue_ptr"], one["state_dict"]["module.queue_ptr"])
+    lines = [metrics(tmp_path / x) for x in ("one", "two")]
+    assert [(m["epoch"], m["step"]) for m in lines[1]] == [(0, step) for step in range(5)]
+    assert lines[1][0]["loss"] == pytest.approx(lines[0][0]["loss"], rel=1e-5)  # before rounding errors grow
+    assert lines[1][0]["lr"] == lines[0][0]["lr"]
+    assert len(list((tmp_path / "two").glob("events*"))) == 1 and (tmp_path / "two/checkpoint_0000.pth.tar").is_file()
+    main_lincls.build_trunk(main_lincls.get_args(
+        ["--pretrained", str(tmp_path / "two"), "--method", method, "--train-shards", "x", "--val-shards", "x"]
+    ))  # fmt: skip
+
+
+# ---------------------------------------------------------------- mends that are offered
+
+
+@pytest.mark.parametrize("k", [1, 7, 12, 30, 33, 65537])
+@pytest.mark.parametrize("method", ["moco", "mosrep"])
+def test_check__a_queue_that_is_offered_would_do(method, k):
+    args = main_pretrain.get_args([*flags_of(method), "--shards", "x", "--moco-k", str(k)])
+    with pytest.raises(ValueError, match=f"--moco-k {k}: ") as error:
+        main_pretrain.check(args, 100000)
+    offered = re.findall(r"\d+", re.search(r"(\d+(?: or \d+)?) would do", str(error.value))[1])
+    assert offered
+    for value in offered:
+        args.moco_k = int(value)
+        main_pretrain.check(args, 100000)
+
+
+@pytest.mark.parametrize("method", ["moco", "mosrep"])
+@pytest.mark.parametrize("world, splits, batch", [(2, 1, 9), (3, 1, 8), (8, 2, 100), (8, 1, 3), (2, 4, 8)])
+def test_check__a_batch_that_is_offered_would_do(monkeypatch, method, world, splits, batch):
+    monkeypatch.setattr(dist, "world", lambda: world)
+    argv = [*flags_of(method), "--shards", "x", "--bn-splits", str(splits), "--moco-k", "1"]
+    args = main_pretrain.get_args([*argv, "--batch-size", str(batch)])
+    for attempt in range(3):
+        args.moco_k = args.batch_size
+        try:
+            main_pretrain.check(args, 100000)
+        except ValueError as error:
+            assert f"--batch-size {args.batch_size}: " in str(error)
+            args.batch_size = int(re.search(r"(\d+) would do", str(error))[1])
+        else:
+            assert attempt or (method == "moco" and not batch % (world * splits))
+            break
+    else:
+        pytest.fail("the batch sizes that were offered do not do")
+
+
+@pytest.mark.parametrize("method, size", [("moco", "48"), ("mosrep", "16"), ("moco", "31")])
+def test_main_pretrain__small_views_name_the_size_that_was_given(images, tmp_path, capsys, method, size):
+    """Local crops have half of --size: 48 leaves them 24 pixels, less than the stride of 32. 24 was nobody's value."""
+    local = ["--local-crops", "2"] if method == "moco" else ["--shift-range", "3"]
+    argv = [*flags_of(method), *local, "--shards", f"{images}/train", "--output-dir", tmp_path / "o", "--size", size]
+    err = fails(capsys, *argv)
+    assert f"--size {size}: " in err and "32" in err
+
+
+# ---------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize("pattern", ["{0}", "{0}/*.tar", "{0}/train-{{0000..0003}}.tar", "{0}/nowhere/*.tar"])
+def test_main_pretrain__nothing_there_leaves_nothing(tmp_path, capsys, pattern):
+    (tmp_path / "empty").mkdir()
+    spec = pattern.format(tmp_path / "empty")
+    err = fails(capsys, *flags_of("moco"), "--shards", spec, "--output-dir", tmp_path / "run")
+    assert f"--shards {spec}: " in err
+    assert [p for p in tmp_path.rglob("*") if not p.is_dir()] == []
+
+
+@pytest.mark.parametrize("place", ["/proc/version/run", "/proc/run", "/dev/null", "/sys/kernel/run"])
+def test_main_pretrain__folder_not_writable(images, capsys, place):
+    err = fails(capsys, *flags_of("moco"), "--shards", f"{images}/train", "--output-dir", place)
+    assert f"--output-dir {place}: " in err
+
+
+FOREIGN = {
+    "published MoCo": {"epoch": 200, "arch": "tiny_resnet", "state_dict": {}, "optimizer": {}},
+    "torchvision": {"conv1.weight": torch.zeros(1)},
+    "only names": {"method": "moco", "arch": "tiny_resnet"},
+    "empty": {},
+    "list": [1, 2],
+}
+
+
+@pytest.mark.parametrize("content", FOREIGN.values(), ids=FOREIGN)
+def test_main_pretrain__checkpoint_of_something_else(images, tmp_path, capsys, content):
+    torch.save(content, tmp_path / "foreign.pth.tar")
+    argv = ["--shards", f"{images}/train", "--output-dir", tmp_path / "o", "--resume", tmp_path / "foreign.pth.tar"]
+    assert f"--resume {tmp_path / 'foreign.pth.tar'}: " in fails(capsys, *flags_of("moco"), *argv)
+    assert not list(tmp_path.glob("o/*"))
+
+
+def test_main_pretrain__a_folder_is_no_checkpoint(images, tmp_path, capsys):
+    argv = ["--shards", f"{images}/train", "--output-dir", tmp_path / "o", "--resume", tmp_path]
+    assert f"--resume {tmp_path}: " in fails(capsys, *flags_of("moco"), *argv)
+
+
+def test_main_pretrain__resume_by_name_does_not_go_over_another_run(images, tmp_path, capsys):
+    """Continuing run a in the folder of run b would write over b's checkpoints."""
+    for name in "ab":
+        run(images, tmp_path / name)
+    before = (tmp_path / "b" / checkpoint.LATEST).read_bytes()
+    argv = ["--shards", f"{images}/train", "--epochs", "2", "--seed", "9", "--resume", tmp_path / "a" / checkpoint.LATEST]
+    assert "--output-dir" in fails(capsys, *flags_of("moco"), *argv, "--output-dir", tmp_path / "b")
+    assert (tmp_path / "b" / checkpoint.LATEST).read_bytes() == before
+
+
+# ---------------------------------------------------------------- failure in the middle
+
+
+@pytest.fixture(scope="module")
+def corrupt(tmp_path_factory):
+    """40 images of which one is cut short."""
+    folder = tmp_path_factory.mktemp("corrupt")
+    rng = np.random.default_rng(1)
+    with webdataset.TarWriter(str(folder / "train-000000.tar")) as tar:
+        for i in range(40):
+            file = io.BytesIO()
+            Image.fromarray(rng.integers(0, 256, (24, 24, 3), dtype=np.uint8)).save(file, "PNG")
+            tar.write({"__key__": str(i), "png": file.getvalue() if i != 23 else file.getvalue()[:200]})
+    return folder
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_main_pretrain__corrupt_image_is_not_skipped(corrupt, tmp_path, workers):
+    with pytest.raises(Exception, match="(?i)image|trunc|decode"):
+        run(corrupt, tmp_path, "--shards", corrupt, "--workers", workers)
+    assert not (tmp_path / checkpoint.LATEST).exists() and not list(tmp_path.glob("checkpoint*"))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_main_pretrain__failure_in_the_middle_exits_non_zero(corrupt, tmp_path, processes):
+    """On a real command line, the process with the corrupt image takes the other with it."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if processes == 2 else ["-W", "error"]
+    flags = [*flags_of("moco"), "--arch", "resnet18", "--size", "32", "--workers", "1", "--moco-k", "16", "--batch-size", "8"]
+    command = [sys.executable, *launch, "main_pretrain.py", *flags, "--shards", corrupt, "--output-dir", tmp_path]
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=170,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    assert done.returncode != 0 and not list(tmp_path.glob("checkpoint*"))
+    assert re.search("(?i)trunc|broken|image", done.stderr) and "Warning" not in done.stderr, done.stderr[-3000:]
+
+
+def test_main_pretrain__a_run_that_diverged_keeps_its_last_good_checkpoint(images, tmp_path):
+    run(images, tmp_path)
+    before = (tmp_path / checkpoint.LATEST).read_bytes()
+    with pytest.raises(FloatingPointError, match="--lr"):
+        run(images, tmp_path, "--resume", "auto", "--epochs", "3", "--lr", "1e30")
+    assert (tmp_path / checkpoint.LATEST).read_bytes() == before
+    assert all(math.isfinite(m["loss"]) for m in metrics(tmp_path))
