@@ -1,10 +1,12 @@
 """What a view is: its specification, the random draws it takes, and how it is cut from an encoded image.
 
 Everything random about a view is a function of (seed, epoch, sample, number of the view) alone. The worker decodes once, cuts
-and mirrors each view as uint8, and hands the colour parameters on; utils/photometric.py applies them to a whole batch.
+each view as uint8, and draws the parameters of all that is done to whole batches (utils/photometric.py).
 """
 
 import io
+import math
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,8 +14,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+try:
+    from torchvision.io import decode_jpeg
+except ImportError:
+    decode_jpeg = None
+
 DRAWS = 40  # random numbers reserved for each view; the columns below say which is which
 TRIES = 10  # of a random resized crop, as in torchvision
+SPARE = 2  # pixels of a crop for each pixel of its view, along a side, that decoding at a reduced size must leave
 AREA, RATIO = slice(0, TRIES), slice(TRIES, 2 * TRIES)
 TOP, LEFT, FLIP, JITTER, BRIGHTNESS, CONTRAST, SATURATION, HUE, ORDER, GRAY, BLUR, SIGMA, SOLARIZE = range(20, 33)
 
@@ -57,14 +65,13 @@ def crop_box(spec: ViewSpec, u: np.ndarray, height: int, width: int) -> tuple[in
 
     u: one row of `draw`.
     """
-    area = height * width * (spec.scale[0] + u[AREA] * (spec.scale[1] - spec.scale[0]))
-    low, high = np.log(spec.ratio)
-    ratio = np.exp(low + u[RATIO] * (high - low))
-    w, h = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
-    fits = np.flatnonzero((w >= 1) & (w <= width) & (h >= 1) & (h <= height))
-    if len(fits):
-        h, w = int(h[fits[0]]), int(w[fits[0]])
-        return int(u[TOP] * (height - h + 1)), int(u[LEFT] * (width - w + 1)), h, w
+    low, high = math.log(spec.ratio[0]), math.log(spec.ratio[1])
+    for area, ratio in zip(u[AREA].tolist(), u[RATIO].tolist(), strict=True):
+        area = height * width * (spec.scale[0] + area * (spec.scale[1] - spec.scale[0]))
+        ratio = math.exp(low + ratio * (high - low))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 1 <= w <= width and 1 <= h <= height:
+            return int(u[TOP] * (height - h + 1)), int(u[LEFT] * (width - w + 1)), h, w
     h, w = height, width
     if width / height < spec.ratio[0]:
         h = round(width / spec.ratio[0])
@@ -73,10 +80,10 @@ def crop_box(spec: ViewSpec, u: np.ndarray, height: int, width: int) -> tuple[in
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def color_parameters(spec: ViewSpec, u: np.ndarray) -> np.ndarray:
-    """What photometric needs of each view. u: ... x DRAWS -> ... x 8 float32, columns as in photometric.COLUMNS."""
+def parameters_of(spec: ViewSpec, u: np.ndarray) -> np.ndarray:
+    """What photometric needs of each view. u: ... x DRAWS -> ... x 9 float32, columns as in photometric.COLUMNS."""
     b, c, s, h = spec.jitter
-    out = np.empty((*u.shape[:-1], 8), np.float32)
+    out = np.empty((*u.shape[:-1], 9), np.float32)
     out[..., 0] = max(0, 1 - b) + u[..., BRIGHTNESS] * (1 + b - max(0, 1 - b))
     out[..., 1] = max(0, 1 - c) + u[..., CONTRAST] * (1 + c - max(0, 1 - c))
     out[..., 2] = max(0, 1 - s) + u[..., SATURATION] * (1 + s - max(0, 1 - s))
@@ -85,35 +92,69 @@ def color_parameters(spec: ViewSpec, u: np.ndarray) -> np.ndarray:
     out[..., 5] = u[..., GRAY] < spec.gray_p
     out[..., 6] = np.where(u[..., BLUR] < spec.blur_p, spec.blur[0] + u[..., SIGMA] * (spec.blur[1] - spec.blur[0]), 0)
     out[..., 7] = u[..., SOLARIZE] < spec.solarize_p
+    out[..., 8] = 0 if spec.resize else u[..., FLIP] < spec.flip_p
     return out
 
 
-def decode(data: bytes) -> torch.Tensor:
-    """Encoded image -> 3 x H x W uint8 RGB, channels last in memory. EXIF orientation is ignored, as ImageNet training does.
+def cut_views(data: bytes, specs: list[ViewSpec], u: np.ndarray) -> list[torch.Tensor]:
+    """Decode an image once and cut every view from it, colours untouched and not mirrored: each 3 x size x size uint8.
 
-    PIL, because torchvision's decoders are deprecated since 0.29; both use libjpeg-turbo and give the same pixels.
+    u: a row of `draw` for each view, in the order of specs. A JPEG is decoded at a half, a quarter or an eighth of its size
+    where every crop still has SPARE times the pixels of its view along a side, so that none loses detail. Raises whatever PIL
+    raises for bytes that are no image, and for more pixels than Image.MAX_IMAGE_PIXELS.
     """
-    with Image.open(io.BytesIO(data)) as image:
-        if image.mode in ("I", "I;16"):  # 16-bit PNG: PIL would clip at 255
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        elif image.mode == "P":  # PIL warns of some transparent palettes unless asked for alpha
-            image = image.convert("RGBA")
-        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    kinds = [spec for spec in specs for _ in range(spec.count)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # odd metadata and the like: the pixels are decoded all the same
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(io.BytesIO(data)) as image:
+            width, height = image.size
+            boxes = [None if spec.resize else crop_box(spec, row, height, width) for spec, row in zip(kinds, u, strict=True)]
+            spare = min(min(box[2:]) / spec.size if box else 1 for box, spec in zip(boxes, kinds, strict=True)) / SPARE
+            pixels = _pixels(image, data, max(r for r in (1, 2, 4, 8) if r <= max(spare, 1)))  # H x W x 3
+    pixels = pixels.unsqueeze(0).permute(0, 3, 1, 2)  # 1 x 3 x H x W, channels last in memory: the fastest to resize
+    reduction = round(width / pixels.shape[3])
+    return [
+        _crop(pixels, box, reduction, spec.size) if box else _centre(pixels, spec)
+        for box, spec in zip(boxes, kinds, strict=True)
+    ]
+
+
+def _pixels(image, data, reduction):
+    """An opened image, whose bytes are `data` -> H x W x 3 uint8.
+
+    Only JPEGs are reduced. EXIF orientation is ignored, as ImageNet training does. torchvision decodes the ordinary JPEG, a
+    quarter faster than PIL and to the same pixels; PIL does all else, and everything once torchvision has lost its decoders,
+    which are deprecated since 0.29.
+    """
+    if image.format == "JPEG" and image.mode in ("RGB", "L") and reduction == 1 and decode_jpeg:
+        return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode="RGB").permute(1, 2, 0)
+    if reduction > 1:
+        image.draft(None, (image.width // reduction, image.height // reduction))
+    if image.mode in ("I", "I;16"):  # 16-bit PNG: PIL would clip at 255
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode == "P":  # with a transparent colour, perhaps
+        image = image.convert("RGBA")
+    return torch.from_numpy(np.array(image.convert("RGB")))
 
 
 def resize(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """C x h x w uint8 -> C x height x width uint8, bilinear with antialiasing."""
-    return F.interpolate(image[None], (height, width), mode="bilinear", antialias=True, align_corners=False)[0]
+    """1 x C x h x w uint8 -> 1 x C x height x width uint8, bilinear with antialiasing."""
+    return F.interpolate(image, (height, width), mode="bilinear", antialias=True, align_corners=False)
 
 
-def cut(image: torch.Tensor, spec: ViewSpec, u: np.ndarray) -> torch.Tensor:
-    """One view of a decoded image, colours untouched: 3 x size x size uint8. u: one row of `draw`."""
-    height, width = image.shape[1:]
-    if spec.resize:
-        short = min(height, width)
-        image = resize(image, spec.resize * height // short, spec.resize * width // short)
-        top, left = round((image.shape[1] - spec.size) / 2), round((image.shape[2] - spec.size) / 2)
-        return image[:, top : top + spec.size, left : left + spec.size]
-    top, left, h, w = crop_box(spec, u, height, width)
-    view = resize(image[:, top : top + h, left : left + w], spec.size, spec.size)
-    return view.flip(2) if u[FLIP] < spec.flip_p else view
+def _crop(image, box, reduction, size):
+    """The box (top, left, height, width of the whole image) of an image decoded at 1 / reduction: 3 x size x size."""
+    top, left, height, width = box
+    top, bottom = round(top / reduction), round((top + height) / reduction)
+    left, right = round(left / reduction), round((left + width) / reduction)
+    return resize(image[:, :, top:bottom, left:right], size, size)[0]
+
+
+def _centre(image, spec):
+    """The test view: shorter side to spec.resize, then the central spec.size."""
+    height, width = image.shape[2:]
+    short = min(height, width)
+    image = resize(image, spec.resize * height // short, spec.resize * width // short)
+    top, left = round((image.shape[2] - spec.size) / 2), round((image.shape[3] - spec.size) / 2)
+    return image[0, :, top : top + spec.size, left : left + spec.size]
