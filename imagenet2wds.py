@@ -27,8 +27,9 @@ from tqdm import tqdm
 
 from utils.files import atomic
 from utils.flags import Parser, in_range, one_line_errors, positive
-from utils.index import PLAN, describe, scan_tar, write_index
+from utils.index import PLAN, describe, write_index
 from utils.sources import Split, find_splits
+from utils.tars import local_samples
 
 PROG = "imagenet2wds.py"
 BAD = "bad_images.txt"
@@ -118,7 +119,7 @@ class Writer:
     def missing(self, path: Path, keys: dict[str, int]) -> list[str] | None:
         """The unreadable images that a shard, written before, was made without; None if it has to be made anew."""
         try:
-            done = {sample.key for sample in scan_tar(path)}
+            done = {sample.key for sample in local_samples(path)}
         except tarfile.TarError:  # damaged since: it was complete when it got its name
             return None
         left_out = [self.read(i) for key, i in keys.items() if key not in done]

@@ -17,7 +17,18 @@ from torch import nn
 
 from methods import METHODS
 from utils import amp, backbones, checkpoint, dist, optim
-from utils.flags import Parser, add_run_flags, check_run_flags, in_range, meaning, one_line_errors, positive
+from utils.bad_samples import BadSamples
+from utils.flags import (
+    Parser,
+    add_run_flags,
+    check_run_flags,
+    in_range,
+    meaning,
+    one_line_ends,
+    one_line_errors,
+    positive,
+    shard_flags,
+)
 from utils.index import load_index
 from utils.loader import evaluation_batches, load, training_batches
 from utils.log import Log, say, write_config
@@ -101,8 +112,8 @@ def main(argv=None):
     with one_line_errors(PROG):
         device = dist.setup(args.device)
         args.amp = amp.resolve(args.amp, device)
-        train_index = dist.first_process_does(lambda: load_index(args.train_shards, "--train-shards"))
-        val_index = dist.first_process_does(lambda: load_index(args.val_shards, "--val-shards"))
+        train_index = dist.first_process_does(lambda: load_index(args.train_shards, "--train-shards", **shard_flags(args)))
+        val_index = dist.first_process_does(lambda: load_index(args.val_shards, "--val-shards", **shard_flags(args)))
         check(args, train_index, val_index)
         torch.manual_seed(args.seed)
         trunk, source_hash = build_trunk(args)
@@ -125,14 +136,15 @@ def main(argv=None):
     say(f"linear probe of {args.arch} from {args.pretrained}: {train_index.total} training and {val_index.total} validation "
         f"images, batch {args.batch_size}, learning rate {args.lr} x {args.batch_size} / 256 = {lr:.4g}, "
         f"epochs {start} to {args.epochs}")  # fmt: skip
-    for last in train(args, train_index, val_index, trunk, fc, optimizer, start, lr, device):
-        best = max(best, last, key=lambda result: result["top1"])
-        if dist.rank() == 0:
-            content = {
-                "epoch": last["epoch"] + 1, "arch": args.arch, "probe": identity, "best": best, "last": last,
-                "state_dict": checkpoint.prefixed(fc), "optimizer": optimizer.state_dict(),
-            }  # fmt: skip
-            checkpoint.save(folder / checkpoint.LATEST, content)
+    with one_line_ends(PROG):
+        for last in train(args, train_index, val_index, trunk, fc, optimizer, start, lr, device):
+            best = max(best, last, key=lambda result: result["top1"])
+            if dist.rank() == 0:
+                content = {
+                    "epoch": last["epoch"] + 1, "arch": args.arch, "probe": identity, "best": best, "last": last,
+                    "state_dict": checkpoint.prefixed(fc), "optimizer": optimizer.state_dict(),
+                }  # fmt: skip
+                checkpoint.save(folder / checkpoint.LATEST, content)
     if checkpoint.weights_hash(trunk) != frozen:
         raise RuntimeError("the frozen trunk changed during the probe; its result would be wrong and is not written")
     if dist.rank() == 0:
@@ -150,8 +162,9 @@ def train(args, train_index, val_index, trunk, fc, optimizer, start, lr, device)
     epochs = range(start, args.epochs)
     specs = [ViewSpec("train", args.size, (args.crop_min, 1.0))]
     batches = training_batches(train_index, args.batch_size, args.seed, epochs)
-    batches = load(train_index, specs, batches, args.seed, args.workers, device)
-    with Log(Path(args.output_dir), steps, args.print_freq, args.batch_size) as log:
+    batches = load(train_index, specs, batches, args.seed, args.workers, device, args.photometric)
+    bad = BadSamples(Path(args.output_dir), train_index.total + val_index.total, args.max_bad)
+    with Log(Path(args.output_dir), steps, args.print_freq, args.batch_size, bad) as log:
         for epoch in epochs:
             lr_now = optim.set_lr(optimizer, optim.cosine(lr, epoch / args.epochs))
             for step in log.epoch(epoch):
@@ -162,8 +175,8 @@ def train(args, train_index, val_index, trunk, fc, optimizer, start, lr, device)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-                log.step(step, loss, {"top1": (logits.argmax(1) == batch.label).float().mean() * 100}, lr_now)
-            result = evaluate(args, val_index, trunk, fc, device)
+                log.step(step, loss, {"top1": (logits.argmax(1) == batch.label).float().mean() * 100}, lr_now, batch.bad)
+            result = evaluate(args, val_index, trunk, fc, device, bad)
             say(f"epoch {epoch}: validation top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %")
             log.scalars(epoch, {f"val_{name}": value for name, value in result.items()})
             yield {"epoch": epoch, **result}
@@ -176,18 +189,23 @@ def features(trunk, x, amp_name):  # n x 3 x H x W -> n x C, float32
 
 
 @torch.no_grad()
-def evaluate(args, index, trunk, fc, device) -> dict[str, float]:
-    """Top-1 and top-5 in % over the whole index, each image counted once over all processes."""
+def evaluate(args, index, trunk, fc, device, bad) -> dict[str, float]:
+    """Top-1 and top-5 in % over the whole index, each image counted once over all processes, and how many could not be used."""
     spec = ViewSpec("test", args.size, resize=args.resize)
     right = torch.zeros(3, dtype=torch.long, device=device)  # top-1, top-5, seen
-    for batch in load(index, [spec], evaluation_batches(index, args.batch_size), args.seed, args.workers, device):
+    met = []
+    batches = evaluation_batches(index, args.batch_size)
+    for batch in load(index, [spec], batches, args.seed, args.workers, device, args.photometric):
+        met += batch.bad
         top = fc(features(trunk, batch.views[0], args.amp)).topk(min(5, fc.out_features), dim=1).indices
         hits = top == batch.label.unsqueeze(1)  # n x 5
         right += torch.stack([hits[:, 0].sum(), hits.any(1).sum(), hits.new_tensor(len(hits), dtype=torch.long)])
+    bad.add(met)
+    unusable = sum(len(part) for part in dist.gather_objects(met))
     top1, top5, seen = dist.total(right).tolist()
-    if seen != index.total:
-        raise RuntimeError(f"validation counted {seen} images, the index has {index.total}")
-    return {"top1": 100 * top1 / seen, "top5": 100 * top5 / seen}
+    if seen + unusable != index.total:
+        raise RuntimeError(f"validation counted {seen} + {unusable} images, the index has {index.total}")
+    return {"top1": 100 * top1 / seen, "top5": 100 * top5 / seen, "unusable": unusable}
 
 
 def restore(path: Path, args, identity: dict, fc, optimizer):

@@ -8,16 +8,27 @@
 DIR holds webdataset shards, as imagenet2wds.py writes them. Launchers with the published settings: pretrain_*.sh.
 """
 
+import math
 from pathlib import Path
 
 import torch
 
 from methods import METHODS
 from utils import amp, checkpoint, dist, optim
+from utils.bad_samples import BadSamples
 from utils.contrast import Step
-from utils.flags import Parser, add_run_flags, check_run_flags, meaning, one_line_errors, positive
+from utils.flags import (
+    Parser,
+    add_run_flags,
+    check_run_flags,
+    meaning,
+    one_line_ends,
+    one_line_errors,
+    positive,
+    shard_flags,
+)
 from utils.index import load_index
-from utils.loader import load, training_batches
+from utils.loader import load, training_batches, worker_ms
 from utils.log import Log, say, write_config
 
 PROG = "main_pretrain.py"
@@ -42,6 +53,8 @@ def get_args(argv=None):
     add("--lanes", type=int,
         help="ranges an epoch is cut into; default: the largest power of two up to 64 that divides the batch")  # fmt: skip
     add("--save-freq", type=int, default=10, help="epochs between two numbered checkpoints; the latest is saved every epoch")
+    add("--dry-run", nargs="?", type=float, const=1000.0, metavar="RATE",
+        help="check all, measure the --workers that a device needs which trains RATE (1000) images/s, and stop")  # fmt: skip
     add_run_flags(parser, output_dir="output/run", output_help="checkpoints, metrics and configuration go here")
     METHODS[name].add_flags(parser.add_argument_group(f"--method {name}"))
     return parser.parse_args(argv)
@@ -64,10 +77,10 @@ def check(args, samples: int) -> None:
     METHODS[args.method].check(args, samples)
 
 
-def restore(path: Path, args, index_hash, model, optimizer, scaler) -> int:
-    """Load a checkpoint of the same run; returns the epoch to go on with."""
+def restore(path: Path, args, index_hash, model, optimizer, scaler) -> tuple[int, int]:
+    """Load a checkpoint of the same run; returns the epoch and the step to go on with."""
     saved = checkpoint.load(path, "--resume")
-    if not {"flags", "index", "state_dict", "optimizer", "scaler", "epoch"} <= saved.keys():
+    if not {"flags", "index", "state_dict", "optimizer", "scaler", "epoch", "step"} <= saved.keys():
         raise ValueError(f"--resume {path}: is not a checkpoint of main_pretrain.py; pass one of the same run")
     for name in ("method", "arch"):
         if saved.get(name) != getattr(args, name):
@@ -86,7 +99,7 @@ def restore(path: Path, args, index_hash, model, optimizer, scaler) -> int:
     optimizer.load_state_dict(saved["optimizer"])
     if saved["scaler"]:  # empty unless the run was in fp16
         scaler.load_state_dict(saved["scaler"])
-    return saved["epoch"]
+    return saved["epoch"], saved["step"]
 
 
 def main(argv=None):
@@ -94,42 +107,46 @@ def main(argv=None):
     with one_line_errors(PROG):
         device = dist.setup(args.device)
         args.amp = amp.resolve(args.amp, device)
-        index = dist.first_process_does(lambda: load_index(args.shards))
+        index = dist.first_process_does(lambda: load_index(args.shards, **shard_flags(args)))
         check(args, index.total)
-        resume_from = dist.first_process_does(lambda: checkpoint.open_run(args.output_dir, args.resume))
+        if args.dry_run is None:
+            resume_from = dist.first_process_does(lambda: checkpoint.open_run(args.output_dir, args.resume))
         torch.manual_seed(args.seed)
         method = METHODS[args.method](args).to(device, memory_format=torch.channels_last)
         lr = optim.scaled_lr(args.lr, args.batch_size)
         optimizer = optim.sgd(method.parameters(), lr, args.momentum, args.weight_decay)
         scaler = amp.scaler(args.amp)
-        start = restore(resume_from, args, index.hash, method, optimizer, scaler) if resume_from else 0
+        if args.dry_run is not None:
+            return dry_run(args, index)
+        start = restore(resume_from, args, index.hash, method, optimizer, scaler) if resume_from else (0, 0)
 
     model = dist.data_parallel(method, device)
     folder = Path(args.output_dir)
     if dist.rank() == 0:
         write_config(folder, args, index=index.hash, device=str(device))
-    train(args, index, model, optimizer, scaler, start, lr, device)
+    with one_line_ends(PROG):
+        train(args, index, model, optimizer, scaler, start, lr, device)
     say(f"\nResults: {folder}/ (checkpoints, metrics.jsonl, config.json; curves: tensorboard --logdir {folder})")
     say(f"Next:    bash linear_{args.method}.sh, with the variables of this run (SHARDS, OUTPUT ...) if any were set")
     dist.teardown()
 
 
 def train(args, index, model, optimizer, scaler, start, lr, device):
-    steps, folder = index.total // args.batch_size, Path(args.output_dir)
+    steps, folder, (first_epoch, first_step) = index.total // args.batch_size, Path(args.output_dir), start
     chance = checkpoint.bare(model).chance(args.batch_size)
     say(f"{args.method} {args.arch} on {dist.world()} x {device.type} {args.amp}: {index.total} images, "
-        f"batch {args.batch_size}, {steps} steps an epoch, epochs {start} to {args.epochs}, "
+        f"batch {args.batch_size}, {steps} steps an epoch, epochs {first_epoch} to {args.epochs}, "
         f"learning rate {args.lr} x {args.batch_size} / 256 = {lr:.4g}")  # fmt: skip
     model.train()
     specs = METHODS[args.method].views(args)
-    epochs = range(start, args.epochs)
-    batches = load(
-        index, specs, training_batches(index, args.batch_size, args.seed, epochs, args.lanes), args.seed, args.workers, device
-    )
-    with Log(folder, steps, args.print_freq, args.batch_size, chance) as log:
+    epochs = range(first_epoch, args.epochs)
+    batches = training_batches(index, args.batch_size, args.seed, epochs, args.lanes, first_step)
+    batches = load(index, specs, batches, args.seed, args.workers, device, args.photometric)
+    bad = BadSamples(folder, index.total, args.max_bad)
+    with Log(folder, steps, args.print_freq, args.batch_size, bad, chance) as log:
         for epoch in epochs:
             lr_now = optim.set_lr(optimizer, optim.cosine(lr, epoch / args.epochs))
-            for step in log.epoch(epoch):
+            for step in log.epoch(epoch, first_step if epoch == first_epoch else 0):
                 with log.waiting():
                     batch = next(batches)
                 now = Step.at(epoch * steps + step, args.epochs * steps, args.seed)
@@ -138,7 +155,7 @@ def train(args, index, model, optimizer, scaler, start, lr, device):
                 scaler.scale(loss).backward()
                 scaler.step(optimizer)
                 scaler.update()
-                log.step(step, loss, stats, lr_now)
+                log.step(step, loss, stats, lr_now, batch.bad)
             if dist.rank() == 0:
                 save(args, folder, epoch + 1, index.hash, model, optimizer, scaler)
 
@@ -152,6 +169,15 @@ def save(args, folder, epoch, index_hash, model, optimizer, scaler):
     checkpoint.save(folder / checkpoint.LATEST, content)
     if epoch % args.save_freq == 0 or epoch == args.epochs:
         checkpoint.save(folder / f"checkpoint_{epoch - 1:04d}.pth.tar", content)
+
+
+def dry_run(args, index):
+    """What the measurement of benchmarks/input_pipeline.py says of these shards, these views and this machine."""
+    specs, rate = METHODS[args.method].views(args), args.dry_run
+    ms = worker_ms(index, specs, args.seed)
+    say(f"dry run: all flags are good; {index.total} images, {index.total // args.batch_size} steps an epoch")
+    say(f"a worker needs {ms:.2f} ms of a core for an image and feeds {1e3 / ms:.0f} images/s; a device that trains {rate:.0f} "
+        f"images/s needs --workers {math.ceil(rate * ms / 1e3)}, which is {args.workers} now, for its process")  # fmt: skip
 
 
 if __name__ == "__main__":

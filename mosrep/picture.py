@@ -10,7 +10,7 @@ from torchvision.utils import draw_bounding_boxes, make_grid
 
 from mosrep.builder import MosRep
 from mosrep.mosaic import compose, draw_offset, shift, tile_boxes
-from utils.flags import Parser, one_line_errors
+from utils.flags import Parser, add_shard_flags, one_line_errors, shard_flags
 from utils.index import load_index
 from utils.loader import load, training_batches
 from utils.photometric import MEAN, STD
@@ -22,6 +22,7 @@ def get_args(argv=None):
     parser.add_argument("--shards", required=True, metavar="DIR", help="folder of shards, a glob, or a brace pattern of tars")
     parser.add_argument("--mosaics", type=int, default=8, help="how many, four or more")
     parser.add_argument("--seed", type=int, default=0, help="decides images, views and shifts")
+    add_shard_flags(parser)
     MosRep.add_flags(parser.add_argument_group("method"))
     return parser.parse_args(argv)
 
@@ -29,7 +30,7 @@ def get_args(argv=None):
 def main(argv=None):
     args = get_args(argv)
     with one_line_errors("mosrep.picture"):
-        index = load_index(args.shards)
+        index = load_index(args.shards, **shard_flags(args))
         if not 4 <= args.mosaics <= index.total:
             raise ValueError(f"--mosaics {args.mosaics}: must lie in [4, {index.total}], the number of images")
     batches = training_batches(index, args.mosaics, args.seed, range(1))

@@ -121,7 +121,8 @@ def test_in_range__ends_belong_and_nan_does_not():
 
 def test_meaning__leaves_out_only_place_and_inputs():
     args = main_pretrain.get_args(["--method", "moco", *PRETRAIN])
-    rest = {"shards", "output_dir", "resume", "device", "workers", "print_freq", "save_freq"}
+    rest = {"shards", "output_dir", "resume", "device", "workers", "print_freq", "save_freq", "photometric", "max_bad"}
+    rest |= {"cache_dir", "allow_pipe", "verify_shards", "dry_run"}
     assert flags.meaning(args).keys() == vars(args).keys() - rest
 
 

@@ -1,16 +1,32 @@
 import itertools
+import os
 import random
+import re
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
-from shards_helpers import color_of, one_color, one_photograph, write_shards
+from shards_helpers import (
+    color_of,
+    member_at,
+    name_classes,
+    one_color,
+    one_photograph,
+    one_png,
+    overwrite,
+    write_members,
+    write_shards,
+)
 
 from utils import loader
-from utils.loader import evaluation_batches, load, training_batches
-from utils.photometric import photometric
-from utils.shards import Reader
-from utils.views import ViewSpec, color_parameters, cut, decode, draw, moco_v2_view
+from utils.flags import RunError
+from utils.index import load_index
+from utils.loader import Batches, evaluation_batches, keep_freed_memory, load, training_batches, worker_ms
+from utils.photometric import normalize, photometric
+from utils.reader import Reader
+from utils.shards import epoch_plan
+from utils.views import ViewSpec, cut_views, draw, moco_v2_view, parameters_of
 
 # the machine may have fewer cores than a test starts workers
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -18,7 +34,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 SIZES = (10, 10, 10, 7)
 CPU = torch.device("cpu")
 PLAIN = [ViewSpec("plain", 4)]
+TEST = [ViewSpec("test", 4, resize=5)]
 MOCO = [moco_v2_view("global", 16, (0.2, 1.0)), moco_v2_view("local", 8, (0.1, 0.6), count=2)]
+LAYOUTS = [(1, 0), (1, 2), (2, 1), (2, 2), (4, 1)]  # processes, workers of each
 
 
 @pytest.fixture(scope="module")
@@ -37,12 +55,13 @@ def as_process(monkeypatch, rank, world):
     monkeypatch.setattr(loader.dist, "world", lambda: world)
 
 
-def train(monkeypatch, index, batch, world=1, workers=0, specs=MOCO, seed=0, epochs=range(2)):
+def train(monkeypatch, index, batch, world=1, workers=0, specs=MOCO, seed=0, epochs=range(2), first_step=0, on="auto"):
     """[batches of process 0, of process 1, ...] as real loaders give them."""
     out = []
     for rank in range(world):
         as_process(monkeypatch, rank, world)
-        out.append(list(load(index, specs, training_batches(index, batch, seed, epochs), seed, workers, CPU)))
+        batches = training_batches(index, batch, seed, epochs, first_step=first_step)
+        out.append(list(load(index, specs, batches, seed, workers, CPU, on)))
     return out
 
 
@@ -65,28 +84,33 @@ def same(a, b):
 def alone(photographs):
     """The global batches of two epochs, by one process without workers."""
     with pytest.MonkeyPatch.context() as monkeypatch:
-        return joined(train(monkeypatch, photographs, 6))
+        return joined(train(monkeypatch, photographs, 12))
 
 
-@pytest.mark.parametrize("world, workers", list(itertools.product((1, 2, 3), (0, 1, 2, 3)))[1:])
+@pytest.mark.parametrize("world, workers", [*list(itertools.product((1, 2, 3), (0, 1, 2, 3)))[1:], (4, 1)])
 def test_load__global_batches_do_not_depend_on_processes_and_workers(monkeypatch, photographs, alone, world, workers):
     """Equal step counts, every sample at most once an epoch, and the very same bytes: pixels, numbers and labels."""
-    processes = train(monkeypatch, photographs, 6, world, workers)
-    assert [len(p) for p in processes] == [2 * (37 // 6)] * world
-    assert all(len(batch.index) == 6 // world for p in processes for batch in p)
+    processes = train(monkeypatch, photographs, 12, world, workers)
+    assert [len(p) for p in processes] == [2 * (37 // 12)] * world
+    assert all(len(batch.index) == 12 // world and batch.bad == [] for p in processes for batch in p)
     batches = joined(processes)
-    for epoch in (batches[:6], batches[6:]):
+    for epoch in (batches[:3], batches[3:]):
         numbers = torch.cat([b[-2] for b in epoch]).tolist()
         assert len(numbers) == len(set(numbers)) == 36 and set(numbers) <= set(range(37))
     assert same(batches, alone)
 
 
-@pytest.mark.parametrize("batch, world, workers", [(37, 1, 2), (1, 1, 3), (4, 2, 3)])
+@pytest.mark.parametrize(
+    "batch, world, workers", [(37, 1, 2), (1, 1, 3), (4, 2, 3), *[(12, *layout) for layout in LAYOUTS], (36, 4, 1)]
+)
 def test_load__every_sample_exactly_once_where_the_batch_divides(monkeypatch, colors, tmp_path, batch, world, workers):
     """Also with more workers than a batch has samples."""
     index = colors if 37 % batch == 0 else write_shards(tmp_path / "x", (10, 10, 10, 6))
-    batches = joined(train(monkeypatch, index, batch, world, workers, PLAIN, epochs=range(1)))
-    assert sorted(torch.cat([b[-2] for b in batches]).tolist()) == list(range(index.total))
+    batches = joined(train(monkeypatch, index, batch, world, workers, PLAIN))
+    steps = index.total // batch
+    assert len(batches) == 2 * steps
+    for epoch in (batches[:steps], batches[steps:]):
+        assert sorted(torch.cat([b[-2] for b in epoch]).tolist()) == list(range(index.total))
 
 
 def test_load__images_and_labels_belong_to_their_numbers(monkeypatch, colors):
@@ -98,12 +122,26 @@ def test_load__images_and_labels_belong_to_their_numbers(monkeypatch, colors):
                 assert np.abs(view.numpy() - expected[:, None, None]).max() < 1e-5 and label == number % 3
 
 
-def test_load__shapes(alone):
-    global_, local, numbers, labels = alone[0]
+@pytest.mark.parametrize("on", ["worker", "device"])
+def test_load__shapes(monkeypatch, photographs, on):
+    batch = train(monkeypatch, photographs, 6, on=on)[0][0]
+    (global_, local), numbers, labels = batch.views, batch.index, batch.label
     assert global_.shape == (6, 3, 16, 16) and local.shape == (6, 2, 3, 8, 8)
     assert global_.dtype == local.dtype == torch.float32 and numbers.dtype == labels.dtype == torch.long
-    assert numbers.shape == labels.shape == (6,)
+    assert numbers.shape == labels.shape == (6,) and batch.bad == []
     assert not torch.equal(local[:, 0], local[:, 1])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_load__photometric_gives_the_same_in_the_worker_and_on_the_device(monkeypatch, photographs, alone, workers):
+    """To the bit, and `auto` is one of them."""
+    here, spied = [], loader.photometric
+    monkeypatch.setattr(loader, "photometric", lambda *args: here.append(1) or spied(*args))
+    for on in ("worker", "device"):
+        here.clear()
+        assert same(joined(train(monkeypatch, photographs, 12, workers=workers, on=on)), alone)
+        in_this_process = 6 * len(MOCO) if on == "device" or workers == 0 else 0
+        assert len(here) == in_this_process
 
 
 def test_load__no_labels_is_minus_one(monkeypatch, tmp_path):
@@ -116,37 +154,55 @@ def test_load__view_is_a_function_of_seed_epoch_and_sample(monkeypatch, photogra
     """Not of the batch it comes in, nor of its place there. A new epoch and a new seed give new views and another order."""
     views = {}
     for step, (*parts, numbers, _) in enumerate(alone):
-        views |= {(step // 6, number): [p[i] for p in parts] for i, number in enumerate(numbers.tolist())}
+        views |= {(step // 3, number): [p[i] for p in parts] for i, number in enumerate(numbers.tolist())}
     met = 0
-    for step, (*parts, numbers, _) in enumerate(joined(train(monkeypatch, photographs, 12))):
+    for step, (*parts, numbers, _) in enumerate(joined(train(monkeypatch, photographs, 6))):
         for i, number in enumerate(numbers.tolist()):
-            if (expected := views.get((step // 3, number))) is not None:
+            if (expected := views.get((step // 6, number))) is not None:
                 met += 1
-                for part, other in zip(parts, expected, strict=True):
-                    torch.testing.assert_close(part[i], other, atol=1e-5, rtol=0)
+                assert all(torch.equal(part[i], other) for part, other in zip(parts, expected, strict=True))
     assert met >= 70
-    other_seed = joined(train(monkeypatch, photographs, 6, seed=1))
-    for a, b, numbers in [(alone[:6], alone[6:], 6), (alone, other_seed, 12)]:
-        assert [x[-2].tolist() for x in a[:numbers]] != [x[-2].tolist() for x in b[:numbers]]
+    other_seed = joined(train(monkeypatch, photographs, 12, seed=1))
+    for a, b in [(alone[:3], alone[3:]), (alone, other_seed)]:
+        assert all(x[-2].tolist() != y[-2].tolist() for x, y in zip(a, b, strict=True))
+    others = {}
+    for step, (*parts, numbers, _) in enumerate(other_seed):
+        others |= {(step // 3, number): [p[i] for p in parts] for i, number in enumerate(numbers.tolist())}
     for number in range(37):
-        if (0, number) in views and (1, number) in views:
-            assert all(not torch.equal(x, y) for x, y in zip(views[0, number], views[1, number], strict=True))
+        for one, another in [
+            (views.get((0, number)), views.get((1, number))),
+            (views.get((0, number)), others.get((0, number))),
+        ]:
+            if one and another:
+                assert all(not torch.equal(x, y) for x, y in zip(one, another, strict=True))
 
 
-def test_load__each_view_has_its_own_box_and_colours(monkeypatch, photographs):
+def finished(image, specs, seed, epoch, planned):
+    """The views of one encoded image, drawn for the sample `planned`: each cut and coloured alone, in the order of specs."""
+    kinds = [spec for spec in specs for _ in range(spec.count)]
+    u = draw(seed, epoch, planned, len(kinds))
+    views = []
+    for v, spec in enumerate(kinds):
+        (view,) = cut_views(image, [ViewSpec(**vars(spec) | {"count": 1})], u[v : v + 1])
+        views.append(normalize(photometric(view, torch.from_numpy(parameters_of(spec, u[v])))))
+    return views
+
+
+def views_of(batch, i):
+    """All views of the i-th sample of a batch, in the order of the specs."""
+    return [view for part in batch.views for view in (part[i] if part.ndim == 5 else part[i : i + 1])]
+
+
+def test_load__each_view_has_its_own_box_and_colours(monkeypatch, tmp_path):
     """View number v over all specs is cut with row v of the sample's draws and coloured by it."""
+    index = write_shards(tmp_path / "x", SIZES, image=one_png)
     specs = [ViewSpec("a", 8), ViewSpec("b", 8, count=2), moco_v2_view("c", 8, (0.2, 1.0), count=2)]
-    reader = Reader(photographs)
-    for batch in train(monkeypatch, photographs, 18, workers=2, specs=specs, seed=5, epochs=range(3, 4))[0]:
-        a, b, c = batch.views
+    for batch in train(monkeypatch, index, 18, workers=2, specs=specs, seed=5, epochs=range(3, 4))[0]:
         for i, number in enumerate(batch.index.tolist()):
-            image, u = decode(reader(number)[0]), draw(5, 3, number, 5)
-            found = [a[i], b[i, 0], b[i, 1], c[i, 0], c[i, 1]]
-            for v, (view, spec) in enumerate(zip(found, [specs[0], specs[1], specs[1], specs[2], specs[2]], strict=True)):
-                expected = photometric(cut(image, spec, u[v]), torch.from_numpy(color_parameters(spec, u[v])))
-                torch.testing.assert_close(view, expected, atol=1e-5, rtol=0)
+            found = views_of(batch, i)
+            for view, expected in zip(found, finished(one_png(number), specs, 5, 3, number), strict=True):
+                assert torch.equal(view, expected)
             assert not any(torch.equal(x, y) for x, y in itertools.combinations(found[:3], 2))  # no colours: other boxes
-    reader.close()
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -155,7 +211,7 @@ def test_load__global_random_state_decides_nothing(monkeypatch, photographs, alo
         torch.manual_seed(seed)
         np.random.seed(seed)
         random.seed(seed)
-        assert same(joined(train(monkeypatch, photographs, 6, workers=workers)), alone)
+        assert same(joined(train(monkeypatch, photographs, 12, workers=workers)), alone)
 
 
 @pytest.mark.parametrize("epoch", [1, 2])
@@ -165,23 +221,60 @@ def test_load__continued_at_an_epoch(monkeypatch, photographs, epoch):
     assert same(continued, unbroken[3 * epoch :])
 
 
-def test_load__continued_at_any_step(photographs, alone):
+SMALL = [moco_v2_view("small", 6, (0.2, 1.0))]
+
+
+@pytest.fixture(scope="module")
+def unbroken(photographs):
+    """Three epochs of 18 steps."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        return joined(train(monkeypatch, photographs, 2, specs=SMALL, epochs=range(3)))
+
+
+@pytest.mark.parametrize("world, workers", [(1, 0), (1, 2), (2, 1)])
+def test_load__continued_at_any_step(monkeypatch, photographs, unbroken, world, workers):
     """What comes after a step needs nothing of what came before it."""
-    batches = training_batches(photographs, 6, 0, range(2))
-    for step in range(0, 12, 3):
-        rest = load(photographs, MOCO, lambda step=step: itertools.islice(batches(), step, None), 0, 0, CPU)
-        assert same(joined([list(rest)]), alone[step:])
+    assert len(unbroken) == 54
+    for stop in range(7, 54, 7):
+        epoch, step = divmod(stop, 18)
+        rest = train(monkeypatch, photographs, 2, world, workers, SMALL, epochs=range(epoch, 3), first_step=step)
+        assert same(joined(rest), unbroken[stop:])
+
+
+def test_load__continued_behind_the_last_step_of_an_epoch(monkeypatch, photographs, unbroken):
+    assert same(joined(train(monkeypatch, photographs, 2, specs=SMALL, epochs=range(1, 3), first_step=18)), unbroken[36:])
+
+
+def spy_on_reader(monkeypatch, path):
+    """A function that gives the numbers of the samples that any process has read, in order for each."""
+    call = Reader.__call__
+
+    def spied(self, number, *rest):
+        with open(path, "a") as file:
+            file.write(f"{number}\n")
+        return call(self, number, *rest)
+
+    monkeypatch.setattr(Reader, "__call__", spied)
+    return lambda: [int(line) for line in path.read_text().split()] if path.exists() else []
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_load__continued_reads_nothing_from_before(monkeypatch, photographs, tmp_path, workers):
+    numbers = spy_on_reader(monkeypatch, tmp_path / "numbers")
+    plan = epoch_plan(photographs, 2, 0, 1)
+    list(train(monkeypatch, photographs, 2, workers=workers, specs=SMALL, epochs=range(1, 2), first_step=13))
+    assert Counter(numbers()) == Counter(plan[13:].ravel().tolist())
 
 
 @pytest.mark.parametrize("world, workers", list(itertools.product((1, 2, 3), (0, 1, 2, 3))))
 @pytest.mark.parametrize("batch", [8, 37])
 def test_load__evaluation_sees_each_sample_exactly_once(monkeypatch, colors, batch, world, workers):
     """The last short batch included, and each with its own label, however many processes and workers share the work."""
-    seen, spec = [], ViewSpec("test", 4, resize=5)
+    seen = []
     for rank in range(world):
         as_process(monkeypatch, rank, world)
-        mine = list(load(colors, [spec], evaluation_batches(colors, batch), 0, workers, CPU))
-        assert all(0 < len(b.index) <= max(1, batch // world) for b in mine)
+        mine = list(load(colors, TEST, evaluation_batches(colors, batch), 0, workers, CPU))
+        assert all(0 < len(b.index) <= max(1, batch // world) and b.bad == [] for b in mine)
         for b in mine:
             assert b.label.tolist() == [i % 3 for i in b.index.tolist()]
             assert b.views[0].shape == (len(b.index), 3, 4, 4)
@@ -194,40 +287,236 @@ def test_evaluation_batches__few_samples_and_small_batches(monkeypatch, tmp_path
     index, seen = write_shards(tmp_path / "x", (samples,)), []
     for rank in range(world):
         as_process(monkeypatch, rank, world)
-        for epoch, numbers in evaluation_batches(index, batch)():
-            assert epoch == 0 and len(numbers)
-            seen += numbers.tolist()
+        ((epoch, steps),) = evaluation_batches(index, batch).epochs()
+        assert epoch == 0 and all(len(numbers) for numbers in steps)
+        seen += [number for numbers in steps for number in numbers.tolist()]
     assert sorted(seen) == list(range(samples))
 
 
+FAULTY = (10, 10, 10, 7, 11)
+# number -> (its key, what the error says, the next number that may be better)
+FAULTS = {
+    3: ("00003", "identify image", 4),  # bytes that are no image
+    4: ("00004", "identify image", 5),  # no bytes
+    12: ("00012", "truncated|incomplete|Premature", 13),  # half a JPEG
+    17: ("00017", "label", 18),  # none
+    18: ("00018", "label", 19),  # one that is no number
+    **{number: (f"sample {number - 20}", "damaged", 30) for number in range(26, 30)},  # behind a header that is none
+    **{number: (f"sample {number - 30}", "damaged", 37) for number in range(34, 37)},  # behind the end of a shard that was cut
+    47: ("00047", "identify image", 48),  # the last one
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def faulty(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("faulty")
+
+    def image(number):
+        jpeg = one_photograph(number)
+        return {3: b"no image", 4: b"", 12: jpeg[: len(jpeg) // 2], 47: b"\xff" * 700}.get(number, one_png(number))
+
+    write_shards(folder, FAULTY, image, lambda number: {17: None, 18: "cat"}.get(number, number % 3))
+    index = name_classes(folder, ["a", "b", "c"])
+    paths = [shard.path for shard in index.shards]
+    overwrite(paths[2], member_at(paths[2], "00026.png")[0], b"\xa5" * 512)
+    os.truncate(paths[3], member_at(paths[3], "00034.png")[1] + 100)
+    return index
+
+
+def slow_replacement(number):
+    """(the usable sample that is taken for `number`, the unusable ones that are met on the way)"""
+    met = []
+    while number in FAULTS:
+        met.append(number)
+        number = FAULTS[number][2] % 48
+    return number, met
+
+
+def check_records(index, records, numbers):
+    """That these are the records of these unusable samples, in this order."""
+    shard_of = np.repeat(range(5), FAULTY)
+    assert [(r["shard"], r["key"]) for r in records] == [(index.shards[shard_of[n]].path, FAULTS[n][0]) for n in numbers]
+    for record, number in zip(records, numbers, strict=True):
+        assert sorted(record) == ["error", "key", "shard"] and re.search(FAULTS[number][1], record["error"]), record
+
+
+@pytest.fixture(scope="module")
+def faulty_alone(faulty):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        return train(monkeypatch, faulty, 12)
+
+
+def test_load__an_unusable_sample_is_replaced_by_the_next_usable_one(faulty, faulty_alone):
+    """Its number and label are in the batch, its views are drawn for the planned one, and each that is met is on record."""
+    replaced = 0
+    for step, batch in enumerate(faulty_alone[0]):
+        planned = epoch_plan(faulty, 12, 0, step // 4)[step % 4].tolist()
+        taken, met = zip(*map(slow_replacement, planned), strict=True)
+        assert batch.index.tolist() == list(taken) and batch.label.tolist() == [number % 3 for number in taken]
+        check_records(faulty, batch.bad, sum(met, []))
+        for i, number in enumerate(planned):
+            replaced += number != taken[i]
+            for view, expected in zip(views_of(batch, i), finished(one_png(taken[i]), MOCO, 0, step // 4, number), strict=True):
+                assert torch.equal(view, expected)
+    assert len(faulty_alone[0]) == 8 and replaced == 2 * len(FAULTS)
+
+
+@pytest.mark.parametrize("world, workers", LAYOUTS[1:])
+def test_load__replacements_do_not_depend_on_processes_and_workers(monkeypatch, faulty, faulty_alone, world, workers):
+    processes = train(monkeypatch, faulty, 12, world, workers)
+    assert same(joined(processes), joined(faulty_alone))
+    for step, alone in zip(zip(*processes, strict=True), faulty_alone[0], strict=True):
+        assert [record for batch in step for record in batch.bad] == alone.bad
+
+
+@pytest.mark.parametrize("world, workers", LAYOUTS)
+def test_load__evaluation_leaves_unusable_samples_out(monkeypatch, faulty, world, workers):
+    """Every other is there once, and each of these is on record once."""
+    seen, bad = [], []
+    for rank in range(world):
+        as_process(monkeypatch, rank, world)
+        for batch in load(faulty, TEST, evaluation_batches(faulty, 5), 0, workers, CPU):
+            assert batch.label.tolist() == [number % 3 for number in batch.index.tolist()]
+            for i, number in enumerate(batch.index.tolist()):
+                assert torch.equal(batch.views[0][i], finished(one_png(number), TEST, 0, 0, number)[0])
+            seen += batch.index.tolist()
+            bad += batch.bad
+    assert seen == [number for number in range(48) if number not in FAULTS]
+    check_records(faulty, bad, list(FAULTS))
+
+
 @pytest.mark.parametrize("workers", [0, 2])
-def test_load__an_image_that_cannot_be_decoded_raises(monkeypatch, tmp_path, workers):
-    """No sample is lost in silence."""
-    index = write_shards(tmp_path / "x", (6,), image=lambda number: b"no image" if number == 4 else one_color(number))
-    with pytest.raises(Exception, match="identify image"):
-        train(monkeypatch, index, 6, workers=workers, specs=PLAIN, epochs=range(1))
+def test_load__evaluation_of_nothing_but_unusable_samples(tmp_path, workers):
+    """However many they are: empty batches, no error here."""
+    index = write_shards(tmp_path / "x", (110,), image=lambda number: b"junk")
+    batches = list(load(index, TEST, evaluation_batches(index, 50), 0, workers, CPU))
+    assert [batch.views[0].shape for batch in batches] == [(0, 3, 4, 4)] * 3
+    assert [len(batch.bad) for batch in batches] == [50, 50, 10] and all(len(batch.index) == 0 for batch in batches)
 
 
-def test_load__leaves_the_number_of_threads(colors):
-    threads = torch.get_num_threads()
+def test_load__keys_that_come_again_and_groups_without_image(monkeypatch, tmp_path):
+    """Samples of equal keys are all seen; what has no image is none, and is nowhere on record."""
+    write_members(tmp_path / "x.tar", [
+        ("a.png", one_color(0)), ("a.cls", b"0"), ("a.png", one_color(1)), ("a.cls", b"1"), ("lone.cls", b"2"),
+        ("b.png", one_color(2)), ("b.cls", b"2"), ("notes.txt", b"?"), ("a.png", one_color(3)), ("a.cls", b"0"),
+    ])  # fmt: skip
+    index = load_index(str(tmp_path))
+    assert index.total == 4 and index.labelled
+    for workers in (0, 2):
+        (batch,) = train(monkeypatch, index, 4, workers=workers, specs=PLAIN, epochs=range(1))[0]
+        assert sorted(zip(batch.index.tolist(), batch.label.tolist(), strict=True)) == [(0, 0), (1, 1), (2, 2), (3, 0)]
+        color = {number: normalize(torch.tensor(color_of(number), dtype=torch.uint8).view(3, 1, 1)) for number in range(4)}
+        assert all(torch.equal(v, color[i].expand_as(v)) for v, i in zip(batch.views[0], batch.index.tolist(), strict=True))
+        assert batch.bad == []
+
+
+def junk_below(folder, count, total=130):
+    return write_shards(folder, (total - 60, 60), image=lambda number: b"junk" if number < count else one_color(number))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_load__hundred_unusable_samples_in_a_row_end_the_run(monkeypatch, tmp_path, workers):
+    """In the training process, with one line that names the first of them."""
+    index = junk_below(tmp_path / "x", 120)
+    with pytest.raises(RunError) as error:
+        train(monkeypatch, index, 10, workers=workers, specs=PLAIN, epochs=range(1))
+    text = str(error.value)
+    assert type(error.value) is RunError and text.startswith("100 samples in a row cannot be used")
+    assert "Traceback" not in text and "worker" not in text and "\n" not in text and index.shards[0].path in text
+    first = re.search(r"'key': '(\d+)'", text)[1]
+    assert int(first) < 21 or int(first) == 129  # the planned one
+
+
+def test_load__fewer_than_hundred_in_a_row_are_passed_over(monkeypatch, tmp_path):
+    index = junk_below(tmp_path / "x", 99)
+    batches = train(monkeypatch, index, 10, specs=PLAIN, epochs=range(1))[0]
+    numbers = Counter(number for batch in batches for number in batch.index.tolist())
+    assert numbers == {99: 100} | dict.fromkeys(range(100, 130), 1)
+    met = Counter(record["key"] for batch in batches for record in batch.bad)
+    assert met == {f"{number:05d}": number + 1 for number in range(99)}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_load__few_samples_of_which_none_is_usable(monkeypatch, tmp_path, workers):
+    index = write_shards(tmp_path / "x", (3, 2), image=lambda number: b"junk")
+    with pytest.raises(RunError, match="^100 samples in a row"):
+        train(monkeypatch, index, 5, workers=workers, specs=PLAIN)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_load__shard_with_another_number_of_samples_ends_the_run(monkeypatch, tmp_path, workers):
+    """It is not the shard of the index: its samples are other ones."""
+    index = write_shards(tmp_path / "x", (5, 5))
+    write_shards(tmp_path / "y", (5, 6))
+    os.replace(tmp_path / "y/001.tar", tmp_path / "x/001.tar")
+    with pytest.raises(RunError, match="^[^\n]*001.tar holds 6 samples, its index says 5[^\n]*$"):
+        train(monkeypatch, index, 5, workers=workers, specs=PLAIN)
+
+
+def test_load__leaves_the_number_of_threads(monkeypatch, colors):
+    """And cuts views with one."""
+    threads, cut, inside = torch.get_num_threads(), loader.cut_views, set()
+    monkeypatch.setattr(loader, "cut_views", lambda *args: inside.add(torch.get_num_threads()) or cut(*args))
     torch.set_num_threads(2)
     try:
         for batch in load(colors, PLAIN, training_batches(colors, 18, 0, range(1)), 0, 0, CPU):
             assert torch.get_num_threads() == 2 and len(batch.index) == 18
+        assert torch.get_num_threads() == 2 and inside == {1}
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_load__leaves_the_number_of_threads_when_it_ends_the_run(monkeypatch, tmp_path):
+    index = write_shards(tmp_path / "x", (3,), image=lambda number: b"junk")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(RunError):
+            train(monkeypatch, index, 3, specs=PLAIN)
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)
 
 
-def test_load__batches_come_one_by_one(colors):
+def test_load__batches_come_one_by_one(monkeypatch, colors, tmp_path):
     """It reads no further than it is asked to."""
-    asked = []
+    numbers, asked = spy_on_reader(monkeypatch, tmp_path / "numbers"), []
 
-    def batches():
-        for step in itertools.count():
-            asked.append(step)
-            yield 0, np.array([step % 37])
+    def epochs():
+        for epoch in itertools.count():
+            asked.append(epoch)
+            yield epoch, [np.array([2 * epoch]), np.array([2 * epoch + 1])]
 
-    stream = load(colors, PLAIN, batches, 0, 0, CPU)
+    stream = load(colors, PLAIN, Batches(epochs, replace=True), 0, 0, CPU)
     assert [next(stream).index.tolist() for _ in range(3)] == [[0], [1], [2]]
-    assert len(asked) <= 4
+    assert len(numbers()) <= 4 and len(asked) <= 2
+
+
+def test_keep_freed_memory__twice(colors):
+    before = [b.views[0] for b in load(colors, PLAIN, evaluation_batches(colors, 8), 0, 0, CPU)]
+    assert keep_freed_memory() is None and keep_freed_memory() is None
+    kept = [torch.full((1 << 20,), float(i)) for i in range(20)]
+    assert all((x == i).all() for i, x in enumerate(kept))
+    after = [b.views[0] for b in load(colors, PLAIN, evaluation_batches(colors, 8), 0, 0, CPU)]
+    assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("images", [4, 256])
+def test_worker_ms__is_positive_and_leaves_the_number_of_threads(monkeypatch, photographs, tmp_path, images):
+    """Fewer images than asked for are there in one case; every image of a round is read."""
+    numbers, threads = spy_on_reader(monkeypatch, tmp_path / "numbers"), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        ms = worker_ms(photographs, MOCO, 0, images=images, rounds=2)
+        assert 0 < ms < 1000 and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    assert Counter(numbers()) == dict.fromkeys(range(min(images, 37)), 3)
+
+
+def test_worker_ms__is_of_the_processor_not_of_the_clock(monkeypatch, colors):
+    """The time that an image of the same work takes, whatever the number of images, is the same."""
+    clock = itertools.count(step=0.5)  # seconds, at each look
+    monkeypatch.setattr(loader.time, "process_time", lambda: next(clock))
+    assert worker_ms(colors, PLAIN, 0, images=10, rounds=3) == pytest.approx(50)
+    assert worker_ms(colors, PLAIN, 0, images=25, rounds=1) == pytest.approx(20)

@@ -12,6 +12,8 @@ from helpers import spawn
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from utils import dist, log
+from utils.bad_samples import BadSamples
+from utils.flags import RunError
 
 LOSSES = [4.0, 2.0, 1.0, 7.0, 5.0]
 CHANCE = math.log(33)
@@ -27,9 +29,13 @@ class Clock:
         return self.now
 
 
-def epoch(folder, number=0, losses=LOSSES, print_freq=2, clock=None, chance=CHANCE):
-    """An epoch of steps of 3 seconds, 1 of them waiting for data, 8 images each."""
-    with log.Log(folder, len(losses), print_freq, 8, chance) as writer:
+def logger(folder, steps, print_freq, chance=None):
+    return log.Log(folder, steps, print_freq, 8, BadSamples(folder, 40, 0.1), chance)
+
+
+def epoch(folder, number=0, losses=LOSSES, print_freq=2, clock=None, chance=CHANCE, bad=()):
+    """An epoch of steps of 3 seconds, 1 of them waiting for data, 8 images each. bad: (step, key) of unusable samples."""
+    with logger(folder, len(losses), print_freq, chance) as writer:
         for step in writer.epoch(number):
             with writer.waiting():
                 if clock:
@@ -37,7 +43,8 @@ def epoch(folder, number=0, losses=LOSSES, print_freq=2, clock=None, chance=CHAN
             if clock:
                 clock.now += 2
             loss = torch.tensor(losses[step], requires_grad=True)
-            writer.step(step, loss, {"top1": torch.tensor(10.0 * step)}, 0.5)
+            met = [{"shard": "a.tar", "key": key, "error": "why"} for at, key in bad if at == step]
+            writer.step(step, loss, {"top1": torch.tensor(10.0 * step)}, 0.5, met)
         writer.scalars(number, {"val_top1": 50.0})
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
@@ -64,6 +71,35 @@ def test_log__means_rates_and_waits_of_each_window(tmp_path, clock, capsys):
         assert word in out[0]
 
 
+def test_log__unusable_samples_are_counted_once_and_written_down(tmp_path, capsys):
+    lines = epoch(tmp_path, bad=[(0, "x"), (2, "y"), (4, "x")])
+    assert [line["bad"] for line in lines[:3]] == [1, 2, 2]
+    assert [line["bad"] for line in epoch(tmp_path, number=1, bad=[(0, "y"), (4, "z")])[4:7]] == [
+        2,
+        2,
+        3,
+    ]  # it goes on counting
+    found = [json.loads(line) for line in (tmp_path / "bad_samples.jsonl").read_text().splitlines()]
+    assert found == [{"shard": "a.tar", "key": key, "error": "why"} for key in "xyz"]
+    out = capsys.readouterr().out.splitlines()
+    assert "unusable images 1" in out[0] and "unusable images 3" in out[-1]
+
+
+def test_log__too_many_unusable_samples_end_the_run(tmp_path):
+    with pytest.raises(RunError, match="--max-bad 0.1: 5 of 40 images cannot be used, see .*bad_samples.jsonl"):
+        epoch(tmp_path, bad=[(step, str(step)) for step in range(5)])
+    assert len((tmp_path / "bad_samples.jsonl").read_text().splitlines()) == 5
+
+
+def test_log__an_epoch_begun_in_the_middle_has_its_last_steps(tmp_path):
+    with logger(tmp_path, 5, 2) as writer:
+        steps = list(writer.epoch(0, first_step=3))
+        for step in steps:
+            writer.step(step, torch.tensor(float(step)), {}, 0.1, [])
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [3, 4] and [(line["step"], line["loss"]) for line in lines] == [(3, 3.0), (4, 4.0)]
+
+
 def test_log__without_a_chance_level_none_is_printed(tmp_path, capsys):
     epoch(tmp_path, chance=None)
     assert "chance" not in capsys.readouterr().out
@@ -71,11 +107,11 @@ def test_log__without_a_chance_level_none_is_printed(tmp_path, capsys):
 
 def test_log__an_epoch_starts_its_clock_anew(tmp_path, clock):
     """What lies between two epochs, such as validation, is no training time."""
-    with log.Log(tmp_path, 1, 1, 8) as writer:
+    with logger(tmp_path, 1, 1) as writer:
         for number in range(2):
             for step in writer.epoch(number):
                 clock.now += 2
-                writer.step(step, torch.tensor(1.0), {}, 0.1)
+                writer.step(step, torch.tensor(1.0), {}, 0.1, [])
             clock.now += 1000
     rates = [json.loads(line)["images_per_s"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert rates == [4.0, 4.0]
@@ -99,7 +135,7 @@ def test_log__tensorboard_has_every_number_at_its_step(tmp_path):
 def test_log__a_loss_that_is_not_finite_stops_and_is_not_written(tmp_path, bad, place):
     losses = [*LOSSES]
     losses[place] = bad
-    with pytest.raises(FloatingPointError, match="loss.*epoch 0"):
+    with pytest.raises(RunError, match="loss.*epoch 0.*--lr"):
         epoch(tmp_path, losses=losses)
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert len(lines) == place // 2 and all(math.isfinite(json.loads(line)["loss"]) for line in lines)
@@ -108,16 +144,17 @@ def test_log__a_loss_that_is_not_finite_stops_and_is_not_written(tmp_path, bad, 
 def two_processes(folder):
     losses = [x + 10 * dist.rank() for x in LOSSES]
     folder = Path(folder)
-    with log.Log(folder, len(losses), 2, 8, None) as writer:
+    with logger(folder, len(losses), 2) as writer:
         for step in writer.epoch(0):
-            writer.step(step, torch.tensor(losses[step]), {"top1": torch.tensor(100.0 * dist.rank())}, 0.5)
-    seen = log.Log(folder / "bad", 1, 1, 8) if dist.rank() else None
+            writer.step(step, torch.tensor(losses[step]), {"top1": torch.tensor(100.0 * dist.rank())}, 0.5, [])
+    bad = BadSamples(folder, 40, 0.1)
+    seen = log.Log(folder / "bad", 1, 1, 8, bad) if dist.rank() else None
     assert seen is None or (seen.file is None and seen.writer is None)
     try:  # a loss that is not finite on one process stops all
-        with log.Log(folder / "other", 1, 1, 8) as writer:
+        with log.Log(folder / "other", 1, 1, 8, bad) as writer:
             writer.epoch(0)
-            writer.step(0, torch.tensor(float("nan") if dist.rank() else 1.0), {}, 0.5)
-    except FloatingPointError:
+            writer.step(0, torch.tensor(float("nan") if dist.rank() else 1.0), {}, 0.5, [])
+    except RunError:
         return "stopped"
 
 

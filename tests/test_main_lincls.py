@@ -10,6 +10,8 @@ from helpers import TINY, spawn
 import main_lincls
 import main_pretrain
 from utils import backbones, checkpoint, optim
+from utils.bad_samples import BadSamples
+from utils.loader import Batches
 
 FLAGS = ["--method", "moco", "--device", "cpu", "--amp", "fp32", "--workers", "0", "--size", "64", "--batch-size", "8"]
 FLAGS += ["--lr", "3.2", "--trust", "0"]
@@ -68,7 +70,7 @@ def test_sgd__layer_wise_rate_is_that_of_a_slow_loop():
         assert torch.allclose(p, w, rtol=1e-5, atol=1e-7)
 
 
-def evaluate_here(images, fc_state, batch):
+def evaluate_here(images, fc_state, batch, folder):
     """Top-1 of a fixed classifier by main_lincls' own evaluation, on this process's share of the images."""
     flags = ["--pretrained", "random", "--arch", "tiny_resnet", "--train-shards", "x", "--val-shards", "x", *FLAGS]
     args = main_lincls.get_args([*flags, "--batch-size", str(batch)])
@@ -77,25 +79,25 @@ def evaluate_here(images, fc_state, batch):
     fc = torch.nn.Linear(trunk.num_features, 2)
     fc.load_state_dict(fc_state)
     index = main_lincls.load_index(f"{images}/val")
-    return main_lincls.evaluate(args, index, trunk, fc, torch.device("cpu"))
+    return main_lincls.evaluate(args, index, trunk, fc, torch.device("cpu"), BadSamples(folder, 51, 0.1))
 
 
 @pytest.mark.parametrize("batch", [2, 4, 16])
-def test_evaluate__each_image_counts_once_on_one_and_two_processes(images, batch):
+def test_evaluate__each_image_counts_once_on_one_and_two_processes(images, tmp_path, batch):
     torch.manual_seed(6)
     state = torch.nn.Linear(96, 2).state_dict()
-    one = evaluate_here(images, state, 1)
+    one = evaluate_here(images, state, 1, tmp_path)
     assert (one["top1"] * 11 / 100) == pytest.approx(round(one["top1"] * 11 / 100))  # a whole number of the 11 images
-    assert evaluate_here(images, state, batch) == one
+    assert evaluate_here(images, state, batch, tmp_path) == one and one["unusable"] == 0
     if batch == 4:
-        assert spawn(evaluate_here, images, state, batch) == [one, one]
+        assert spawn(evaluate_here, images, state, batch, tmp_path) == [one, one]
 
 
-def test_evaluate__lost_images_are_an_error(images, monkeypatch):
-    short = [(0, torch.arange(10).numpy())]
-    monkeypatch.setattr(main_lincls, "evaluation_batches", lambda index, batch: lambda: iter(short))
-    with pytest.raises(RuntimeError, match="validation counted 10 images, the index has 11"):
-        evaluate_here(images, torch.nn.Linear(96, 2).state_dict(), 4)
+def test_evaluate__lost_images_are_an_error(images, tmp_path, monkeypatch):
+    short = Batches(lambda: iter([(0, [torch.arange(10).numpy()])]), replace=False)
+    monkeypatch.setattr(main_lincls, "evaluation_batches", lambda index, batch: short)
+    with pytest.raises(RuntimeError, match="validation counted 10 . 0 images, the index has 11"):
+        evaluate_here(images, torch.nn.Linear(96, 2).state_dict(), 4, tmp_path)
 
 
 def test_main_lincls__classifier_starts_as_published(images, trained, tmp_path, monkeypatch):

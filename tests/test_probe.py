@@ -15,6 +15,7 @@ from PIL import Image
 import main_lincls
 import main_pretrain
 from utils import backbones, checkpoint, dist, loader
+from utils.bad_samples import BadSamples
 from utils.index import load_index
 
 SIZE = 32
@@ -107,21 +108,23 @@ def test_main_lincls__accuracy_is_the_one_counted_by_hand(data, tmp_path, batch)
         torch.testing.assert_close(weights[1], weights[0], rtol=1e-4, atol=1e-5)
 
 
-def evaluate_one(data):
+def evaluate_one(data, folder):
     args = main_lincls.get_args(["--pretrained", "random", "--arch", "tiny_resnet", "--train-shards", "x", "--val-shards", "x",
                                  *FLAGS])  # fmt: skip
     trunk, _ = main_lincls.build_trunk(args)
     fc = torch.nn.Linear(trunk.num_features, CLASSES)
     torch.nn.init.zeros_(fc.weight)
     fc.bias.data = torch.arange(CLASSES).float()  # always says 6
-    return [main_lincls.evaluate(args, load_index(f"{data}/{s}"), trunk, fc, torch.device("cpu")) for s in ("one", "val")]
+    indices = [load_index(f"{data}/{split}") for split in ("one", "val")]
+    bad = BadSamples(folder, 12, 0.01)
+    return [main_lincls.evaluate(args, index, trunk, fc, torch.device("cpu"), bad) for index in indices]
 
 
-def test_evaluate__fewer_images_than_processes(data):
+def test_evaluate__fewer_images_than_processes(data, tmp_path):
     load_index(f"{data}/one"), load_index(f"{data}/val")
-    val = {"top1": 100 * 2 / 11, "top5": 100 * 8 / 11}  # of the 11 labels two are 6, three are below 2
-    for got in [evaluate_one(data), *spawn(evaluate_one, data)]:
-        assert got[0] == {"top1": 100.0, "top5": 100.0} and got[1] == pytest.approx(val)
+    val = {"top1": 100 * 2 / 11, "top5": 100 * 8 / 11, "unusable": 0}  # of the 11 labels two are 6, three are below 2
+    for got in [evaluate_one(data, tmp_path), *spawn(evaluate_one, data, tmp_path)]:
+        assert got[0] == {"top1": 100.0, "top5": 100.0, "unusable": 0} and got[1] == pytest.approx(val)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
@@ -132,15 +135,16 @@ def test_evaluation_batches__no_image_twice_and_none_lost(data, monkeypatch, wor
     for rank in range(world):
         monkeypatch.setattr(dist, "rank", lambda rank=rank: rank)
         monkeypatch.setattr(dist, "world", lambda: world)
-        seen += [int(i) for _, samples in loader.evaluation_batches(index, batch)() for i in samples]
+        seen += [int(i) for _, steps in loader.evaluation_batches(index, batch).epochs() for step in steps for i in step]
     assert sorted(seen) == list(range(total))
 
 
-def test_evaluate__counting_images_twice_is_an_error(data, monkeypatch):
+def test_evaluate__counting_images_twice_is_an_error(data, monkeypatch, tmp_path):
     real = main_lincls.evaluation_batches
-    monkeypatch.setattr(main_lincls, "evaluation_batches", lambda *a: lambda: [*real(*a)(), *real(*a)()])
+    twice = lambda *a: loader.Batches(lambda: [*real(*a).epochs(), *real(*a).epochs()], replace=False)  # noqa: E731
+    monkeypatch.setattr(main_lincls, "evaluation_batches", twice)
     with pytest.raises(RuntimeError, match="2.*1"):
-        evaluate_one(data)
+        evaluate_one(data, tmp_path)
 
 
 def test_main_lincls__training_is_the_slow_loop(data, tmp_path, monkeypatch):

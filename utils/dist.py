@@ -82,6 +82,15 @@ def first_process_does(fn):
     return outcome
 
 
+def gather_objects(obj) -> list:
+    """What each process holds, in rank order, on every process. Pickle-based, between our own processes only."""
+    if world() == 1:
+        return [obj]
+    out = [None] * world()
+    td.all_gather_object(out, obj)
+    return out
+
+
 @torch.no_grad()
 def gather(x: torch.Tensor) -> torch.Tensor:
     """n x ... on each process -> (world * n) x ... on every process, in rank order. No gradient."""

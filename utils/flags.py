@@ -9,6 +9,10 @@ import sys
 from utils.amp import DTYPES
 
 
+class RunError(Exception):
+    """Why a run cannot go on, in one line that needs no traceback."""
+
+
 class Parser(argparse.ArgumentParser):
     """argparse without abbreviations, with defaults in the help, `-` and `_` alike inside a flag name, errors in one line."""
 
@@ -34,15 +38,27 @@ def _dashes(arg: str) -> str:
 
 
 @contextlib.contextmanager
-def one_line_errors(prog: str):
-    """Turn bad input (ValueError, OSError) into one line on stderr and exit code 2, on whichever process it happens."""
+def one_line_errors(prog: str, kinds: tuple[type[Exception], ...] = (ValueError, OSError, RunError)):
+    """Turn these exceptions into one line on stderr and exit code 2, on whichever process it happens; default: bad input."""
     try:
         yield
-    except (ValueError, OSError) as error:
+    except kinds as error:
         process = f"[process {os.environ['RANK']}] " if "RANK" in os.environ else ""
         message = " ".join(str(error).split())
         print(f"{process}{prog}: error: {message}", file=sys.stderr, flush=True)
         sys.exit(2)
+
+
+@contextlib.contextmanager
+def one_line_ends(prog: str):
+    """Around what runs for long: one line and exit code 2 for a known reason why it cannot go on; a traceback for others."""
+    with one_line_errors(prog, (RunError,)):
+        try:
+            yield
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker"):
+                raise
+            raise RunError(f"{error} Too little memory is a common reason: try fewer --workers") from None
 
 
 def positive(flag_names: list[str], args: argparse.Namespace) -> None:
@@ -69,6 +85,23 @@ def add_run_flags(parser: Parser, output_dir: str | None, output_help: str) -> N
     add("--amp", default="auto", choices=["auto", *DTYPES], help="dtype of the encoders; losses are always fp32")
     add("--workers", type=int, default=default_workers(), help="loader processes for each process; changes no result")
     add("--print-freq", type=int, default=50, help="steps between two log lines")
+    add("--photometric", default="auto", choices=["auto", "device", "worker"],
+        help="where colours and blur are made; auto: on an accelerator, else in the workers; changes no result")  # fmt: skip
+    add("--max-bad", type=float, default=0.01, help="share of the images that may be unusable before the run stops")
+    add_shard_flags(parser)
+
+
+def add_shard_flags(parser: Parser) -> None:
+    """How shards are opened, the same for everything that reads them."""
+    add = parser.add_argument
+    add("--cache-dir", metavar="DIR", help="keep a copy here of each remote shard that is read")
+    add("--allow-pipe", action="store_true", help="allow shards that a shell command gives, pipe:COMMAND")
+    add("--verify-shards", action="store_true", help="compare the sha256 of every local shard with its index first")
+
+
+def shard_flags(args: argparse.Namespace) -> dict:
+    """What add_shard_flags has added."""
+    return {"cache_dir": args.cache_dir, "allow_pipe": args.allow_pipe, "verify_shards": args.verify_shards}
 
 
 def check_run_flags(args: argparse.Namespace) -> None:
@@ -77,11 +110,13 @@ def check_run_flags(args: argparse.Namespace) -> None:
     for flag in ("--workers", "--seed", "--weight-decay"):
         in_range(flag, getattr(args, flag[2:].replace("-", "_")), 0, math.inf)
     in_range("--momentum", args.momentum, 0, 1)
+    in_range("--max-bad", args.max_bad, 0, 0.5)
 
 
 def meaning(args: argparse.Namespace) -> dict:
     """The flags that decide what is computed, without those of where and how it runs."""
-    place = {"output_dir", "resume", "device", "workers", "print_freq", "save_freq"}
+    place = {"output_dir", "resume", "device", "workers", "print_freq", "save_freq", "photometric", "max_bad",
+             "cache_dir", "allow_pipe", "verify_shards", "dry_run"}  # fmt: skip
     inputs = {"shards", "train_shards", "val_shards", "pretrained"}  # compared by what they hold, not by their paths
     return {name: value for name, value in vars(args).items() if name not in place | inputs}
 

@@ -1,21 +1,23 @@
-"""Which shards there are: index.json, and the samples inside a tar."""
+"""Which shards there are: index.json."""
 
 import glob
 import hashlib
+import io
 import json
-import os
+import re
 import sys
 import tarfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from braceexpand import UnbalancedBracesError, braceexpand
 from tqdm import tqdm
 
 from utils.files import atomic
+from utils.remote import RemoteError, check_openable, copy, is_remote, place, tar_name
+from utils.tars import LABEL_EXTENSION, local_samples
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "ppm", "bmp", "webp", "tif", "tiff", "gif")
-LABEL_EXTENSION = "cls"
 INDEX = "index.json"
 PLAN = "conversion.json"  # what imagenet2wds.py begins with; the index is what it ends with
 
@@ -31,10 +33,11 @@ class Shard:
 
 @dataclass(frozen=True)
 class Index:
-    """The shards of a split, in order. classes: names by label, None without labels."""
+    """The shards of a split, in order. classes: names by label, None without labels. cache_dir: for copies of remote ones."""
 
     shards: tuple[Shard, ...]
     classes: tuple[str, ...] | None
+    cache_dir: str | None = None
 
     @property
     def total(self) -> int:
@@ -51,45 +54,44 @@ class Index:
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-@dataclass
-class TarSample:
-    """The members of one key: extension -> (offset of the data, size in bytes)."""
-
-    key: str
-    members: dict[str, tuple[int, int]]
-
-
-def scan_tar(path: str) -> list[TarSample]:
-    """The samples of a local tar, from its headers alone.
-
-    As in WebDataset, a key is the member's path up to the first dot of its name, the extension is the rest in lower case, and
-    consecutive members of one key are one sample; an extension that comes again opens the next one, so that none is lost. A
-    group without an image is not a sample. Raises tarfile.TarError for a tar that is damaged or cut short.
-    """
-    samples: list[TarSample] = []
-    with tarfile.open(path, "r:") as tar:
-        for member in tar:
-            folder, name = os.path.split(member.name)
-            stem, _, extension = name.partition(".")
-            if member.isfile() and stem and extension:
-                key = f"{folder}/{stem}" if folder else stem
-                extension = extension.lower()
-                if not samples or samples[-1].key != key or extension in samples[-1].members:
-                    samples.append(TarSample(key, {}))
-                samples[-1].members[extension] = (member.offset_data, member.size)
-            tar.members.clear()  # it would keep every header of the archive
-        tar.fileobj.seek(tar.offset)
-        if tar.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:  # tarfile takes it for the end all the same
-            raise tarfile.ReadError(f"no valid header and no end at byte {tar.offset}")
-    return [sample for sample in samples if not sample.members.keys().isdisjoint(IMAGE_EXTENSIONS)]
-
-
-def load_index(spec: str, flag: str = "--shards") -> Index:
+def load_index(
+    spec: str, flag: str = "--shards", cache_dir: str | None = None, allow_pipe: bool = False, verify_shards: bool = False
+) -> Index:
     """The index of a folder of shards or its index.json, of one tar, or of the tars that a glob or a brace pattern names.
 
-    Shards in a folder without index.json (someone else's) are indexed now, and the index is written beside them. Raises
+    Shards in a local folder without index.json (someone else's) are indexed now, and the index is written beside them. The
+    index of remote shards is read from the place where they are. The other arguments are those of flags.add_shard_flags. Raises
     ValueError, one line with the flag, the value and a mend.
     """
+    if is_remote(spec) and not Path(spec).exists():
+        shards, classes = _remote(spec, flag, allow_pipe)
+    else:
+        shards, classes = _local(spec, flag)
+    index = Index(tuple(shards), classes, cache_dir)
+    if not index.total:
+        raise ValueError(f"{flag} {spec}: no images in these shards; pass others")
+    if verify_shards:
+        verify(index, flag)
+    return index
+
+
+def _remote(spec, flag, allow_pipe):
+    check_openable(spec, flag, allow_pipe)
+    url = place(spec, INDEX)
+    content = io.BytesIO()
+    try:
+        copy(url, content)
+    except RemoteError as error:
+        raise ValueError(f"{flag} {spec}: no {INDEX} can be read there ({error}); copy one there: it is made where the shards "
+                         "are local, by imagenet2wds.py or on first use") from None  # fmt: skip
+    known, classes = _parse(content.getvalue(), partial(place, spec), flag, url)
+    named = list(braceexpand(tar_name(spec))) if tar_name(spec) else list(known)
+    if strangers := [name for name in named if name not in known]:
+        raise ValueError(f"{flag} {spec}: {strangers[0]} is not in {url}; index the shards again where they are local")
+    return [known[name] for name in named], classes
+
+
+def _local(spec, flag):
     whole = Path(spec).is_dir() or (Path(spec).name == INDEX and Path(spec).exists())
     folder, named = _folder(spec, flag) if whole else _pattern(spec, flag)
     known, classes = _read(folder / INDEX, flag) if (folder / INDEX).exists() else index_folder(folder, flag)
@@ -103,10 +105,15 @@ def load_index(spec: str, flag: str = "--shards") -> Index:
             raise ValueError(f"{flag} {spec}: {name} {size}, its index says {known[name].bytes}; copy it again, "
                              f"or delete {folder / INDEX} to index the folder again")  # fmt: skip
         shards.append(known[name])
-    index = Index(tuple(shards), classes)
-    if not index.total:
-        raise ValueError(f"{flag} {spec}: no images in these shards; pass others")
-    return index
+    return shards, classes
+
+
+def verify(index: Index, flag: str) -> None:
+    """Raise ValueError unless every local shard has the sha256 of its index. Remote ones are hashed as they pass."""
+    for shard in tqdm([s for s in index.shards if not is_remote(s.path)], desc=f"verifying {flag}", unit="shard"):
+        if describe(Path(shard.path), shard.samples)["sha256"] != shard.sha256:
+            raise ValueError(f"{flag} {shard.path}: its sha256 is not the one in its index; copy it again, or delete the "
+                             f"{INDEX} beside it to index the folder again")  # fmt: skip
 
 
 def _folder(spec, flag):
@@ -139,22 +146,33 @@ def _pattern(spec, flag):
 
 
 def _read(path, flag):
+    return _parse(path.read_bytes(), partial(_path, path.parent), flag, path)
+
+
+def _path(folder, name):
+    return str(folder.resolve() / name)
+
+
+def _parse(data, place_of, flag, source):
+    """(name -> Shard, classes) of an index.json. place_of: name -> path or URL."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(data)
         classes = content["classes"]
-        shards = {s["name"]: _shard(path.parent, s) for s in content["shards"]}
+        shards = {s["name"]: _shard(place_of, s) for s in content["shards"]}
         if classes is not None and not (isinstance(classes, list) and all(isinstance(c, str) for c in classes)):
             raise TypeError("classes are not names")
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{flag} {path}: not a readable index ({error!r}); delete it to index the folder again") from None
+        raise ValueError(f"{flag} {source}: not a readable index ({error!r}); delete it to index the folder again") from None
     return shards, tuple(classes) if classes is not None else None
 
 
-def _shard(folder, entry):
-    if Path(entry["name"]).name != entry["name"]:
-        raise ValueError(f"{entry['name']} is not the name of a file beside it")
-    path = str(folder.resolve() / entry["name"])
-    return Shard(path, entry["name"], int(entry["samples"]), int(entry["bytes"]), str(entry["sha256"]))
+def _shard(place_of, entry):
+    name = entry["name"]
+    if Path(name).name != name:
+        raise ValueError(f"{name} is not the name of a file beside it")
+    if is_remote(place_of(name)) and not re.fullmatch(r"\w[\w.+@=-]*", name):  # it becomes part of a command
+        raise ValueError(f"{name!r} is not a plain name")
+    return Shard(place_of(name), name, int(entry["samples"]), int(entry["bytes"]), str(entry["sha256"]))
 
 
 def index_folder(folder: Path, flag: str) -> tuple[dict[str, Shard], tuple[str, ...] | None]:
@@ -162,9 +180,12 @@ def index_folder(folder: Path, flag: str) -> tuple[dict[str, Shard], tuple[str, 
     shards, labels = {}, set()
     for path in tqdm(sorted(p for p in folder.glob("*.tar") if p.is_file()), desc=f"indexing {folder}", unit="shard"):
         try:
-            samples = scan_tar(path)
+            samples = list(local_samples(path, imageless := []))
         except tarfile.TarError as error:
             raise ValueError(f"{flag} {path}: not a whole tar ({error}); copy it again or take it out of the folder") from None
+        if imageless:
+            tqdm.write(f"warning: {path}: {len(imageless)} keys without an image are left out, the first: {imageless[0]}",
+                       file=sys.stderr)  # fmt: skip
         labels |= _labels(path, samples)
         shards[path.name] = describe(path, len(samples))
     numbers = {int(label) for label in labels if label.isdecimal() and len(label) < 7}  # more digits are no class number
@@ -174,7 +195,7 @@ def index_folder(folder: Path, flag: str) -> tuple[dict[str, Shard], tuple[str, 
     except OSError as error:
         tqdm.write(f"warning: {folder / INDEX} cannot be written ({error.strerror}); these shards are indexed at every start",
                    file=sys.stderr)  # fmt: skip
-    return {name: _shard(folder, entry) for name, entry in shards.items()}, classes
+    return {name: _shard(partial(_path, folder), entry) for name, entry in shards.items()}, classes
 
 
 def _labels(path, samples):

@@ -1,6 +1,12 @@
 """Shards and views -> batches on the device."""
 
-from collections.abc import Callable, Iterable, Iterator
+import ctypes
+import itertools
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -9,10 +15,14 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from utils import dist
+from utils.flags import RunError
 from utils.index import Index
-from utils.photometric import photometric
-from utils.shards import Reader, epoch_plan
-from utils.views import DRAWS, ViewSpec, color_parameters, cut, decode, draw
+from utils.photometric import COLUMNS, normalize, photometric
+from utils.reader import BadSample, Reader
+from utils.shards import epoch_plan
+from utils.views import DRAWS, ViewSpec, cut_views, draw, parameters_of
+
+NEIGHBOURS = 100  # that are tried in the place of an unusable sample
 
 
 @dataclass
@@ -22,91 +32,184 @@ class Batch:
     views: list[torch.Tensor]
     index: torch.Tensor  # n, sample numbers
     label: torch.Tensor  # n, -1 where there is none
+    bad: list[dict[str, str]]  # the unusable samples that were met: shard, key, error
+
+
+@dataclass
+class Batches:
+    """Which samples a process takes: each call gives (epoch, the sample numbers of each step), epoch after epoch.
+
+    An unusable sample is replaced by the next usable one of the index, or, without `replace`, left out.
+    """
+
+    epochs: Callable[[], Iterator[tuple[int, list[np.ndarray]]]]
+    replace: bool
 
 
 class Chunks(IterableDataset):
-    """One worker's share of each batch, decoded and cut: (crops, parameters, sample numbers, labels), a chunk for each batch.
-
-    `batches` is called in the worker and yields (epoch, this process's sample numbers) for each step.
+    """One worker's share of each batch, decoded and cut, a chunk for each batch: (crops and parameters of each spec, sample
+    numbers, labels, unusable samples). The crops are finished uint8 views with `photometric_here`.
     """
 
-    def __init__(self, index: Index, specs: list[ViewSpec], batches: Callable[[], Iterable], seed: int):
-        self.index, self.specs, self.batches, self.seed = index, specs, batches, seed
+    def __init__(self, index: Index, specs: list[ViewSpec], batches: Batches, seed: int, photometric_here: bool):
+        self.index, self.specs, self.batches, self.seed, self.photometric_here = index, specs, batches, seed, photometric_here
 
     def __iter__(self):
         worker = get_worker_info()
         share, shares = (worker.id, worker.num_workers) if worker else (0, 1)
+        keep_freed_memory()
         reader = Reader(self.index)
-        threads = torch.get_num_threads()
-        for epoch, samples in self.batches():
-            torch.set_num_threads(1)  # crops are too small to share between cores
-            chunk = self.chunk(reader, epoch, np.array_split(samples, shares)[share])
-            torch.set_num_threads(threads)  # without workers this is the training process
-            yield chunk
+        for epoch, steps in self.batches.epochs():
+            mine = [np.array_split(samples, shares)[share] for samples in steps]
+            reader.expect(np.concatenate([np.empty(0, int), *mine]))
+            for samples in mine:
+                threads = torch.get_num_threads()
+                torch.set_num_threads(1)  # a view is too small to share between cores
+                try:
+                    chunk = self.chunk(reader, epoch, samples)
+                except RunError as error:  # raised in the training process instead, without this one's traceback
+                    chunk = error
+                finally:
+                    torch.set_num_threads(threads)  # without workers this is the training process
+                yield chunk
 
-    def chunk(self, reader, epoch, samples):
-        crops = [torch.empty(len(samples), s.count, 3, s.size, s.size, dtype=torch.uint8) for s in self.specs]
-        draws = np.empty((len(samples), sum(s.count for s in self.specs), DRAWS))
-        labels = torch.empty(len(samples), dtype=torch.long)
-        for i, sample in enumerate(samples):
-            data, labels[i] = reader(sample)
-            image = decode(data)
-            draws[i] = draw(self.seed, epoch, int(sample), draws.shape[1])
-            view = 0
-            for spec, out in zip(self.specs, crops, strict=True):
-                for j in range(spec.count):
-                    out[i, j] = cut(image, spec, draws[i, view])
-                    view += 1
+    def chunk(self, reader, epoch, planned):
+        n = len(planned)
+        crops = [torch.empty(n, s.count, s.size, s.size, 3, dtype=torch.uint8).permute(0, 1, 4, 2, 3) for s in self.specs]
+        u = np.empty((n, sum(s.count for s in self.specs), DRAWS))
+        numbers, labels, bad = torch.empty(n, dtype=torch.long), torch.empty(n, dtype=torch.long), []
+        rows = 0
+        for sample in planned:
+            u[rows] = draw(self.seed, epoch, int(sample), u.shape[1])
+            found = self._usable(reader, int(sample), u[rows], bad)
+            if found is None:
+                continue
+            numbers[rows], labels[rows], views = found
+            for view, place in zip(views, [crop[rows, j] for crop in crops for j in range(crop.shape[1])], strict=True):
+                place.copy_(view)
+            rows += 1
         ends = np.cumsum([s.count for s in self.specs])[:-1]
-        parts = zip(self.specs, np.split(draws, ends, axis=1), strict=True)
-        parameters = [torch.from_numpy(color_parameters(spec, u)) for spec, u in parts]
-        return crops, parameters, torch.from_numpy(samples), labels
+        parts = zip(self.specs, np.split(u[:rows], ends, axis=1), strict=True)
+        parameters = [torch.from_numpy(parameters_of(spec, part)) for spec, part in parts]
+        crops = [crop[:rows] for crop in crops]
+        if self.photometric_here:
+            crops = [photometric(crop, p) for crop, p in zip(crops, parameters, strict=True)]
+        return crops, parameters, numbers[:rows], labels[:rows], bad
+
+    def _usable(self, reader, sample, u, bad):
+        """(its number, label, views) of the sample, or of the next one that can be used; None if it may not be replaced."""
+        number, planned = sample, True
+        for _ in range(NEIGHBOURS):
+            try:
+                found = reader(number, planned)
+                try:
+                    return found.number, found.label, cut_views(found.image, self.specs, u)
+                except Exception as error:  # PIL raises all kinds of errors for bytes that are no image
+                    shard = self.index.shards[reader.shard_of(number)].path
+                    reason = re.sub(" <.*>", "", f"{type(error).__name__}: {error}")  # PIL's has an address of memory
+                    raise BadSample(shard, found.key, reason, number + 1) from None
+            except BadSample as error:
+                bad.append(error.record)
+                if not self.batches.replace:
+                    return None
+                number, planned = error.following % self.index.total, False
+        raise RunError(f"{NEIGHBOURS} samples in a row cannot be used; the first: {bad[-NEIGHBOURS]}")
+
+
+def keep_freed_memory() -> None:
+    """Let the C library (glibc) keep what it is given back: fresh pages for each image cost as much as decoding it."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        trim_threshold, mmap_threshold = -1, -3  # malloc.h
+        libc.mallopt(trim_threshold, 1 << 30)
+        libc.mallopt(mmap_threshold, 1 << 30)
+
+
+def worker_ms(index: Index, specs: list[ViewSpec], seed: int, images: int = 256, rounds: int = 5) -> float:
+    """CPU time per image of the worker's part, in ms: the median of some rounds, after one that warms up."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    chunks, reader = Chunks(index, specs, training_batches(index, 1, seed, range(1)), seed, False), Reader(index)
+    keep_freed_memory()
+    epoch = itertools.count()  # other views each time
+
+    def work(samples):
+        reader.expect(samples)
+        chunks.chunk(reader, next(epoch), samples)
+
+    times = [cpu_ms(work, np.arange(min(images, index.total))) for _ in range(rounds + 1)]
+    torch.set_num_threads(threads)
+    return statistics.median(times[1:])
+
+
+def cpu_ms(work: Callable[[np.ndarray], object], samples: np.ndarray) -> float:
+    """CPU time per image that work(samples) takes, in ms."""
+    start = time.process_time()
+    work(samples)
+    return 1e3 * (time.process_time() - start) / len(samples)
 
 
 def load(
-    index: Index, specs: list[ViewSpec], batches: Callable[[], Iterable], seed: int, workers: int, device: torch.device
+    index: Index,
+    specs: list[ViewSpec],
+    batches: Batches,
+    seed: int,
+    workers: int,
+    device: torch.device,
+    photometric_on: str = "auto",
 ) -> Iterator[Batch]:
-    """The batches, finished on the device. The result does not depend on the number of workers."""
+    """The batches, finished on the device. The result does not depend on the number of workers.
+
+    photometric_on: "device", "worker", or "auto": the device if it is an accelerator. Both give the same views.
+    """
+    if device.type == "cpu":
+        keep_freed_memory()  # of the batches too
+    in_worker = photometric_on == "worker" or (photometric_on == "auto" and device.type == "cpu")
     chunks = DataLoader(
-        Chunks(index, specs, batches, seed), batch_size=None, num_workers=workers, pin_memory=device.type == "cuda"
+        Chunks(index, specs, batches, seed, in_worker), batch_size=None, num_workers=workers, pin_memory=device.type == "cuda"
     )
     stream = iter(chunks)
     for parts in zip(*[stream] * max(workers, 1), strict=True):  # one chunk of every worker makes a batch
-        crops, parameters, samples, labels = zip(*parts, strict=True)
-        views = [
-            _finish(spec, [c[i] for c in crops], torch.cat([p[i] for p in parameters]), device) for i, spec in enumerate(specs)
-        ]
+        for part in parts:
+            if isinstance(part, RunError):
+                raise part
+        crops, parameters, samples, labels, bad = zip(*parts, strict=True)
+        views = []
+        for i, spec in enumerate(specs):
+            view = _joined([c[i] for c in crops], device)
+            if not in_worker:
+                view = photometric(view, torch.cat([p[i] for p in parameters]).view(-1, len(COLUMNS)))
+            view = normalize(view)
+            views.append(view if spec.count == 1 else view.unflatten(0, (-1, spec.count)))
         samples, labels = (torch.cat(x).to(device, non_blocking=True) for x in (samples, labels))
-        yield Batch(views, samples, labels)
+        yield Batch(views, samples, labels, sum(bad, []))
 
 
-def _finish(spec, chunks, parameters, device):
-    crops = torch.cat([chunk.to(device, non_blocking=True) for chunk in chunks])  # the chunks are pinned, their sum is not
-    view = photometric(crops, parameters)
-    if spec.count == 1:
-        return view.squeeze(1).contiguous(memory_format=torch.channels_last)
-    return view
+def _joined(crops, device):
+    """Chunks of n x count x 3 x H x W -> all of their views, on the device."""
+    return torch.cat([crop.flatten(0, 1).to(device, non_blocking=True) for crop in crops])  # pinned each, their sum is not
 
 
-def training_batches(index: Index, batch: int, seed: int, epochs: range, lanes: int | None = None) -> Callable[[], Iterable]:
-    """This process's part of every global batch of these epochs, in order."""
-    return partial(_training_batches, index, batch, seed, epochs, lanes, dist.rank(), dist.world())
+def training_batches(
+    index: Index, batch: int, seed: int, epochs: range, lanes: int | None = None, first_step: int = 0
+) -> Batches:
+    """This process's part of every global batch of these epochs, in order; the first epoch from `first_step` on."""
+    epochs_of = partial(_training_epochs, index, batch, seed, epochs, lanes, first_step, dist.rank(), dist.world())
+    return Batches(epochs_of, replace=True)
 
 
-def _training_batches(index, batch, seed, epochs, lanes, rank, world):
+def _training_epochs(index, batch, seed, epochs, lanes, first_step, rank, world):
     n = batch // world
     for epoch in epochs:
-        for samples in epoch_plan(index, batch, seed, epoch, lanes):
-            yield epoch, samples[rank * n : (rank + 1) * n]
+        plan = epoch_plan(index, batch, seed, epoch, lanes)[:, rank * n : (rank + 1) * n]
+        yield epoch, list(plan[first_step if epoch == epochs[0] else 0 :])
 
 
-def evaluation_batches(index: Index, batch: int) -> Callable[[], Iterable]:
+def evaluation_batches(index: Index, batch: int) -> Batches:
     """This process's part of the index, each sample on exactly one process, in order. `batch` is global."""
-    return partial(_evaluation_batches, index, batch, dist.rank(), dist.world())
+    return Batches(partial(_evaluation_epoch, index, batch, dist.rank(), dist.world()), replace=False)
 
 
-def _evaluation_batches(index, batch, rank, world):
+def _evaluation_epoch(index, batch, rank, world):
     mine = np.array_split(np.arange(index.total), world)[rank]
     n = max(1, batch // world)
-    for start in range(0, len(mine), n):
-        yield 0, mine[start : start + n]
+    yield 0, [mine[start : start + n] for start in range(0, len(mine), n)]

@@ -14,6 +14,8 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from utils import dist
+from utils.bad_samples import BadSamples
+from utils.flags import RunError
 
 PACKAGES = ("torch", "torchvision", "timm", "webdataset", "numpy", "pillow")
 
@@ -37,11 +39,12 @@ def write_config(folder: Path, args, **facts) -> None:
 class Log:
     """Counts what happens between two log lines. Lives on every process, writes on the first.
 
-    chance: the loss of guessing, printed beside the loss. batch: images in a global batch.
+    bad: where unusable samples are put down. chance: the loss of guessing, printed beside the loss. batch: images in a global
+    batch.
     """
 
-    def __init__(self, folder: Path, steps: int, print_freq: int, batch: int, chance: float | None = None):
-        self.steps, self.print_freq, self.batch, self.chance = steps, print_freq, batch, chance
+    def __init__(self, folder: Path, steps: int, print_freq: int, batch: int, bad: BadSamples, chance: float | None = None):
+        self.steps, self.print_freq, self.batch, self.bad, self.chance = steps, print_freq, batch, bad, chance
         self.writer = self.file = None
         if dist.rank() == 0:
             self.writer = SummaryWriter(folder)
@@ -57,14 +60,15 @@ class Log:
             self.writer.close()
 
     def _reset(self):
-        self.sums, self.count, self.waited, self.since = {}, 0, 0.0, time.perf_counter()
+        self.sums, self.count, self.met, self.waited, self.since = {}, 0, [], 0.0, time.perf_counter()
 
-    def epoch(self, epoch: int):
-        """The steps of an epoch, under a progress bar on a terminal."""
+    def epoch(self, epoch: int, first_step: int = 0):
+        """The steps of an epoch, from `first_step` on, under a progress bar on a terminal."""
         self.at = epoch
         self._reset()
         hide = None if dist.rank() == 0 else True  # None: hidden where stderr is no terminal
-        return tqdm(range(self.steps), desc=f"epoch {epoch}", leave=False, disable=hide)
+        steps = range(first_step, self.steps)
+        return tqdm(steps, desc=f"epoch {epoch}", initial=first_step, total=self.steps, leave=False, disable=hide)
 
     @contextmanager
     def waiting(self):
@@ -73,8 +77,12 @@ class Log:
         yield
         self.waited += time.perf_counter() - start
 
-    def step(self, step: int, loss: torch.Tensor, stats: dict[str, torch.Tensor], lr: float) -> None:
-        """Add up a step without waiting for the device; every `print_freq` steps and at the epoch's end, write the means."""
+    def step(self, step: int, loss: torch.Tensor, stats: dict[str, torch.Tensor], lr: float, bad: list[dict]) -> None:
+        """Add up a step without waiting for the device; every `print_freq` steps and at the epoch's end, write the means.
+
+        bad: the unusable samples that this process has met. Raises RunError if there are too many in all.
+        """
+        self.met += bad
         for name, value in {"loss": loss.detach(), **stats}.items():
             self.sums[name] = self.sums.get(name, 0) + value
         self.count += 1
@@ -93,15 +101,14 @@ class Log:
     def _write(self, step, lr):
         means = dist.total(torch.stack(list(self.sums.values())).float()) / (self.count * dist.world())
         means = dict(zip(self.sums, means.tolist(), strict=True))
+        unusable = self.bad.add(self.met)
         if not math.isfinite(means["loss"]):
-            raise FloatingPointError(
-                f"the loss is {means['loss']} in epoch {self.at} by step {step}; try a lower --lr or --amp fp32"
-            )
+            raise RunError(f"the loss is {means['loss']} in epoch {self.at} by step {step}; try a lower --lr or --amp fp32")
         if not self.file:
             return
         seconds = time.perf_counter() - self.since
         rate, share = self.count * self.batch / seconds, self.waited / seconds
-        entry = {"epoch": self.at, "step": step, **means, "lr": lr, "images_per_s": rate, "data_wait": share}
+        entry = {"epoch": self.at, "step": step, **means, "lr": lr, "images_per_s": rate, "data_wait": share, "bad": unusable}
         self.file.write(json.dumps(entry) + "\n")
         self.file.flush()
         for name, value in entry.items():
@@ -109,5 +116,6 @@ class Log:
                 self.writer.add_scalar(name, value, self.at * self.steps + step + 1)
         chance = f" (chance {self.chance:.3f})" if self.chance else ""
         rest = "  ".join(f"{name} {value:.3f}" for name, value in means.items() if name != "loss")
+        rest += f"  unusable images {unusable}" if unusable else ""
         say(f"epoch {self.at} [{step + 1}/{self.steps}]  loss {means['loss']:.4f}{chance}  {rest}  lr {lr:.4g}  "
             f"{rate:.0f} images/s  data wait {share:.0%}")  # fmt: skip
