@@ -1,6 +1,7 @@
 """The samples of a run that cannot be used: written down, counted, and limited."""
 
 import json
+import os
 from pathlib import Path
 
 from utils import dist
@@ -41,5 +42,10 @@ def _identity(record):
 
 
 def _lines(path):
-    """Its whole lines; a run that was killed may have left a part of one."""
-    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")] if path.exists() else []
+    """The lines of a file, which may not exist. A run that was killed may have left half a line, which is cut off."""
+    if not path.exists():
+        return []
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    os.truncate(path, len(whole))
+    return whole.splitlines()
