@@ -20,6 +20,7 @@ from utils import amp, backbones, checkpoint, dist, optim
 from utils.bad_samples import BadSamples
 from utils.flags import (
     Parser,
+    RunError,
     add_run_flags,
     check_run_flags,
     in_range,
@@ -205,6 +206,8 @@ def evaluate(args, index, trunk, fc, device, bad) -> dict[str, float]:
     top1, top5, seen = dist.total(right).tolist()
     if seen + unusable != index.total:
         raise RuntimeError(f"validation counted {seen} + {unusable} images, the index has {index.total}")
+    if not seen:
+        raise RunError(f"--val-shards {args.val_shards}: none of its {unusable} images can be used; pass others")
     return {"top1": 100 * top1 / seen, "top5": 100 * top5 / seen, "unusable": unusable}
 
 

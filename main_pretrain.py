@@ -21,6 +21,7 @@ from utils.flags import (
     Parser,
     add_run_flags,
     check_run_flags,
+    in_range,
     meaning,
     one_line_ends,
     one_line_errors,
@@ -64,6 +65,8 @@ def check(args, samples: int) -> None:
     """Raise ValueError for flags that cannot work, naming flag, value and mend, before anything slow."""
     check_run_flags(args)
     positive(["--epochs", "--batch-size", "--lr", "--bn-splits", "--save-freq"], args)
+    if args.dry_run is not None:
+        in_range("--dry-run", args.dry_run, 1e-3, 1e9)
     groups = dist.world() * args.bn_splits
     if args.batch_size % groups:
         raise ValueError(

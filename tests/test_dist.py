@@ -77,6 +77,8 @@ def gather_and_more():
         "integers": dist.gather(torch.tensor([dist.rank(), 7])),
         "total": dist.total(torch.tensor([1.0, dist.rank()])),
         "object": dist.broadcast_object({"from": dist.rank()}),
+        "objects": dist.gather_objects([{"of": dist.rank()}] * (3 * dist.rank())),  # of another size on each
+        "nothing": dist.gather_objects(None),
         "place": (dist.rank(), dist.world()),
     }
 
@@ -89,6 +91,7 @@ def test_gather__total_and_broadcast_on_two_processes():
         assert got["integers"].tolist() == [0, 7, 1, 7]
         assert got["total"].tolist() == [2, 1]
         assert got["object"] == {"from": 0}
+        assert got["objects"] == [[], [{"of": 1}] * 3] and got["nothing"] == [None, None]
         assert got["place"] == (rank, 2)
 
 
@@ -97,6 +100,9 @@ def test_gather__total_and_broadcast_in_one_process():
     assert got["gathered"].tolist() == [[0, 1, 2], [3, 4, 5]]
     assert got["total"].tolist() == [1, 0]
     assert (got["object"], got["place"]) == ({"from": 0}, (0, 1))
+    assert got["objects"] == [[]] and got["nothing"] == [None]
+    held = [{"a": 1}]
+    assert dist.gather_objects(held)[0] is held
 
 
 def first_does():

@@ -1,5 +1,6 @@
 """Runs on shards with faults, and with workers that die: what a user sees, and what is left behind."""
 
+import contextlib
 import json
 import os
 import re
@@ -15,9 +16,7 @@ from shards_helpers import one_color, write_shards
 
 import main_lincls
 import main_pretrain
-from utils import checkpoint, dist
-from utils.bad_samples import BadSamples
-from utils.flags import RunError
+from utils import checkpoint
 
 ROOT = Path(__file__).parent.parent
 FLAGS = ["--method", "moco", *TINY, "--device", "cpu", "--amp", "fp32"]
@@ -51,6 +50,48 @@ def test_main_pretrain__one_unusable_image_of_many(tmp_path, capsys, workers):
     assert "unusable images 1" in capsys.readouterr().out and (tmp_path / "run" / checkpoint.LATEST).exists()
 
 
+def test_main_pretrain__one_unusable_image_on_two_processes(tmp_path):
+    """The processes count together, and the first alone writes."""
+    write_shards(tmp_path / "x", (80, 80), image_or_not({3, 100}))
+    flags = ["--epochs", 1, "--print-freq", 20, "--workers", 0, "--max-bad", 0.05]
+    spawn(pretrain, tmp_path / "x", tmp_path / "run", *flags)
+    assert sorted(line["key"] for line in lines_of(tmp_path / "run" / "bad_samples.jsonl")) == ["00003", "00100"]
+    assert [line["bad"] for line in lines_of(tmp_path / "run" / "metrics.jsonl")] == [2]
+
+
+def too_many(tmp_path, capsys, *flags):
+    """The line that a run ends with, and its folder."""
+    write_shards(tmp_path / "x", (20, 20), image_or_not({3, 33}))
+    with pytest.raises(SystemExit, match="2"):
+        pretrain(tmp_path / "x", tmp_path / "run", "--epochs", 2, "--print-freq", 1, "--max-bad", 0.04, *flags)
+    return capsys.readouterr().err.splitlines()[-1], tmp_path / "run"
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_main_pretrain__more_unusable_images_than_allowed(tmp_path, capsys, workers):
+    line, folder = too_many(tmp_path, capsys, "--workers", workers)
+    assert line.startswith("main_pretrain.py: error: --max-bad 0.04: 2 of 40 images cannot be used, see ")
+    assert f"see {folder / 'bad_samples.jsonl'};" in line and not list(folder.glob("checkpoint*"))
+    assert {record["key"] for record in lines_of(folder / "bad_samples.jsonl")} == {"00003", "00033"}
+
+
+def test_main_pretrain__goes_on_when_more_are_allowed(tmp_path, capsys):
+    """The first mend that the line offers; what was met before is not counted twice."""
+    folder = too_many(tmp_path, capsys, "--workers", 0)[1]
+    pretrain(tmp_path / "x", folder, "--resume", "auto", "--epochs", 2, "--workers", 0, "--max-bad", 0.05)
+    assert lines_of(folder / "metrics.jsonl")[-1]["bad"] == 2 and len(lines_of(folder / "bad_samples.jsonl")) == 2
+
+
+def test_main_pretrain__goes_on_when_the_shards_are_mended(tmp_path, capsys):
+    """The other mend that the line offers."""
+    folder = too_many(tmp_path, capsys, "--workers", 0)[1]
+    for path in (tmp_path / "x").iterdir():
+        path.unlink()
+    write_shards(tmp_path / "x", (20, 20), image_or_not(()))
+    pretrain(tmp_path / "x", folder, "--resume", "auto", "--epochs", 1, "--workers", 0, "--max-bad", 0.04)
+
+
 def test_main_pretrain__verify_shards_finds_a_changed_byte(tmp_path, capsys):
     index = write_shards(tmp_path / "x", (10, 10))
     flags = ["--verify-shards", "--epochs", 1, "--workers", 0]
@@ -77,6 +118,33 @@ def test_main_pretrain__dry_run_measures_and_writes_nothing(images, tmp_path, ca
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("flags, message", [
+    (["--moco-k", "33"], "--moco-k 33: "), (["--shards", "/nowhere"], "--shards /nowhere: "),
+    (["--batch-size", "64", "--moco-k", "64"], "--batch-size 64: larger than"),
+    (["--arch", "no_such_net"], "--arch no_such_net"),
+])  # fmt: skip
+def test_main_pretrain__dry_run_checks_what_a_run_does(images, tmp_path, capsys, flags, message):
+    with pytest.raises(SystemExit, match="2"):
+        pretrain(images / "train", tmp_path / "run", "--dry-run", *flags)
+    printed = capsys.readouterr()
+    assert message in printed.err and printed.err.count("\n") == 1 and "--workers" not in printed.out
+
+
+@pytest.mark.parametrize("rate", ["0", "-1", "nan", "inf"])
+def test_main_pretrain__dry_run_refuses_a_rate_that_is_none(images, tmp_path, capsys, rate):
+    with pytest.raises(SystemExit, match="2"):
+        pretrain(images / "train", tmp_path / "run", f"--dry-run={rate}")
+    assert "--dry-run" in capsys.readouterr().err
+
+
+def test_main_pretrain__dry_run_leaves_a_run_as_it_is(images, tmp_path):
+    """Nor does it mind that there is one."""
+    pretrain(images / "train", tmp_path, "--epochs", 1, "--workers", 0)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*")}
+    pretrain(images / "train", tmp_path, "--dry-run")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*")} == before
+
+
 @pytest.mark.parametrize("value, message", [("-1", "--max-bad -1.0: must lie in"), ("0.7", "--max-bad 0.7: must lie in")])
 def test_main_pretrain__max_bad_is_a_share(images, tmp_path, capsys, value, message):
     with pytest.raises(SystemExit, match="2"):
@@ -87,32 +155,58 @@ def test_main_pretrain__max_bad_is_a_share(images, tmp_path, capsys, value, mess
 def test_main_lincls__unusable_validation_images_are_left_out_and_told(tmp_path):
     write_shards(tmp_path / "train", (16,), image_or_not(()))
     write_shards(tmp_path / "val", (12,), image_or_not({3}))
-    flags = [
-        "--method",
-        "moco",
-        "--pretrained",
-        "random",
-        "-a",
-        "tiny_resnet",
-        "--size",
-        "32",
-        "--batch-size",
-        "8",
-        "--epochs",
-        "1",
-    ]
-    paths = [
-        "--train-shards",
-        str(tmp_path / "train"),
-        "--val-shards",
-        str(tmp_path / "val"),
-        "--output-dir",
-        str(tmp_path / "out"),
-    ]
-    main_lincls.main([*flags, *paths, "--device", "cpu", "--workers", "0", "--max-bad", "0.1"])
+    flags = ["--method", "moco", "--pretrained", "random", "-a", "tiny_resnet", "--size", "32", "--batch-size", "8"]
+    paths = ["--train-shards", tmp_path / "train", "--val-shards", tmp_path / "val", "--output-dir", tmp_path / "out"]
+    more = ["--device", "cpu", "--workers", "0", "--max-bad", "0.1", "--epochs", "1"]
+    main_lincls.main([*map(str, [*flags, *paths, *more])])
     last = json.loads((tmp_path / "out" / "result.json").read_text())["last"]
     assert last["unusable"] == 1 and last["top1"] * 11 / 100 == pytest.approx(round(last["top1"] * 11 / 100))
     assert [line["key"] for line in lines_of(tmp_path / "out" / "bad_samples.jsonl")] == ["00003"]
+
+
+# on a real command line
+
+
+@contextlib.contextmanager
+def launched(shards, out, *flags, processes=1):
+    """A run as a user starts it, by itself or under torchrun. Ended with the test."""
+    launch = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes] if processes > 1 else ["-W", "error"]
+    )
+    command = [sys.executable, *launch, "main_pretrain.py", *FLAGS, "--arch", "resnet18", "--size", "32", "--shards", shards,
+               "--output-dir", out, *flags]  # fmt: skip
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([*map(str, command)], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes) as run:
+        try:
+            yield run
+        finally:
+            run.kill()
+
+
+def test_main_pretrain__a_command_passes_over_an_unusable_image(tmp_path):
+    """It says so, ends well, and the image is one for both epochs."""
+    write_shards(tmp_path / "x", (80, 80), image_or_not({100}))
+    with launched(tmp_path / "x", tmp_path / "run", "--epochs", "2", "--workers", "1") as run:
+        out, error = run.communicate(timeout=120)
+    assert run.returncode == 0 and error == "" and "unusable images 1" in out and "Results: " in out
+    assert [line["key"] for line in lines_of(tmp_path / "run" / "bad_samples.jsonl")] == ["00100"]
+    assert lines_of(tmp_path / "run" / "metrics.jsonl")[-1]["bad"] == 1
+
+
+def test_main_pretrain__a_command_on_two_processes_stops_at_max_bad(tmp_path):
+    """Each process says it in one line that names the flag and the file, and torchrun fails."""
+    write_shards(tmp_path / "x", (40, 40), image_or_not({7, 50, 61}))
+    flags = ["--epochs", "9", "--workers", "1", "--print-freq", "1", "--max-bad", "0.03"]  # two of them
+    with launched(tmp_path / "x", tmp_path / "run", *flags, processes=2) as run:
+        error = run.communicate(timeout=120)[1]
+    assert run.returncode != 0 and not list((tmp_path / "run").glob("checkpoint*"))
+    told = [line for line in error.splitlines() if "main_pretrain.py: error: " in line]
+    assert told and len(told) == len(set(told)) <= 2
+    for line in told:
+        assert re.match(r"\[process [01]\] main_pretrain.py: error: --max-bad 0.03: 3 of 80 images cannot be used", line)
+        assert str(tmp_path / "run" / "bad_samples.jsonl") in line
+    keys = [line["key"] for line in lines_of(tmp_path / "run" / "bad_samples.jsonl")]
+    assert sorted(keys) == ["00007", "00050", "00061"]
 
 
 # a worker that dies
@@ -124,56 +218,29 @@ def children(pid):
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in /proc")
-def test_main_pretrain__a_killed_worker_ends_the_run_and_is_named(tmp_path):
+@pytest.mark.parametrize("processes", [1, 2])
+def test_main_pretrain__a_killed_worker_ends_the_run_and_is_named(tmp_path, processes):
+    """Within seconds, and takes the other process and all workers with it."""
     write_shards(tmp_path / "x", (80,), image_or_not(()))
-    command = [sys.executable, "main_pretrain.py", *FLAGS, "--arch", "resnet18", "--shards", tmp_path / "x", "--output-dir",
-               tmp_path / "run", "--workers", "2", "--epochs", "1000", "--print-freq", "1"]  # fmt: skip
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    with subprocess.Popen(list(map(str, command)), cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"}) as run:  # fmt: skip
-        try:
-            end = time.monotonic() + 120
-            while not (metrics.exists() and metrics.read_text()):
-                assert run.poll() is None and time.monotonic() < end
-                time.sleep(0.1)
-            worker = children(run.pid)[-1]
-            os.kill(worker, signal.SIGKILL)
-            error = run.communicate(timeout=60)[1]
-        finally:
-            run.kill()
-    assert run.returncode == 2 and "Traceback" not in error
-    assert re.search(rf"^main_pretrain.py: error: DataLoader worker .*{worker}.*kill.*--workers$", error, re.MULTILINE), error
-
-
-# the list of unusable samples
-
-
-def record(key, shard="a.tar"):
-    return {"shard": shard, "key": key, "error": "why"}
-
-
-def test_bad_samples__each_once_over_runs_and_half_a_line_is_none(tmp_path):
-    bad = BadSamples(tmp_path, 100, 0.05)
-    assert [bad.add([]), bad.add([record("x"), record("x")]), bad.add([record("x"), record("x", "b.tar")])] == [0, 1, 2]
-    with open(tmp_path / "bad_samples.jsonl", "a") as file:
-        file.write('{"shard": "a.tar", "ke')  # of a run that was killed
-    again = BadSamples(tmp_path, 100, 0.05)
-    assert again.add([record("x"), record("y")]) == 3
-    assert [line["key"] for line in lines_of(tmp_path / "bad_samples.jsonl")] == ["x", "x", "y"]
-    assert BadSamples(tmp_path, 100, 0.05).add([]) == 3
-    assert BadSamples(tmp_path / "nothing", 100, 0.05).add([]) == 0 and not (tmp_path / "nothing").exists()
-
-
-def two_processes(folder):
-    bad = BadSamples(folder, 10, 0.3)
-    first = bad.add([record("x"), record(f"of {dist.rank()}")])
-    try:
-        bad.add([record("too many")] if dist.rank() else [])
-    except RunError as error:
-        return first, str(error)
-
-
-def test_bad_samples__processes_agree(tmp_path):
-    (count, error), other = spawn(two_processes, tmp_path)
-    assert count == 3 and (count, error) == other and "--max-bad 0.3: 4 of 10 images" in error
-    assert sorted(line["key"] for line in lines_of(tmp_path / "bad_samples.jsonl")) == ["of 0", "of 1", "too many", "x"]
+    flags = ["--workers", "2", "--epochs", "1000", "--print-freq", "1"]
+    metrics, killed = tmp_path / "run" / "metrics.jsonl", 0
+    with launched(tmp_path / "x", tmp_path / "run", *flags, processes=processes) as run:
+        end = time.monotonic() + 120
+        while not (metrics.exists() and metrics.read_text()):
+            assert run.poll() is None and time.monotonic() < end
+            time.sleep(0.1)
+        trainers = [run.pid] if processes == 1 else children(run.pid)
+        workers = [worker for trainer in trainers for worker in children(trainer)]
+        assert len(trainers) == processes and len(workers) == 2 * processes
+        os.kill(workers[-1], signal.SIGKILL)
+        killed = time.monotonic()
+        error = run.communicate(timeout=60)[1]
+    assert run.returncode != 0 and time.monotonic() - killed < 30
+    process = "" if processes == 1 else r"\[process 1\] "
+    line = rf"^{process}main_pretrain.py: error: DataLoader worker .*{workers[-1]}.* (killed|exited) .*--workers$"
+    assert len(re.findall(line, error, re.MULTILINE)) == 1, error
+    assert processes == 2 or (run.returncode == 2 and len(error.strip().splitlines()) == 1), error
+    gone = time.monotonic() + 20
+    while alive := [pid for pid in (*trainers, *workers) if Path(f"/proc/{pid}/exe").exists()]:
+        assert time.monotonic() < gone, alive
+        time.sleep(0.1)

@@ -1,6 +1,7 @@
 """Command lines: strict flags, one-line errors, and no flag that does nothing."""
 
 import argparse
+import inspect
 import re
 import subprocess
 import sys
@@ -12,7 +13,8 @@ from helpers import TINY
 import main_lincls
 import main_pretrain
 from utils import flags
-from utils.flags import Parser, one_line_errors
+from utils.flags import Parser, RunError, one_line_ends, one_line_errors
+from utils.index import load_index
 
 ROOT = Path(__file__).parent.parent
 PRETRAIN = ["--shards", "x"]
@@ -102,6 +104,60 @@ def test_one_line_errors__bad_input_is_one_line_and_exit_2(capsys, monkeypatch):
 def test_one_line_errors__a_bug_is_not_hidden():
     with pytest.raises(KeyError), one_line_errors("main.py"):
         raise KeyError("a bug, with its traceback")
+
+
+LOST = ["DataLoader worker (pid 71) is killed by signal: Killed. ", "DataLoader worker (pid(s) 71, 72) exited unexpectedly"]
+
+
+@pytest.mark.parametrize("error", [RunError("--max-bad 0.1:\n  too many"), *map(RuntimeError, LOST)])
+def test_one_line_ends__a_known_reason_is_one_line_and_exit_2(capsys, monkeypatch, error):
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(SystemExit) as stop, one_line_ends("main.py"):
+        raise error
+    line = capsys.readouterr().err
+    assert stop.value.code == 2 and line.count("\n") == 1
+    if isinstance(error, RunError):
+        assert line == "main.py: error: --max-bad 0.1: too many\n"
+    else:
+        assert line.startswith("main.py: error: DataLoader worker (pid") and "71" in line and "--workers" in line
+        assert "memory" in line
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("a bug in a DataLoader worker"), ValueError("a bug"), OSError("a bug"), KeyError(1)]
+)
+def test_one_line_ends__a_bug_is_not_hidden(capsys, error):
+    """Nor is what would be bad input at the start."""
+    with pytest.raises(type(error)) as raised, one_line_ends("main.py"):
+        raise error
+    assert raised.value is error and capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("get_args, required", [(main_pretrain.get_args, PRETRAIN), (main_lincls.get_args, PROBE)])
+def test_add_shard_flags__all_reach_load_index(get_args, required):
+    assert flags.shard_flags(get_args(required)) == {"cache_dir": None, "allow_pipe": False, "verify_shards": False}
+    args = get_args([*required, "--cache-dir", "/c_d", "--allow_pipe", "--verify-shards"])
+    assert flags.shard_flags(args) == {"cache_dir": "/c_d", "allow_pipe": True, "verify_shards": True}
+    parameters = inspect.signature(load_index).parameters
+    assert all(parameters[name].default == value for name, value in flags.shard_flags(get_args(required)).items())
+
+
+@pytest.mark.parametrize("get_args, required", [(main_pretrain.get_args, PRETRAIN), (main_lincls.get_args, PROBE)])
+def test_check_run_flags__max_bad_is_a_share_of_at_most_a_half(capsys, get_args, required):
+    for value in ("0", "0.01", "0.5"):
+        flags.check_run_flags(get_args([*required, "--max-bad", value]))
+    for value in ("-0.01", "0.51", "1", "nan"):
+        with pytest.raises(ValueError, match=f"--max-bad {float(value)}: must lie in"):
+            flags.check_run_flags(get_args([*required, "--max-bad", value]))
+    assert get_args(required).max_bad == 0.01
+    assert "--photometric" in fails(capsys, get_args, [*required, "--photometric", "gpu"])
+
+
+def test_parser__dry_run_with_and_without_a_rate(capsys):
+    rates = [main_pretrain.get_args([*PRETRAIN, *flag]).dry_run for flag in ([], ["--dry-run"], ["--dry_run", "1500"])]
+    assert rates == [None, 1000.0, 1500.0]
+    assert main_pretrain.get_args(["--dry-run", *PRETRAIN]).shards == "x"
+    assert "--dry-run" in fails(capsys, main_lincls.get_args, [*PROBE, "--dry-run"])
 
 
 @pytest.mark.parametrize("value", [0, -1, float("nan")])

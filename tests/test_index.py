@@ -11,7 +11,8 @@ import pytest
 
 import main_pretrain
 from utils import index as index_module
-from utils.index import IMAGE_EXTENSIONS, TarSample, load_index, scan_tar, write_index
+from utils.index import load_index, write_index
+from utils.tars import IMAGE_EXTENSIONS, TarSample, local_samples, tar_samples
 
 
 def write_tar(path, members, format=tarfile.USTAR_FORMAT):
@@ -48,7 +49,7 @@ def names(index):
 
 
 def slow_samples(path):
-    """What scan_tar should find, with the data itself instead of where it is."""
+    """What local_samples should find, with the data of images and labels itself instead of where it is."""
     groups = []
     with tarfile.open(path) as tar:
         for member in tar.getmembers():
@@ -58,17 +59,19 @@ def slow_samples(path):
             key = member.name[: len(member.name) - len(base) + base.index(".")]
             if not groups or groups[-1][0] != key:
                 groups.append((key, {}))
-            groups[-1][1][base[base.index(".") + 1 :].lower()] = tar.extractfile(member).read()
+            extension = base[base.index(".") + 1 :].lower()
+            known = extension in (*IMAGE_EXTENSIONS, "cls")
+            groups[-1][1][extension] = tar.extractfile(member).read() if known else None
     return [(key, members) for key, members in groups if any(e in IMAGE_EXTENSIONS for e in members)]
 
 
 def read(path, sample):
     data = Path(path).read_bytes()
-    return sample.key, {e: data[offset : offset + size] for e, (offset, size) in sample.members.items()}
+    return sample.key, {e: data[place[0] : sum(place)] if place else None for e, place in sample.members.items()}
 
 
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_scan_tar__agrees_with_tarfile(tmp_path, format):
+def test_local_samples__agrees_with_tarfile(tmp_path, format):
     long = "d" * 90 + "/" + "k" * 60 + ("" if format == tarfile.USTAR_FORMAT else "x" * 300)
     members = [
         ("a", None), ("a/0.JPG", b"0" * 700), ("a/0.cls", b"3"), ("README", b"?"), ("a/.hidden.jpg", b"?"), ("a/0.json", b"{}"),
@@ -78,28 +81,67 @@ def test_scan_tar__agrees_with_tarfile(tmp_path, format):
     if format != tarfile.USTAR_FORMAT:
         members.append(("ü/日本.jpg", b"u"))
     path = write_tar(tmp_path / "x.tar", members, format)
-    found = [read(path, sample) for sample in scan_tar(path)]
+    found = [read(path, sample) for sample in local_samples(path)]
     assert found == slow_samples(path)
     assert len(found) == len(members) - 9  # a directory, 3 other files, a group without image, 4 further members of a sample
 
 
-def test_scan_tar__extension_that_comes_again_opens_a_sample(tmp_path):
+def test_local_samples__extension_that_comes_again_opens_a_sample(tmp_path):
     members = [("x.jpg", b"1"), ("x.cls", b"0"), ("x.jpg", b"22"), ("x.cls", b"1")]
     path = write_tar(tmp_path / "x.tar", members)
-    assert [read(path, s)[1] for s in scan_tar(path)] == [{"jpg": b"1", "cls": b"0"}, {"jpg": b"22", "cls": b"1"}]
+    assert [read(path, s)[1] for s in local_samples(path)] == [{"jpg": b"1", "cls": b"0"}, {"jpg": b"22", "cls": b"1"}]
 
 
 @pytest.mark.parametrize("size", [0, 100, 700, 2048, 2100, 2560, 2600, 3072])
-def test_scan_tar__cut_short(tmp_path, size):
+def test_local_samples__cut_short(tmp_path, size):
     """In a header, in a payload, and exactly between two members, where tarfile itself sees nothing amiss."""
     path = write_tar(tmp_path / "x.tar", [("0.jpg", b"0" * 1500), ("1.jpg", b"1" * 1500)])
     os.truncate(path, size)
+    found = []
     with pytest.raises(tarfile.TarError):
-        scan_tar(path)
+        for sample in local_samples(path):
+            found.append(read(path, sample))
+    assert found == ([("0", {"jpg": b"0" * 1500})] if size >= 2048 else [])  # what is whole before the damage
 
 
-def test_scan_tar__sample_is_plain_data(folder):
-    assert scan_tar(str(folder / "s-0.tar"))[0] == TarSample("0000", {"jpg": (512, 7), "cls": (1536, 1)})
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT])
+def test_tar_samples__stream_gives_what_the_file_gives(tmp_path, format):
+    """Numbered alike, and only images and labels are taken."""
+    path, asked = tmp_path / "x.tar", []
+    members = [
+        ("a.cls", b"1"), ("b.cls", b"2"), ("b.pkl", b"evil"), ("b.jpg", b"B" * 900), ("c.jpg", b""), ("c.json", b"?"),
+        ("d/e.PNG", b"E"), ("d/e.cls", b"3"), ("d/f.txt", b"?"),
+    ]  # fmt: skip
+    write_tar(path, members, format)
+
+    def take(member, number):
+        asked.append((member.name, number))
+        return tar.extractfile(member).read()
+
+    with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r|") as tar:
+        found = list(tar_samples(tar, take, imageless=(imageless := [])))
+    assert [(s.key, s.members) for s in found] == slow_samples(path)
+    assert [s.image for s in found] == ["jpg", "jpg", "png"] and imageless == ["a", "d/f"]
+    assert asked == [("a.cls", 0), ("b.cls", 0), ("b.jpg", 0), ("c.jpg", 1), ("d/e.PNG", 2), ("d/e.cls", 2)]
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_tar_samples__another_number_than_is_known(tmp_path, count):
+    """The last one may have lost a part if there should be more, and is not given."""
+    path = write_tar(tmp_path / "x.tar", [(f"{i}.jpg", b"image") for i in range(3)])
+    found = []
+    with (
+        open(path, "rb") as file,
+        tarfile.open(fileobj=file, mode="r|") as tar,
+        pytest.raises(tarfile.TarError, match=f"{count}"),
+    ):
+        for sample in tar_samples(tar, lambda member, _: None, count):
+            found.append(sample.key)
+    assert found == ["0", "1"]
+
+
+def test_local_samples__sample_is_plain_data(folder):
+    assert next(local_samples(str(folder / "s-0.tar"))) == TarSample("0000", {"jpg": (512, 7), "cls": (1536, 1)})
 
 
 def test_load_index__foreign_shards_are_indexed_on_first_use(folder, monkeypatch):
@@ -113,7 +155,7 @@ def test_load_index__foreign_shards_are_indexed_on_first_use(folder, monkeypatch
     assert index.labelled and index.classes == tuple(str(c) for c in range(12))
     assert json.loads((folder / "index.json").read_text())["total"] == 12
     assert not [name for name in os.listdir(folder) if name.endswith(".tmp")]
-    monkeypatch.setattr(index_module, "scan_tar", None)  # the second time nothing is scanned
+    monkeypatch.setattr(index_module, "local_samples", None)  # the second time nothing is scanned
     assert load_index(str(folder)) == index
 
 
@@ -166,7 +208,7 @@ def test_load_index__relative_path(folder, monkeypatch):
 
 def test_index__hash_is_of_the_content_not_the_place(folder, tmp_path):
     here = load_index(str(folder))
-    there = load_index(shutil.copytree(folder, tmp_path / "copy"))
+    there = load_index(str(shutil.copytree(folder, tmp_path / "copy")))
     assert here != there and here.hash == there.hash
     write_index(tmp_path / "copy", json.loads((folder / "index.json").read_text())["shards"], ("a", "b"))
     assert load_index(str(tmp_path / "copy")).hash != here.hash
@@ -257,7 +299,7 @@ def test_load_index__names_as_tar_writes_them_for_a_folder(tmp_path):
     members = [("./", None), ("./a/", None), ("./a/0.PNG", b"p"), ("./a/0.cls", b"1"), ("./b.d/", None)]
     members.append(("./b.d/0.Jpeg", b"j" * 600))
     path = write_tar(tmp_path / "x.tar", members)
-    assert [read(path, s)[1] for s in scan_tar(path)] == [{"png": b"p", "cls": b"1"}, {"jpeg": b"j" * 600}]
+    assert [read(path, s)[1] for s in local_samples(path)] == [{"png": b"p", "cls": b"1"}, {"jpeg": b"j" * 600}]
     assert load_index(str(path)).total == 2 and (tmp_path / "index.json").exists()
 
 
@@ -276,3 +318,25 @@ def test_load_index__folder_of_splits(tmp_path, splits, expected):
         shard(tmp_path / split / "x.tar", 1)
     with pytest.raises(ValueError, match=f"no shards .* in it; pass .*{expected}"):
         load_index(str(tmp_path))
+
+
+def test_load_index__keys_without_an_image_are_named(tmp_path, capsys):
+    """They are no samples; one warning a shard says so, and none where all is well."""
+    write_tar(tmp_path / "a.tar", [("0.cls", b"1"), ("1.jpg", b"?"), ("1.cls", b"0"), ("d/2.cls", b"1"), ("3.txt", b"?")])
+    shard(tmp_path / "b.tar", 2)
+    index = load_index(str(tmp_path))
+    assert [s.samples for s in index.shards] == [1, 2] and index.classes == ("0", "1")
+    lines = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if "warning" in line]
+    assert lines == [f"warning: {tmp_path}/a.tar: 3 keys without an image are left out, the first: 0"]
+
+
+def test_load_index__verify_shards_compares_every_byte(folder):
+    whole = load_index(str(folder), verify_shards=True)
+    assert whole == load_index(str(folder))
+    data = bytearray((folder / "s-1.tar").read_bytes())
+    data[512] ^= 1  # the first byte of the first image: sizes and names stay
+    (folder / "s-1.tar").write_bytes(data)
+    assert load_index(str(folder)) == whole
+    assert load_index(f"{folder}/s-{{0,2}}.tar", verify_shards=True).total == 8  # the others are good
+    with pytest.raises(ValueError, match="^--val-shards .*/s-1.tar: its sha256 is not the one in its index; copy it again"):
+        load_index(str(folder), "--val-shards", verify_shards=True)

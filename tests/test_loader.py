@@ -1,4 +1,5 @@
 import itertools
+import multiprocessing
 import os
 import random
 import re
@@ -298,7 +299,7 @@ FAULTY = (10, 10, 10, 7, 11)
 FAULTS = {
     3: ("00003", "identify image", 4),  # bytes that are no image
     4: ("00004", "identify image", 5),  # no bytes
-    12: ("00012", "truncated|incomplete|Premature", 13),  # half a JPEG
+    12: ("00012", "(?i)truncated|incomplete|premature", 13),  # half a JPEG
     17: ("00017", "label", 18),  # none
     18: ("00018", "label", 19),  # one that is no number
     **{number: (f"sample {number - 20}", "damaged", 30) for number in range(26, 30)},  # behind a header that is none
@@ -414,14 +415,22 @@ def junk_below(folder, count, total=130):
     return write_shards(folder, (total - 60, 60), image=lambda number: b"junk" if number < count else one_color(number))
 
 
+def why_it_ends(monkeypatch, index, batch, workers):
+    """The text of the RunError that training ends with, in this process."""
+    try:
+        train(monkeypatch, index, batch, workers=workers, specs=PLAIN, epochs=range(1))
+    except RunError as error:
+        assert type(error) is RunError
+        return str(error.with_traceback(None))  # without it, which holds the loader
+    pytest.fail("it goes on")
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_load__hundred_unusable_samples_in_a_row_end_the_run(monkeypatch, tmp_path, workers):
     """In the training process, with one line that names the first of them."""
     index = junk_below(tmp_path / "x", 120)
-    with pytest.raises(RunError) as error:
-        train(monkeypatch, index, 10, workers=workers, specs=PLAIN, epochs=range(1))
-    text = str(error.value)
-    assert type(error.value) is RunError and text.startswith("100 samples in a row cannot be used")
+    text = why_it_ends(monkeypatch, index, 10, workers)
+    assert text.startswith("100 samples in a row cannot be used")
     assert "Traceback" not in text and "worker" not in text and "\n" not in text and index.shards[0].path in text
     first = re.search(r"'key': '(\d+)'", text)[1]
     assert int(first) < 21 or int(first) == 129  # the planned one
@@ -439,8 +448,17 @@ def test_load__fewer_than_hundred_in_a_row_are_passed_over(monkeypatch, tmp_path
 @pytest.mark.parametrize("workers", [0, 2])
 def test_load__few_samples_of_which_none_is_usable(monkeypatch, tmp_path, workers):
     index = write_shards(tmp_path / "x", (3, 2), image=lambda number: b"junk")
-    with pytest.raises(RunError, match="^100 samples in a row"):
-        train(monkeypatch, index, 5, workers=workers, specs=PLAIN)
+    assert why_it_ends(monkeypatch, index, 5, workers).startswith("100 samples in a row")
+
+
+def test_load__workers_are_gone_when_it_ends_the_run(monkeypatch, tmp_path):
+    """They are not left to the garbage collector, which takes five seconds for each."""
+    index = write_shards(tmp_path / "x", (3,), image=lambda number: b"junk")
+    try:
+        train(monkeypatch, index, 3, workers=1, specs=PLAIN)
+    except RunError as error:
+        assert str(error).startswith("100 samples in a row")
+    assert not multiprocessing.active_children()
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -449,8 +467,8 @@ def test_load__shard_with_another_number_of_samples_ends_the_run(monkeypatch, tm
     index = write_shards(tmp_path / "x", (5, 5))
     write_shards(tmp_path / "y", (5, 6))
     os.replace(tmp_path / "y/001.tar", tmp_path / "x/001.tar")
-    with pytest.raises(RunError, match="^[^\n]*001.tar holds 6 samples, its index says 5[^\n]*$"):
-        train(monkeypatch, index, 5, workers=workers, specs=PLAIN)
+    text = why_it_ends(monkeypatch, index, 5, workers)
+    assert "/001.tar holds 6 samples, its index says 5" in text and "\n" not in text
 
 
 def test_load__leaves_the_number_of_threads(monkeypatch, colors):

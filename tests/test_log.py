@@ -74,21 +74,27 @@ def test_log__means_rates_and_waits_of_each_window(tmp_path, clock, capsys):
 def test_log__unusable_samples_are_counted_once_and_written_down(tmp_path, capsys):
     lines = epoch(tmp_path, bad=[(0, "x"), (2, "y"), (4, "x")])
     assert [line["bad"] for line in lines[:3]] == [1, 2, 2]
-    assert [line["bad"] for line in epoch(tmp_path, number=1, bad=[(0, "y"), (4, "z")])[4:7]] == [
-        2,
-        2,
-        3,
-    ]  # it goes on counting
+    more = epoch(tmp_path, number=1, bad=[(0, "y"), (4, "z")])[4:]  # a new start counts anew
+    assert [line["bad"] for line in more[:3]] == [1, 1, 2]
     found = [json.loads(line) for line in (tmp_path / "bad_samples.jsonl").read_text().splitlines()]
     assert found == [{"shard": "a.tar", "key": key, "error": "why"} for key in "xyz"]
     out = capsys.readouterr().out.splitlines()
-    assert "unusable images 1" in out[0] and "unusable images 3" in out[-1]
+    assert "unusable images 1" in out[0] and "unusable images 2" in out[-1]
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [e.value for e in events.Scalars("bad")] == [1, 2, 2, 1, 1, 2]
+
+
+def test_log__without_unusable_samples_none_are_printed(tmp_path, capsys):
+    assert [line["bad"] for line in epoch(tmp_path)[:3]] == [0, 0, 0]
+    assert "unusable" not in capsys.readouterr().out and not (tmp_path / "bad_samples.jsonl").exists()
 
 
 def test_log__too_many_unusable_samples_end_the_run(tmp_path):
     with pytest.raises(RunError, match="--max-bad 0.1: 5 of 40 images cannot be used, see .*bad_samples.jsonl"):
         epoch(tmp_path, bad=[(step, str(step)) for step in range(5)])
     assert len((tmp_path / "bad_samples.jsonl").read_text().splitlines()) == 5
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2  # what is due after the fourth
 
 
 def test_log__an_epoch_begun_in_the_middle_has_its_last_steps(tmp_path):
@@ -146,7 +152,8 @@ def two_processes(folder):
     folder = Path(folder)
     with logger(folder, len(losses), 2) as writer:
         for step in writer.epoch(0):
-            writer.step(step, torch.tensor(losses[step]), {"top1": torch.tensor(100.0 * dist.rank())}, 0.5, [])
+            met = [{"shard": "a.tar", "key": f"{step} {min(step, 1) * dist.rank()}", "error": "why"}] if step < 2 else []
+            writer.step(step, torch.tensor(losses[step]), {"top1": torch.tensor(100.0 * dist.rank())}, 0.5, met)
     bad = BadSamples(folder, 40, 0.1)
     seen = log.Log(folder / "bad", 1, 1, 8, bad) if dist.rank() else None
     assert seen is None or (seen.file is None and seen.writer is None)
@@ -163,6 +170,9 @@ def test_log__means_over_processes_written_once(tmp_path):
     assert spawn(two_processes, tmp_path) == ["stopped", "stopped"]
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(x["step"], x["loss"], x["top1"]) for x in lines] == [(1, 8.0, 50.0), (3, 9.0, 50.0), (4, 10.0, 50.0)]
+    assert [x["bad"] for x in lines] == [3, 3, 3]  # one that both have met, and one of each
+    found = [json.loads(line)["key"] for line in (tmp_path / "bad_samples.jsonl").read_text().splitlines()]
+    assert sorted(found) == ["0 0", "1 0", "1 1"]
     assert len(list(tmp_path.glob("events.out.tfevents*"))) == 1 and not (tmp_path / "bad").exists()
 
 

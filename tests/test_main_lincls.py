@@ -3,14 +3,18 @@
 import json
 import re
 
+import numpy as np
 import pytest
 import torch
 from helpers import TINY, spawn
+from PIL import Image
+from shards_helpers import encode, write_members
 
 import main_lincls
 import main_pretrain
 from utils import backbones, checkpoint, optim
 from utils.bad_samples import BadSamples
+from utils.flags import RunError
 from utils.loader import Batches
 
 FLAGS = ["--method", "moco", "--device", "cpu", "--amp", "fp32", "--workers", "0", "--size", "64", "--batch-size", "8"]
@@ -70,7 +74,7 @@ def test_sgd__layer_wise_rate_is_that_of_a_slow_loop():
         assert torch.allclose(p, w, rtol=1e-5, atol=1e-7)
 
 
-def evaluate_here(images, fc_state, batch, folder):
+def evaluate_here(images, fc_state, batch, folder, max_bad=0.1):
     """Top-1 of a fixed classifier by main_lincls' own evaluation, on this process's share of the images."""
     flags = ["--pretrained", "random", "--arch", "tiny_resnet", "--train-shards", "x", "--val-shards", "x", *FLAGS]
     args = main_lincls.get_args([*flags, "--batch-size", str(batch)])
@@ -79,7 +83,7 @@ def evaluate_here(images, fc_state, batch, folder):
     fc = torch.nn.Linear(trunk.num_features, 2)
     fc.load_state_dict(fc_state)
     index = main_lincls.load_index(f"{images}/val")
-    return main_lincls.evaluate(args, index, trunk, fc, torch.device("cpu"), BadSamples(folder, 51, 0.1))
+    return main_lincls.evaluate(args, index, trunk, fc, torch.device("cpu"), BadSamples(folder, 51, max_bad))
 
 
 @pytest.mark.parametrize("batch", [2, 4, 16])
@@ -91,6 +95,45 @@ def test_evaluate__each_image_counts_once_on_one_and_two_processes(images, tmp_p
     assert evaluate_here(images, state, batch, tmp_path) == one and one["unusable"] == 0
     if batch == 4:
         assert spawn(evaluate_here, images, state, batch, tmp_path) == [one, one]
+
+
+@pytest.fixture(scope="module")
+def faulty(tmp_path_factory):
+    """val/ in all/: seven images of two classes, of which 1 and 5 cannot be used; in kept/: the other five; in none/: these."""
+    folder = tmp_path_factory.mktemp("faulty")
+    pixels = np.random.default_rng(3).integers(0, 256, (7, 24, 24, 3), dtype=np.uint8)
+    for name, numbers in (("all", range(7)), ("kept", (0, 2, 3, 4, 6)), ("none", (1, 5))):
+        members = []
+        for i in numbers:
+            image = b"no image" if i in (1, 5) else encode(Image.fromarray(pixels[i]), "PNG")
+            members += [(f"{i}.png", image), (f"{i}.cls", b"%d" % (i % 2))]
+        (folder / name / "val").mkdir(parents=True)
+        write_members(folder / name / "val" / "0.tar", members)
+    return folder
+
+
+@pytest.mark.parametrize("batch", [1, 4, 16])
+def test_evaluate__unusable_images_are_left_out_and_counted(faulty, tmp_path, batch):
+    """Shares are of the images that were seen, and all processes agree on both."""
+    torch.manual_seed(6)
+    state = torch.nn.Linear(96, 2).state_dict()
+    expected = evaluate_here(faulty / "kept", state, 4, tmp_path) | {"unusable": 2}
+    assert 0 < expected["top1"] < 100
+    assert evaluate_here(faulty / "all", state, batch, tmp_path) == expected
+    if batch == 4:
+        assert spawn(evaluate_here, faulty / "all", state, batch, tmp_path) == [expected, expected]
+    found = [json.loads(line)["key"] for line in (tmp_path / "bad_samples.jsonl").read_text().splitlines()]
+    assert found == ["1", "5"]
+
+
+def test_evaluate__more_unusable_images_than_allowed_end_it(faulty, tmp_path):
+    with pytest.raises(RunError, match="--max-bad 0.02: 2 of 51 images cannot be used"):
+        evaluate_here(faulty / "all", torch.nn.Linear(96, 2).state_dict(), 4, tmp_path, 0.02)
+
+
+def test_evaluate__nothing_but_unusable_images_is_one_line(faulty, tmp_path):
+    with pytest.raises(RunError):
+        evaluate_here(faulty / "none", torch.nn.Linear(96, 2).state_dict(), 4, tmp_path)
 
 
 def test_evaluate__lost_images_are_an_error(images, tmp_path, monkeypatch):

@@ -138,6 +138,47 @@ def test_main_pretrain__mosaic_takes_four_images(images, tmp_path, capsys):
     assert "--batch-size 8: leaves 2 images" in line and "16 would do" in line
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_main_pretrain__continues_in_the_middle_of_an_epoch(images, tmp_path, monkeypatch, workers):
+    """A checkpoint of epoch 1, step 2 gives the weights of the unbroken run, and the rest of its log."""
+    train, done, state = main_pretrain.train, [], {}
+
+    def remembering(args, index, model, optimizer, scaler, *rest):
+        state.update(args=args, index=index, model=model, optimizer=optimizer, scaler=scaler)
+        train(args, index, model, optimizer, scaler, *rest)
+
+    def step(self, *args, real=torch.optim.SGD.step, **kwargs):
+        real(self, *args, **kwargs)
+        done.append(1)
+        if len(done) == 5 + 2:
+            (tmp_path / "middle").mkdir()
+            now = [state[name] for name in ("model", "optimizer", "scaler")]
+            main_pretrain.save(state["args"], tmp_path / "middle", 1, state["index"].hash, *now)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(main_pretrain, "train", remembering)
+        patch.setattr(torch.optim.SGD, "step", step)
+        whole = run(images, tmp_path / "whole", "--epochs", 3)
+    path = tmp_path / "middle" / checkpoint.LATEST
+    checkpoint.save(path, checkpoint.load(path, "x") | {"step": 2})
+    torch.manual_seed(99)
+    part = run(images, tmp_path / "part", "--epochs", 3, "--resume", path, "--workers", workers, "--print-freq", 1)
+    assert same(weights(part), weights(whole)) and same(part["optimizer"], whole["optimizer"])
+    lines = [json.loads(line) for line in (tmp_path / "part" / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["epoch"], line["step"]) for line in lines] == [(1, 2), (1, 3), (1, 4), *((2, step) for step in range(5))]
+
+
+@pytest.mark.parametrize("method", ["moco", "mosrep"])
+def test_main_pretrain__photometric_changes_no_result(images, tmp_path, method):
+    """Nor does what else is only of where and how."""
+    saved = [
+        run(images, tmp_path / where, "--epochs", 1, "--photometric", where, "--max-bad", share, method=method)
+        for where, share in (("worker", 0.5), ("device", 0), ("auto", 0.01))
+    ]
+    assert all(same(weights(other), weights(saved[0])) for other in saved[1:])
+
+
 def test_main_pretrain__a_run_is_not_gone_over_by_another(images, tmp_path, capsys):
     run(images, tmp_path, "--epochs", 1)
     before = (tmp_path / checkpoint.LATEST).read_bytes()

@@ -1,312 +1,915 @@
-"""Shards on a server: the same samples as from a local folder, whatever breaks on the way."""
+"""Shards that lie elsewhere: the same samples, once each, whatever breaks off; nothing executed that was not allowed."""
 
+import dataclasses
+import errno
+import functools
+import hashlib
 import http.server
 import io
 import json
 import os
 import shutil
+import tarfile
 import threading
-from dataclasses import replace
-from functools import partial
+import time
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from shards_helpers import one_color, write_shards
+from helpers import TINY
+from shards_helpers import one_png, overwrite, write_members, write_shards
 
-from utils import loader, remote
+import main_pretrain
+from utils import loader, reader, remote
 from utils.flags import RunError
-from utils.index import load_index
+from utils.index import Index, load_index
 from utils.loader import evaluation_batches, load, training_batches
-from utils.reader import Reader, RemoteShard
-from utils.remote import RemoteError
-from utils.views import ViewSpec
+from utils.reader import BadSample, Reader, RemoteShard
+from utils.remote import RemoteError, copy, is_remote, place, tar_name
+from utils.shards import epoch_plan
+from utils.views import moco_v2_view
 
+# the machine may have fewer cores than a test starts workers
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
-SIZES, CPU, PLAIN = (10, 10, 10, 7), torch.device("cpu"), [ViewSpec("plain", 4)]
-needs_curl = pytest.mark.skipif(not shutil.which("curl"), reason="webdataset opens http:// with curl, which is not installed")
+HOST = "https://host.example/folder"
+SIZES = (7, 1, 9, 5)
+TOTAL = sum(SIZES)
+FIRST = np.cumsum([0, *SIZES]).tolist()
+BATCH = 6  # two lanes, three steps
+SPECS = [moco_v2_view("view", 8, (0.2, 1.0), count=2)]
+LAYOUTS = [(1, 0), (1, 2), (2, 1)]  # processes, workers of each
+NEEDS_CURL = pytest.mark.skipif(not shutil.which("curl"), reason="webdataset opens http:// with curl, which is not installed")
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch):
+    monkeypatch.setattr(remote, "WAIT", 1e-4)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    write_shards(folder := tmp_path_factory.mktemp("shards"), SIZES)
-    return folder
-
-
-class Elsewhere:
-    """Stands for webdataset's opener of http://far/: files of a folder, with faults. opened: the names, in order."""
-
-    def __init__(self, folder):
-        self.folder, self.opened, self.faults = folder, [], {}
-
-    def __call__(self, url):
-        name = url.rpartition("/")[2]
-        self.opened.append(name)
-        faults = self.faults.get(name, [])
-        fault = faults.pop(0) if faults else None
-        if fault == "refused":
-            raise OSError("connection refused")
-        data = (self.folder / name).read_bytes()
-        return Broken(data[:fault], complains=fault is not None) if isinstance(fault, int) else io.BytesIO(data)
-
-
-class Broken(io.BytesIO):
-    """A stream that is cut off: as curl's, it may complain where it ends, or only when it is closed."""
-
-    def __init__(self, data, complains):
-        super().__init__(data)
-        self.complains = complains and len(data) % 2
-
-    def read(self, size=-1):
-        data = super().read(size)
-        if not data and self.complains:
-            raise OSError("exit 18")
-        return data
+def local(tmp_path_factory):
+    """The shards as a local folder; elsewhere they are never written to."""
+    return write_shards(tmp_path_factory.mktemp("local"), SIZES, image=one_png)
 
 
 @pytest.fixture
-def far(monkeypatch, folder):
-    far = Elsewhere(folder)
-    monkeypatch.setattr(remote, "gopen", far)
-    monkeypatch.setattr(remote, "WAIT", 0.001)
-    return far
+def folder(local, tmp_path):
+    """A copy of the folder, for a test that damages it."""
+    return Path(shutil.copytree(Path(local.shards[0].path).parent, tmp_path / "copy"))
 
 
-def batches_of(index, world=1, workers=0, first_step=0, batch=4, epochs=2):
-    """Everything in the global batches of these epochs, and the records of unusable samples."""
-    parts = []
-    for rank in range(world):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(loader.dist, "rank", lambda rank=rank: rank)
-            patch.setattr(loader.dist, "world", lambda: world)
-            batches = training_batches(index, batch, 0, range(epochs), first_step=first_step)
-            parts.append(list(load(index, PLAIN, batches, 0, workers, CPU)))
-    steps = list(zip(*parts, strict=True))
-    bytes_ = [torch.cat([b.views[0].flatten(1) for b in step]).numpy().tobytes() for step in steps]
-    numbers = [(torch.cat([b.index for b in step]).tolist(), torch.cat([b.label for b in step]).tolist()) for step in steps]
-    return bytes_, numbers, sorted((r["shard"], r["key"]) for step in steps for b in step for r in b.bad)
+class Stream(io.BytesIO):
+    """Bytes in pieces as a socket may give them, and then the end, or an error, which closing it is, too."""
+
+    def __init__(self, data, error):
+        super().__init__(data)
+        self.error = error
+
+    def read(self, size=-1):
+        data = super().read(min(size, 900) if size >= 0 else 900)
+        if not data and self.error:
+            raise ConnectionResetError("reset by peer")
+        return data
+
+    def close(self):
+        if self.error and not self.closed:
+            super().close()
+            raise OSError("exit 18")
+        super().close()
 
 
-# names
+class Elsewhere:
+    """In place of webdataset's gopen: https://host.example/folder has the files of a folder.
+
+    cuts: file name -> what each of the next openings gives: so many bytes, None for all of them, or an error. always: the same
+    for all openings. breaks: whether a cut is an error and not just an end.
+    """
+
+    def __init__(self, folder, record):
+        self.folder, self.record, self.cuts, self.always, self.breaks = Path(folder), record, {}, {}, False
+        self.streams = []
+
+    def __call__(self, url):
+        base, _, name = url.partition("?")[0].rpartition("/")
+        assert base == HOST, url
+        with open(self.record, "a") as file:  # a file, for the workers have copies of self
+            file.write(name + "\n")
+        cut = self.cuts[name].pop(0) if self.cuts.get(name) else self.always.get(name)
+        if isinstance(cut, Exception):
+            raise cut
+        data = (self.folder / name).read_bytes()
+        self.streams.append(Stream(data[:cut], self.breaks and cut is not None))
+        return self.streams[-1]
+
+    def opened(self):
+        """How often each file was opened, by any process."""
+        return Counter(self.record.read_text().split()) if self.record.exists() else Counter()
 
 
-@pytest.mark.parametrize("spec, tar, index", [
-    ("https://host/a/b", None, "https://host/a/b/index.json"),
-    ("https://host/a/b/", None, "https://host/a/b/index.json"),
-    ("s3://bucket/index.json", None, "s3://bucket/index.json"),
-    ("https://host/x-{000..002}.tar", "x-{000..002}.tar", "https://host/index.json"),
-    ("https://host/x.tar?key=1&a=b", "x.tar", "https://host/index.json?key=1&a=b"),
-    ("pipe:ssh host 'cat /data/x-{0..9}.tar'", "x-{0..9}.tar", "pipe:ssh host 'cat /data/index.json'"),
-    ("pipe:aws s3 cp s3://b/x.tar -", "x.tar", "pipe:aws s3 cp s3://b/index.json -"),
-])  # fmt: skip
-def test_place__of_the_index(spec, tar, index):
-    assert remote.is_remote(spec) and remote.tar_name(spec) == tar and remote.place(spec, "index.json") == index
+@pytest.fixture
+def elsewhere(folder, tmp_path, monkeypatch):
+    server = Elsewhere(folder, tmp_path / "opened")
+    monkeypatch.setattr(remote, "gopen", server)
+    return server
 
 
-@pytest.mark.parametrize("spec", ["/data/shards", "shards", "./a.tar", "x-{000..002}.tar", "C:/x", "../pipe", "a:b/c.tar"])
-def test_is_remote__local_paths_are_not(spec):
-    assert not remote.is_remote(spec)
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Files of server.folder. server.cuts: as in Elsewhere, and a status such as -404."""
 
-
-@pytest.mark.parametrize("spec", ["http://far/x", "http://far/x/", "http://far/x/index.json", "http://far/x/00{0..3}.tar"])
-def test_load_index__from_elsewhere(folder, far, spec):
-    index, here = load_index(spec), load_index(str(folder))
-    assert index.hash == here.hash and index.classes == here.classes and far.opened == ["index.json"]
-    assert [shard.path for shard in index.shards] == [f"http://far/x/{shard.name}" for shard in here.shards]
-    assert [shard.name for shard in load_index("http://far/x/00{2,0}.tar").shards] == ["002.tar", "000.tar"]
-
-
-@pytest.mark.parametrize("spec, message", [
-    ("gopher://far/x", "nothing opens gopher:"),
-    ("pipe:cat /data/x.tar", "pass --allow-pipe"),
-    ("http://far/x/009.tar", "009.tar is not in http://far/x/index.json"),
-    ("http://far/nothing/{", "no index.json can be read there"),
-])  # fmt: skip
-def test_load_index__of_what_cannot_be_opened_is_one_line(tmp_path, far, spec, message):
-    if "nothing/" in spec:
-        far.faults["index.json"] = ["refused"] * 9
-    with pytest.raises(ValueError, match=message) as caught:
-        load_index(spec, "--shards")
-    assert str(caught.value).startswith(f"--shards {spec}: ") and "\n" not in str(caught.value)
-
-
-def test_load_index__a_pipe_must_name_a_tar_and_is_not_run_without_leave(tmp_path):
-    with pytest.raises(ValueError, match="names no tar"):
-        load_index("pipe:ls", allow_pipe=True)
-    with pytest.raises(ValueError, match="pass --allow-pipe"):
-        load_index(f"pipe:touch {tmp_path}/ran; cat {tmp_path}/x.tar")
-    assert not (tmp_path / "ran").exists()
-
-
-@pytest.mark.parametrize(
-    "name", ["$(touch ran).tar", "a;b.tar", "-rf.tar", "a b.tar", "../x.tar", "a/b.tar", "x`id`.tar", "", "'.tar"]
-)
-def test_load_index__a_name_from_elsewhere_is_a_plain_name(folder, monkeypatch, name):
-    """It becomes part of a command."""
-    content = json.loads((folder / "index.json").read_text())
-    content["shards"][1]["name"] = name
-    monkeypatch.setattr(remote, "gopen", lambda url: io.BytesIO(json.dumps(content).encode()))
-    with pytest.raises(ValueError, match="not a readable index"):
-        load_index("http://far/x")
-
-
-def test_open__s3_is_the_aws_command(folder, tmp_path, monkeypatch):
-    aws = tmp_path / "aws"
-    aws.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\ncat {folder}/"${{4##*/}}"\n')
-    aws.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    assert batches_of(load_index("s3://bucket/x")) == batches_of(load_index(str(folder)))
-    assert (tmp_path / "calls").read_text().splitlines()[0] == "s3 cp --quiet s3://bucket/x/index.json -"
-
-
-# the same samples
-
-
-@pytest.mark.parametrize("world, workers, first_step", [(1, 0, 0), (1, 2, 0), (2, 1, 0), (4, 0, 0), (1, 0, 5), (2, 2, 8)])
-def test_load__remote_is_local(folder, far, world, workers, first_step):
-    expected = batches_of(load_index(str(folder)), first_step=first_step)
-    assert batches_of(load_index("http://far/x"), world, workers, first_step) == expected and expected[2] == []
-
-
-@pytest.mark.parametrize("cache", [False, True])
-def test_load__evaluation_from_elsewhere(folder, far, tmp_path, cache):
-    index, seen = load_index("http://far/x", cache_dir=str(tmp_path / "cache") if cache else None), []
-    for batch in load(index, PLAIN, evaluation_batches(index, 5), 0, 0, CPU):
-        assert batch.label.tolist() == [number % 3 for number in batch.index.tolist()] and not batch.bad
-        seen += batch.index.tolist()
-    assert seen == list(range(37)) and far.opened == ["index.json", "000.tar", "001.tar", "002.tar", "003.tar"]
-
-
-def test_remote_shard__holds_no_more_than_is_wanted_and_reads_no_further(folder, far):
-    shard = load_index("http://far/x").shards[0]
-    there = RemoteShard(shard, np.isin(np.arange(10), (2, 4, 5)))
-    assert there.read(4).key == "00004" and set(there.held) == {2} and there.source
-    assert there.read(5).key == "00005" and there.source is None and there.passed == 6  # nothing is wanted behind it
-    assert there.read(2).members["png"] == one_color(2) and not there.held
-
-
-def test_load__pipes_are_run_with_leave(folder):
-    spec = f"pipe:cat {folder}/00{{0..3}}.tar"
-    assert batches_of(load_index(spec, allow_pipe=True), workers=2) == batches_of(load_index(str(folder)))
-
-
-# faults
-
-
-def test_load__an_open_that_fails_twice_and_then_works(folder, far):
-    far.faults = {name: ["refused", "refused"] for name in ("index.json", "000.tar", "002.tar")}
-    assert batches_of(load_index("http://far/x")) == batches_of(load_index(str(folder)))
-
-
-@pytest.mark.parametrize("cut", [1, 511, 512, 513, 1024, 1536, 2048, 2049, 5 * 2048, 9 * 2048 + 1024, 10 * 2048, 10 * 2048 + 1])
-def test_load__a_stream_cut_anywhere_goes_on_behind_the_last_sample(folder, far, cut):
-    """A sample has 2048 bytes: header and image, header and label. The end of a tar follows the tenth."""
-    far.faults = {"000.tar": [cut, cut + 1, "refused", cut], "001.tar": [cut]}
-    assert batches_of(load_index("http://far/x"), epochs=1) == batches_of(load_index(str(folder)), epochs=1)
-
-
-@pytest.mark.parametrize("world, workers", [(1, 0), (1, 2), (2, 1)])
-def test_load__a_stream_that_always_ends_early_gives_its_places_to_the_next_shard(folder, far, world, workers):
-    far.faults = {"001.tar": [6 * 2048] * 10**4}
-    planned = batches_of(load_index(str(folder)), epochs=1)[1]
-    _, numbers, bad = batches_of(load_index("http://far/x"), world, workers, epochs=1)
-    # the sixth sample is whole, but it may have had more members
-    assert [n for n, _ in numbers] == [[20 if 15 <= i < 20 else i for i in step] for step, _ in planned]
-    assert {shard for shard, _ in bad} == {"http://far/x/001.tar"}
-    assert {key for _, key in bad} <= {f"sample {i}" for i in range(5, 10)}
-
-
-@pytest.mark.parametrize("change", [{"sha256": "0" * 64}, {"bytes": 10240}])
-def test_load__a_shard_that_is_not_the_one_of_the_index_ends_the_run(folder, far, change):
-    index = load_index("http://far/x")
-    index = replace(index, shards=(*index.shards[:2], replace(index.shards[2], **change), index.shards[3]))
-    with pytest.raises(RunError, match="http://far/x/002.tar is not what its index says"):
-        batches_of(index, workers=2)
-
-
-def test_reader__a_neighbour_does_not_disturb_the_pass(folder, far):
-    """A sample that is read out of turn is read by a stream of its own."""
-    there = Reader(load_index("http://far/x"))
-    there.expect(np.array([0, 3, 7]))
-    assert there(3).key == "00003"
-    assert there(7, planned=False).key == "00007" and there(0, planned=False).key == "00000"
-    assert [there(n).image for n in (0, 7)] == [one_color(0), one_color(7)]
-    there.close()
-
-
-# copies
-
-
-def test_cache_dir__is_filled_once_with_what_was_checked(folder, far, tmp_path):
-    cache = tmp_path / "deep" / "cache"
-    far.faults = {"001.tar": [3000, "refused"]}
-    index, expected = load_index("http://far/x", cache_dir=str(cache)), batches_of(load_index(str(folder)))
-    assert batches_of(index, workers=2) == expected
-    assert sorted(path.name.split("-")[1] for path in cache.iterdir()) == ["000.tar", "001.tar", "002.tar", "003.tar"]
-    far.faults = {f"{i:03d}.tar": ["refused"] * 10**4 for i in range(4)}
-    assert batches_of(index, world=2, workers=1) == expected  # nothing is opened any more
-
-
-def test_cache_dir__nothing_is_left_of_a_copy_that_breaks(folder, far, tmp_path):
-    far.faults = {"000.tar": [2048 * 6] * 10**4}
-    index = load_index("http://far/x", cache_dir=str(tmp_path / "cache"))
-    numbers = [n for step, _ in batches_of(index, epochs=1)[1] for n in step]
-    assert not set(numbers) & set(range(10)) and 10 in numbers
-    assert [path.name.split("-")[1] for path in sorted(tmp_path.joinpath("cache").iterdir())].count("000.tar") == 0
-
-
-def test_cache_dir__that_cannot_be_written_ends_the_run(folder, far, tmp_path):
-    (tmp_path / "file").write_text("")
-    index = load_index("http://far/x", cache_dir=str(tmp_path / "file"))
-    with pytest.raises(RunError, match="--cache-dir .*file: cannot take 00"):
-        batches_of(index)
-
-
-def test_copy__says_why_after_its_tries(far):
-    far.faults = {"000.tar": ["refused"] * 9}
-    with pytest.raises(RemoteError, match="http://far/x/000.tar: connection refused"):
-        remote.copy("http://far/x/000.tar", io.BytesIO())
-    assert far.opened == ["000.tar"] * remote.TRIES
-    far.faults, file = {"000.tar": ["refused", 100]}, io.BytesIO()
-    expected = (far.folder / "000.tar").read_bytes()
-    shard = load_index(str(far.folder)).shards[0]
-    remote.copy("http://far/x/000.tar", file, (shard.bytes, shard.sha256))
-    assert file.getvalue() == expected
-
-
-# a real server
-
-
-class Dropping(http.server.SimpleHTTPRequestHandler):
-    """Drops the connection in the middle of the first two answers for each tar."""
-
-    answers = {}
+    def do_GET(self):
+        path = self.server.folder / self.path.partition("?")[0].lstrip("/")
+        self.server.asked.append(path.name)
+        cuts = self.server.cuts.get(path.name)
+        cut = cuts.pop(0) if cuts else None
+        if not path.is_file() or (cut is not None and cut < 0):
+            return self.send_error(404)
+        data = path.read_bytes()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data[:cut])
 
     def log_message(self, *_):
         pass
 
-    def copyfile(self, source, output):
-        n = Dropping.answers[self.path] = Dropping.answers.get(self.path, 0) + 1
-        data = source.read()
-        output.write(data[: len(data) * n // 3] if self.path.endswith(".tar") and n < 3 else data)
 
-
-@needs_curl
-@pytest.mark.parametrize("workers", [0, 2])
-def test_load__over_http_with_dropped_connections(folder, monkeypatch, workers):
-    monkeypatch.setattr(remote, "WAIT", 0.01)
-    Dropping.answers.clear()
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Dropping, directory=folder)) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        index = load_index(f"http://127.0.0.1:{server.server_port}")
-        found = batches_of(index, workers=workers)
+@pytest.fixture
+def server(folder):
+    """A real server on this machine; server.url is the folder's."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.folder, server.cuts, server.asked, server.daemon_threads = folder, {}, [], True
+        server.url = f"http://127.0.0.1:{server.server_port}"
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield server
         server.shutdown()
-    assert found == batches_of(load_index(str(folder))) and max(Dropping.answers.values()) > 2
 
 
-@needs_curl
-def test_load_index__from_a_server_that_is_down(monkeypatch):
-    monkeypatch.setattr(remote, "WAIT", 0.001)
-    with pytest.raises(ValueError, match="--shards http://127.0.0.1:9/x: no index.json can be read there"):
-        load_index("http://127.0.0.1:9/x")
+def global_batches(index, world=1, workers=0, epochs=range(2), first_step=0, lanes=None):
+    """What so many processes with so many workers make together, step by step: views, numbers, labels, unusable samples."""
+    processes = []
+    with pytest.MonkeyPatch.context() as patch:
+        for rank in range(world):
+            patch.setattr(loader.dist, "rank", lambda rank=rank: rank)
+            patch.setattr(loader.dist, "world", lambda: world)
+            batches = training_batches(index, BATCH, 0, epochs, lanes, first_step)
+            processes.append(list(load(index, SPECS, batches, 0, workers, torch.device("cpu"))))
+    steps = list(zip(*processes, strict=True))
+    return [
+        (torch.cat([b.views[0] for b in step]), [n for b in step for n in b.index.tolist()],
+         [n for b in step for n in b.label.tolist()], [r for b in step for r in b.bad])
+        for step in steps
+    ]  # fmt: skip
+
+
+def assert_same(steps, expected):
+    assert len(steps) == len(expected)
+    for step, other in zip(steps, expected, strict=True):
+        assert torch.equal(step[0], other[0]) and step[1:] == other[1:]
+
+
+@pytest.fixture(scope="module")
+def expected(local):
+    """The batches of the local shards, by one process without workers."""
+    return global_batches(local)
+
+
+def samples_of(index):
+    """Key, image and label of every sample, by tarfile."""
+    found = []
+    for shard in index.shards:
+        with tarfile.open(shard.path) as tar:
+            members = {member.name: tar.extractfile(member).read() for member in tar}
+        found += [(n[:-4], members[n], int(members[n[:-4] + ".cls"])) for n in members if n.endswith(".png")]
+    return found
+
+
+def taken(reader, number, planned=True):
+    sample = reader(number, planned)
+    assert sample.number == number
+    return sample.key, sample.image, sample.label
+
+
+# ---------------------------------------------------------------- the same as local shards
+
+
+@pytest.mark.parametrize("world, workers", [*LAYOUTS, (3, 0), (2, 2)])
+def test_load__remote_shards_give_what_local_ones_give(local, expected, elsewhere, world, workers):
+    index = load_index(HOST)
+    assert index.hash == local.hash and all(shard.path.startswith(HOST) for shard in index.shards)
+    assert_same(global_batches(index, world, workers), expected)
+
+
+@pytest.mark.parametrize("world, workers", LAYOUTS)
+def test_load__a_command_gives_what_local_shards_give(local, expected, folder, world, workers):
+    index = load_index(f"pipe:cat {folder}/{{000..003}}.tar", allow_pipe=True)
+    assert index.hash == local.hash and index.shards[2].path == f"pipe:cat {folder}/002.tar"
+    assert_same(global_batches(index, world, workers), expected)
+
+
+@NEEDS_CURL
+@pytest.mark.parametrize("world, workers", LAYOUTS)
+def test_load__a_server_gives_what_local_shards_give(expected, server, world, workers):
+    index = load_index(server.url)
+    assert_same(global_batches(index, world, workers), expected)
+    assert {name for name in server.asked if name != "index.json"} == {shard.name for shard in index.shards}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_load__remote_shards_continued_at_any_step(expected, elsewhere, workers):
+    index = load_index(HOST)
+    for epoch in range(2):
+        for step in range(3) if workers == 0 else (1,):
+            rest = global_batches(index, 1, workers, range(epoch, 2), step)
+            assert_same(rest, expected[3 * epoch + step :])
+
+
+@pytest.mark.parametrize("lanes", [1, 2, 3])
+def test_load__a_remote_shard_is_opened_once_an_epoch(elsewhere, lanes):
+    """Once for each lane that meets another one in it."""
+    index = load_index(HOST)
+    for epoch in range(4):
+        elsewhere.record.unlink()
+        global_batches(index, epochs=range(epoch, epoch + 1), lanes=lanes)
+        opened = elsewhere.opened()
+        assert len(opened) <= sum(opened.values()) <= len(opened) + (lanes if lanes > 1 else 0)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_load__evaluation_of_remote_shards(local, elsewhere, tmp_path, workers, cached):
+    index = load_index(HOST, cache_dir=str(tmp_path / "cache") if cached else None)
+    there, here = (
+        list(load(which, SPECS, evaluation_batches(which, 4), 0, workers, torch.device("cpu"))) for which in (index, local)
+    )
+    assert [n for batch in there for n in batch.index.tolist()] == list(range(TOTAL))
+    for batch, other in zip(there, here, strict=True):
+        assert torch.equal(batch.views[0], other.views[0]) and torch.equal(batch.label, other.label) and batch.bad == []
+
+
+def test_remote_shard__holds_what_is_wanted_and_reads_no_further(local, elsewhere):
+    known, shard = samples_of(local)[8:], load_index(HOST).shards[2]
+    there = RemoteShard(shard, np.isin(np.arange(9), (2, 4, 5)))
+    assert there.read(4).key == known[4][0] and set(there.held) == {2} and there.passed == 5
+    source = there.source
+    assert there.read(5).key == known[5][0] and there.source is None and there.passed == 6  # nothing is wanted behind it
+    assert source.stream.closed and source.size < shard.bytes
+    assert there.read(2).members["png"] == known[2][1] and not there.held and elsewhere.opened()["002.tar"] == 1
+
+
+@pytest.mark.parametrize("order", ["forwards", "backwards", "mixed"])
+def test_reader__remote_samples_in_any_order_and_out_of_turn(local, elsewhere, order):
+    known, index = samples_of(local), load_index(HOST)
+    numbers = {"forwards": range(TOTAL), "backwards": range(TOTAL)[::-1]}.get(
+        order, np.random.default_rng(3).permutation(TOTAL)
+    )
+    stream = Reader(index)
+    stream.expect(np.array(numbers[:15]))  # of the rest nothing is held back
+    for number in numbers[:15]:
+        assert taken(stream, int(number)) == known[number]
+        other = (int(number) * 5 + 2) % TOTAL
+        assert taken(stream, other, planned=False) == known[other]
+    stream.expect(np.array(numbers[15:]))
+    assert [taken(stream, int(number)) for number in numbers[15:]] == [known[number] for number in numbers[15:]]
+    stream.close()
+
+
+def test_reader__leaves_no_process_behind(folder):
+    """The commands that were cut off included."""
+    index = load_index(f"pipe:cat {folder}/{{000..003}}.tar", allow_pipe=True)
+    stream = Reader(index)
+    stream.expect(np.array([0, 5, 7, 8, 20]))
+    for number in (0, 8):
+        stream(number)
+    stream(10, False)
+    stream.close()
+    del stream
+    children = [Path(path).read_text().split() for path in Path("/proc/self/task").glob("*/children")]
+    states = [Path(f"/proc/{pid}/cmdline").read_text() for pids in children for pid in pids]
+    assert not [state for state in states if "cat" in state or not state]  # a zombie has no command line
+
+
+# ---------------------------------------------------------------- the index of what lies elsewhere
+
+
+@pytest.mark.parametrize("spec, names", [
+    ("{}", "0123"), ("{}/", "0123"), ("{}/index.json", "0123"), ("{}/{{000..003}}.tar", "0123"),
+    ("{}/{{001..002}}.tar", "12"), ("{}/{{002,000}}.tar", "20"), ("{}/001.tar", "1"), ("{}/{{001..002}}.tar?key=a.b", "12"),
+])  # fmt: skip
+@pytest.mark.parametrize("how", ["fake", pytest.param("curl", marks=NEEDS_CURL)])
+def test_load_index__of_a_url(request, local, how, spec, names):
+    place = request.getfixturevalue("elsewhere" if how == "fake" else "server")
+    base = HOST if how == "fake" else place.url
+    index = load_index(spec.format(base))
+    query = "".join(spec.partition("?")[1:])
+    assert [shard.path for shard in index.shards] == [f"{base}/00{n}.tar{query}" for n in names]
+    for shard, n in zip(index.shards, names, strict=True):
+        assert dataclasses.replace(shard, path="") == dataclasses.replace(local.shards[int(n)], path="")
+    assert index.classes == local.classes
+
+
+def test_load_index__of_a_command(local, folder):
+    index = load_index(f"pipe:cat < '{folder}/{{000..002}}.tar' | cat", allow_pipe=True)
+    assert [shard.path for shard in index.shards] == [f"pipe:cat < '{folder}/00{n}.tar' | cat" for n in range(3)]
+    assert index.total == 17 and index.classes == local.classes
+
+
+def fails(spec, **flags):
+    with pytest.raises(ValueError) as error:
+        load_index(spec, "--val-shards", **flags)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_load_index__no_index_there(elsewhere):
+    (elsewhere.folder / "index.json").unlink()
+    assert fails(HOST).startswith(f"--val-shards {HOST}: no index.json can be read there (")
+    assert elsewhere.opened() == {"index.json": remote.TRIES}
+    command = f"pipe:cat {elsewhere.folder}/{{000..003}}.tar"
+    elsewhere.record.unlink()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(remote, "gopen", remote.gopen_schemes["pipe"])
+        assert fails(command, allow_pipe=True).startswith(f"--val-shards {command}: no index.json can be read there (")
+
+
+@NEEDS_CURL
+def test_load_index__no_index_on_a_server(server):
+    (server.folder / "index.json").unlink()
+    assert fails(server.url).startswith(f"--val-shards {server.url}: no index.json can be read there (")
+
+
+@pytest.mark.parametrize("spec", ["{}/{{002..004}}.tar", "{}/004.tar"])
+def test_load_index__a_remote_shard_that_is_not_in_the_index(elsewhere, spec):
+    shutil.copy(elsewhere.folder / "000.tar", elsewhere.folder / "004.tar")
+    assert f"{spec.format(HOST)}: 004.tar is not in {HOST}/index.json" in fails(spec.format(HOST))
+
+
+def test_load_index__a_brace_that_is_not_closed_elsewhere(elsewhere):
+    assert fails(f"{HOST}/{{000..003.tar").startswith(f"--val-shards {HOST}/{{000..003.tar: ")
+
+
+NAMES = ["../000.tar", "a/000.tar", "/etc/000.tar", "..", ".", "", "000.tar;touch x", "$(touch x).tar", "`touch x`.tar",
+         "-o.tar", "--output=x.tar", "a b.tar", "000.tar\n", "a'b.tar", 'a"b.tar', "a|b.tar", "a&b.tar", "a>b.tar", "~.tar",
+         "a\\b.tar", "{a,b}.tar", "*.tar", "a?b.tar", "a#b.tar", "a%2fb.tar", 3, None, ["000.tar"]]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_load_index__names_that_are_no_plain_names_are_refused(elsewhere, monkeypatch, name):
+    """Of a command they become part, and of a URL."""
+    path = elsewhere.folder / "index.json"
+    content = json.loads(path.read_text())
+    content["shards"][2]["name"] = name
+    path.write_text(json.dumps(content))
+    assert f"--val-shards {HOST}/index.json: not a readable index" in fails(HOST)
+    monkeypatch.setattr(remote, "gopen", remote.gopen_schemes["pipe"])
+    command = f"pipe:cd {elsewhere.folder} && cat {elsewhere.folder}/{{000..001}}.tar"
+    assert "not a readable index" in fails(command, allow_pipe=True)
+    assert not (elsewhere.folder / "x").exists()
+
+
+@pytest.mark.parametrize("name", ["000.tar", "a-b_c.d+e@f=g.tar", "train-000000.tar", "0"])
+def test_load_index__plain_names_are_taken(elsewhere, name):
+    path = elsewhere.folder / "index.json"
+    content = json.loads(path.read_text())
+    content["shards"][2]["name"] = name
+    path.write_text(json.dumps(content))
+    assert load_index(HOST).shards[-2 if name != "000.tar" else 0].name == name
+
+
+@pytest.mark.parametrize("content", ["", "<html>not here</html>", "[]", "{}", '{"classes": null, "shards": [{}]}'])
+def test_load_index__something_else_lies_there(elsewhere, content):
+    (elsewhere.folder / "index.json").write_text(content)
+    assert f"{HOST}/index.json: not a readable index" in fails(HOST)
+
+
+def test_load_index__a_command_is_not_run_unless_it_is_allowed(folder, tmp_path):
+    command = f"pipe:touch {tmp_path}/ran; cat {folder}/{{000..003}}.tar"
+    text = fails(command)
+    assert text.startswith(f"--val-shards {command}: ") and "--allow-pipe" in text
+    assert not (tmp_path / "ran").exists()
+    assert load_index(command, allow_pipe=True).total == TOTAL and (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("command", ["pipe:", "pipe:cat", "pipe:touch {}/ran; cat /data/*.tgz"])
+def test_load_index__a_command_that_names_no_tar(tmp_path, command):
+    command = command.format(tmp_path)
+    assert fails(command, allow_pipe=True).startswith(f"--val-shards {command}: names no tar")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("scheme", ["ftp2", "azure", "x-y+z"])
+def test_load_index__unknown_scheme(scheme):
+    text = fails(f"{scheme}://host/folder")
+    assert text.startswith(f"--val-shards {scheme}://host/folder: nothing opens {scheme}:") and "https" in text
+    assert "__default__" not in text
+
+
+@pytest.mark.parametrize("spec", ["s3://bucket/a b/{000..003}.tar", "s3://bucket/$(touch x)", "s3://bucket/folder"])
+def test_load_index__s3_is_read_with_aws(folder, tmp_path, monkeypatch, expected, spec):
+    """`aws s3 cp --quiet URL -`, without a shell. This aws writes its arguments down and copies the local file."""
+    (tmp_path / "bin").mkdir()
+    fake = tmp_path / "bin/aws"
+    fake.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" >> {tmp_path}/arguments\nexec cat {folder}/"${{4##*/}}"\n')
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    monkeypatch.chdir(tmp_path)
+    assert_same(global_batches(load_index(spec)), expected)
+    arguments = np.array((tmp_path / "arguments").read_text().splitlines()).reshape(-1, 5)
+    assert {tuple(row) for row in arguments[:, [0, 1, 2, 4]].tolist()} == {("s3", "cp", "--quiet", "-")}
+    base = spec.removesuffix("/{000..003}.tar")
+    assert set(arguments[:, 3].tolist()) == {f"{base}/{name}" for name in ["index.json", *[f"00{n}.tar" for n in range(4)]]}
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("spec, remote", [
+    ("https://a/b", True), ("http://a", True), ("s3://a/b", True), ("gs://a", True), ("pipe:cat a.tar", True),
+    ("pipe:", True), ("x+y://a", True), ("/a/b", False), ("a/b.tar", False), ("./pipe/x", False), ("../pipe", False),
+    ("a:b/c.tar", False), ("C:/data", False), ("", False), ("data/https://x", False),
+])  # fmt: skip
+def test_is_remote(spec, remote):
+    assert is_remote(spec) == remote
+
+
+@pytest.mark.parametrize("spec, tar, there", [
+    ("https://h/a", None, "https://h/a/N"),
+    ("https://h/a/", None, "https://h/a/N"),
+    ("https://h/a/index.json", None, "https://h/a/N"),
+    ("https://h/t-{00..11}.tar", "t-{00..11}.tar", "https://h/N"),
+    ("https://h/t.tar?x=1&y=2", "t.tar", "https://h/N?x=1&y=2"),
+    ("https://h/t.tar.gz", None, "https://h/t.tar.gz/N"),
+    ("https://h/my.tarballs", None, "https://h/my.tarballs/N"),
+    ("pipe:ssh host cat /d/t-{00..11}.tar", "t-{00..11}.tar", "pipe:ssh host cat /d/N"),
+    ("pipe:ssh host 'cat /d/{0,1}.tar' | pv", "{0,1}.tar", "pipe:ssh host 'cat /d/N' | pv"),
+    ("pipe:cat t.tar", "t.tar", "pipe:cat N"),
+    ("pipe:get --file=t.tar --quiet", "t.tar", "pipe:get --file=N --quiet"),
+])  # fmt: skip
+def test_place__of_a_file_beside_it(spec, tar, there):
+    assert tar_name(spec) == tar and place(spec, "N") == there
+
+
+# ---------------------------------------------------------------- trying again
+
+
+def test_attempts__wait_longer_and_longer(monkeypatch):
+    waits = []
+    monkeypatch.setattr(remote, "WAIT", 1.0)
+    monkeypatch.setattr(remote.time, "sleep", waits.append)
+    assert list(remote.attempts()) == [True] * 4 + [False] and waits == [1, 2, 4, 8]
+    waits.clear()
+    next(remote.attempts())
+    assert waits == []  # what succeeds at once does not wait
+
+
+ERRORS = [FileNotFoundError("curl"), ConnectionRefusedError("refused"), OSError("exit 22"), ValueError("no")]
+
+
+def test_reader__an_opening_that_fails_and_then_works(local, elsewhere):
+    index = load_index(HOST)
+    elsewhere.cuts = {shard.name: [*np.random.default_rng(0).permutation(ERRORS)] for shard in index.shards}
+    stream = Reader(index)
+    stream.expect(np.arange(TOTAL))
+    assert [taken(stream, number) for number in range(TOTAL)] == samples_of(local)
+    assert all(elsewhere.opened()[shard.name] == 5 for shard in index.shards)
+    stream.close()
+
+
+@NEEDS_CURL
+@pytest.mark.parametrize("workers", [0, 2])
+def test_load__a_server_that_fails_twice_and_then_works(server, expected, workers):
+    index = load_index(server.url)
+    server.cuts = {"000.tar": [-404, -404], "002.tar": [3000, 5000]}
+    assert_same(global_batches(index, 1, workers, epochs=range(1)), expected[:3])
+    assert not server.cuts["000.tar"] and not server.cuts["002.tar"]
+
+
+def test_load_index__an_index_that_comes_at_the_last_try(local, elsewhere):
+    """Nothing of the tries before is left in it."""
+    elsewhere.breaks, elsewhere.cuts = True, {"index.json": [0, 10, 50, ERRORS[1]]}
+    assert load_index(HOST).hash == local.hash
+
+
+def members_of(path):
+    """(offset of the header, offset of the data, end of the data, end of its padding) of each member."""
+    with tarfile.open(path) as tar:
+        return [(m.offset, m.offset_data, m.offset_data + m.size, m.offset_data + -(-m.size // 512) * 512) for m in tar]
+
+
+def positions(path):
+    """Every place of a shard where a stream may break off in another way: around each part of each member, and the end."""
+    size = os.path.getsize(path)
+    parts = [p for member in members_of(path) for p in member] + [(m[0] + m[1]) // 2 for m in members_of(path)]
+    end = members_of(path)[-1][3]
+    around = {p + d for p in [*parts, end + 512, end + 1024, size] for d in (-1, 0, 1)}
+    return sorted(p for p in around if 0 <= p < size)
+
+
+@pytest.mark.parametrize("breaks", [False, True], ids=["ends", "breaks"])
+@pytest.mark.parametrize("wanted", ["all", "some", "last"])
+def test_reader__a_connection_that_is_dropped_anywhere_loses_and_repeats_nothing(local, elsewhere, breaks, wanted):
+    """Between the members of one sample, inside of each, and behind the last one: the next opening goes on there."""
+    known, index, elsewhere.breaks = samples_of(local), load_index(HOST), breaks
+    numbers = {"all": range(17, 22), "some": (18, 20), "last": (21,)}[wanted]
+    places = positions(local.shards[3].path)
+    assert len(places) > 100
+    for cut in places:
+        elsewhere.cuts = {"003.tar": [cut]}
+        stream = Reader(index)
+        stream.expect(np.array(numbers))
+        assert [taken(stream, number) for number in numbers] == [known[number] for number in numbers], cut
+        assert all(opened.closed for opened in elsewhere.streams)
+        stream.close()
+
+
+def test_reader__a_stream_that_breaks_off_again_and_again_comes_to_its_end(local, elsewhere):
+    """More often than it may fail in one place; no try starts over with what has passed."""
+    known, index = samples_of(local), load_index(HOST)
+    cuts = [p for member in members_of(local.shards[2].path) for p in (member[0] + 700, member[2] + 513)]
+    elsewhere.cuts = {"002.tar": sorted(cuts)}
+    assert len(cuts) > 2 * remote.TRIES
+    stream = Reader(index)
+    stream.expect(np.arange(TOTAL))
+    assert [taken(stream, number) for number in range(8, 17)] == known[8:17]
+    assert not elsewhere.cuts["002.tar"]
+    stream.close()
+
+
+@pytest.mark.parametrize("world, workers", LAYOUTS)
+def test_load__dropped_connections_change_no_batch(elsewhere, expected, world, workers):
+    index = load_index(HOST)
+    elsewhere.cuts = {"000.tar": [1500, 6000, 0], "002.tar": [9000, 2048, 700], "003.tar": [ERRORS[2], 10000]}
+    assert_same(global_batches(index, world, workers), expected)
+
+
+# ---------------------------------------------------------------- what ends early every time
+
+
+@pytest.mark.parametrize("breaks", [False, True], ids=["ends", "breaks"])
+def test_reader__a_stream_that_always_ends_early_ends_its_shard(local, elsewhere, breaks):
+    """What is before can be read. A sample whose bytes are not all there never is, and the next to try is in the next shard."""
+    known, index, elsewhere.breaks = samples_of(local), load_index(HOST), breaks
+    members = members_of(local.shards[3].path)  # image, label, image, label ...
+    for cut in positions(local.shards[3].path)[::7]:
+        elsewhere.always = {"003.tar": cut}
+        stream, usable = Reader(index), []
+        stream.expect(np.arange(17, TOTAL))
+        for number in range(17, TOTAL):
+            try:
+                assert taken(stream, number) == known[number]
+                usable.append(True)
+            except BadSample as error:
+                usable.append(False)
+                assert error.record["shard"] == f"{HOST}/003.tar" and error.record["key"] == f"sample {number - 17}"
+                assert "cannot be read on" in error.record["error"] and error.following == TOTAL
+        whole = [cut >= members[2 * n + 1][2] for n in range(5)]
+        and_next = [n < 4 and cut >= members[2 * n + 2][1] for n in range(5)]  # with the header that follows
+        assert usable == sorted(usable, reverse=True)
+        assert all(a <= u <= w for a, u, w in zip(and_next, usable, whole, strict=True)), cut
+        before = elsewhere.opened()["003.tar"]
+        for number in (17, 21):  # out of turn it is the same, and what is lost is not looked for again
+            if usable[number - 17]:
+                assert taken(stream, number, planned=False) == known[number]
+            else:
+                with pytest.raises(BadSample):
+                    stream(number, False)
+        assert elsewhere.opened()["003.tar"] - before <= usable[0]
+        stream.close()
+
+
+def lost_behind(local, n, cut):
+    """The samples of a shard that such a stream does not give: from the first whose successor's header is not there."""
+    members = members_of(local.shards[n].path)
+    starts = [members[2 * k + 2][1] for k in range(SIZES[n] - 1)] + [local.shards[n].bytes]
+    return [FIRST[n] + k for k in range(SIZES[n]) if starts[k] > cut]
+
+
+@pytest.mark.parametrize("world, workers", [*LAYOUTS, (1, 3)])
+def test_load__what_always_ends_early_is_replaced_from_the_next_shard(local, elsewhere, world, workers):
+    """Same batches whoever reads it, and a record of each sample that is lost."""
+    elsewhere.always = {"000.tar": 6000, "003.tar": 9000}
+    index = load_index(HOST)
+    lost = lost_behind(local, 0, 6000) + lost_behind(local, 3, 9000)
+    assert 2 < len(lost) < 11 and 0 not in lost and 17 not in lost
+    following = {number: 7 if number < 7 else 0 for number in lost}  # of the last shard, the first
+    steps = global_batches(index, world, workers)
+    plans = [row for epoch in range(2) for row in epoch_plan(index, BATCH, 0, epoch).tolist()]
+    for (_, numbers, labels, bad), plan in zip(steps, plans, strict=True):
+        assert numbers == [following.get(number, number) for number in plan]
+        assert labels == [number % 3 for number in numbers]
+        shard = {number: int(np.searchsorted(FIRST, number, side="right")) - 1 for number in plan}
+        met = [(f"{HOST}/{shard[n]:03d}.tar", f"sample {n - FIRST[shard[n]]}") for n in plan if n in lost]
+        assert [(record["shard"], record["key"]) for record in bad] == met
+    assert_same(steps, once(index, tuple(elsewhere.always.items())))
+
+
+@functools.cache
+def once(index: Index, faults):
+    """The batches of one process without workers."""
+    return global_batches(index)
+
+
+@pytest.mark.parametrize("name", ["001.tar", "003.tar"])
+def test_load__a_shard_that_is_gone_is_replaced_as_a_whole(elsewhere, name):
+    index = load_index(HOST)
+    (elsewhere.folder / name).unlink()
+    one, two = (global_batches(index, 1, workers) for workers in (0, 2))
+    assert_same(two, one)
+    keys = {(record["shard"], record["key"]) for step in one for record in step[3]}
+    assert keys and {shard for shard, _ in keys} == {f"{HOST}/{name}"}
+
+
+# ---------------------------------------------------------------- what is not what the index says
+
+
+def flipped(path):
+    """A pixel's byte in the middle of its first image; the tar is as long and as whole as before."""
+    start, end = members_of(path)[0][1:3]
+    data = path.read_bytes()
+    overwrite(path, (start + end) // 2, bytes([data[(start + end) // 2] ^ 1]))
+
+
+def longer(path):
+    with open(path, "ab") as file:
+        file.write(bytes(10240))
+
+
+def other(path):
+    """Another shard of as many samples and as many bytes."""
+    with tarfile.open(path) as tar:
+        members = [(member.name.replace("0", "x"), tar.extractfile(member).read()) for member in tar]
+    size = path.stat().st_size
+    write_members(path, members)
+    assert path.stat().st_size == size
+
+
+@pytest.mark.parametrize("change", [flipped, longer, other])
+@pytest.mark.parametrize("numbers", [range(8, 17), (8, 16), (16,)], ids=["all", "two", "last"])
+def test_reader__another_shard_than_the_index_says_ends_the_run(elsewhere, change, numbers):
+    index = load_index(HOST)
+    change(elsewhere.folder / "002.tar")
+    stream = Reader(index)
+    stream.expect(np.array(numbers))
+    with pytest.raises(RunError, match=f"^{HOST}/002.tar is not what its index says .size or sha256 differ"):
+        for number in numbers:
+            stream(number)
+    stream.close()
+
+
+def why_it_ends(index, workers):
+    """The text of the RunError that training ends with, in this process."""
+    try:
+        global_batches(index, 1, workers)
+    except RunError as error:
+        return str(error.with_traceback(None))  # without it, which holds the loader
+    pytest.fail("it goes on")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_load__another_shard_than_the_index_says_ends_the_run(elsewhere, workers):
+    index = load_index(HOST)
+    flipped(elsewhere.folder / "002.tar")
+    text = why_it_ends(index, workers)
+    assert text.startswith(f"{HOST}/002.tar is not what its index says") and "\n" not in text
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_reader__a_shorter_shard_passes_for_one_that_breaks_off(elsewhere, tmp_path, cached):
+    """As one written anew, from smaller images: its last sample may be a part. In a cache nothing of it is kept."""
+    index = load_index(HOST, cache_dir=str(tmp_path / "cache") if cached else None)
+    with tarfile.open(elsewhere.folder / "002.tar") as tar:
+        members = [(member.name, tar.extractfile(member).read()[-1:]) for member in tar]
+    write_members(elsewhere.folder / "002.tar", members)
+    size = (elsewhere.folder / "002.tar").stat().st_size
+    stream = Reader(index)
+    stream.expect(np.array([16]))
+    with pytest.raises(BadSample, match=f"{HOST}/002.tar: sample 8: .*ends after {size} of {index.shards[2].bytes} bytes"):
+        stream(16)
+    assert elsewhere.opened()["002.tar"] == remote.TRIES and files_of(tmp_path / "cache") == []
+    stream.close()
+
+
+@pytest.mark.parametrize("samples", [8, 10])
+def test_reader__another_number_of_samples_is_never_taken_for_the_right_one(elsewhere, tmp_path, samples):
+    index = load_index(HOST)
+    write_shards(tmp_path / "y", (1, samples), image=one_png)
+    os.replace(tmp_path / "y/001.tar", elsewhere.folder / "002.tar")
+    stream = Reader(index)
+    stream.expect(np.array([16]))
+    with pytest.raises(BadSample if samples == 8 else (RunError, BadSample)) as error:
+        stream(16)
+    assert f"{HOST}/002.tar" in str(error.value)
+    stream.close()
+
+
+# ---------------------------------------------------------------- copies
+
+
+def files_of(path):
+    return sorted(file.name for file in path.rglob("*")) if path.exists() else []
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_cache_dir__a_shard_is_fetched_once_and_then_the_server_may_go(expected, elsewhere, tmp_path, workers):
+    index = load_index(HOST, cache_dir=str(tmp_path / "deep/cache"))
+    assert_same(global_batches(index, 1, workers), expected)
+    assert elsewhere.opened() == {"index.json": 1, **{shard.name: 1 for shard in index.shards}}
+    assert files_of(tmp_path / "deep/cache") == sorted(f"{shard.sha256[:16]}-{shard.name}" for shard in index.shards)
+    for shard in index.shards:
+        copied = (tmp_path / "deep/cache" / f"{shard.sha256[:16]}-{shard.name}").read_bytes()
+        assert hashlib.sha256(copied).hexdigest() == shard.sha256
+    elsewhere.always = dict.fromkeys(elsewhere.opened(), OSError("gone"))
+    assert_same(global_batches(index, 1, workers), expected)
+
+
+@pytest.mark.parametrize("world, workers", [(1, 2), (2, 1)])
+def test_cache_dir__several_readers_share_it(expected, elsewhere, tmp_path, world, workers):
+    assert_same(global_batches(load_index(HOST, cache_dir=str(tmp_path / "cache")), world, workers), expected)
+    assert len(files_of(tmp_path / "cache")) == 4
+
+
+@NEEDS_CURL
+def test_cache_dir__of_a_server(expected, server, tmp_path):
+    server.cuts = {"002.tar": [5000, -404]}
+    index = load_index(server.url, cache_dir=str(tmp_path / "cache"))
+    assert_same(global_batches(index), expected)
+    assert Counter(server.asked) == {"index.json": 1, "000.tar": 1, "001.tar": 1, "002.tar": 3, "003.tar": 1}
+
+
+def test_cache_dir__shards_of_one_name_do_not_meet(local, elsewhere, tmp_path, folder):
+    """Training and validation may share a folder."""
+    index = load_index(HOST, cache_dir=str(tmp_path / "cache"))
+    other = write_shards(tmp_path / "y", SIZES, image=lambda number: one_png(number + 30))
+    assert taken(Reader(index), 3) == samples_of(local)[3]
+    elsewhere.folder = tmp_path / "y"
+    again = load_index(HOST, cache_dir=str(tmp_path / "cache"))
+    assert taken(Reader(again), 3) == samples_of(other)[3] != samples_of(local)[3]
+
+
+def test_cache_dir__a_part_of_a_copy_is_not_taken_for_it(local, elsewhere, tmp_path):
+    index = load_index(HOST, cache_dir=str(tmp_path / "cache"))
+    (tmp_path / "cache").mkdir()
+    half = tmp_path / "cache" / f"{index.shards[2].sha256[:16]}-002.tar"
+    half.write_bytes((elsewhere.folder / "002.tar").read_bytes()[:5000])
+    assert taken(Reader(index), 9) == samples_of(local)[9] and half.stat().st_size == index.shards[2].bytes
+
+
+@pytest.mark.parametrize("breaks", [False, True], ids=["ends", "breaks"])
+@pytest.mark.parametrize("cut", [0, 512, 5000, -512])
+def test_cache_dir__nothing_is_left_of_a_download_that_breaks(elsewhere, tmp_path, cut, breaks):
+    index, elsewhere.breaks = load_index(HOST, cache_dir=str(tmp_path / "cache")), breaks
+    elsewhere.always = {"002.tar": cut}
+    cache, stream = Reader(index), Reader(dataclasses.replace(index, cache_dir=None))
+    stream.expect(np.array([16]))
+    for reader_ in (cache, stream):
+        with pytest.raises(BadSample) as error:
+            reader_(16)
+        assert error.value.record["shard"] == f"{HOST}/002.tar" and error.value.following == 17
+    assert files_of(tmp_path / "cache") == [] and elsewhere.opened()["002.tar"] == 2 * remote.TRIES
+    cache.close()
+    stream.close()
+
+
+def test_cache_dir__nothing_is_left_of_a_download_that_is_stopped(elsewhere, tmp_path, monkeypatch):
+    index = load_index(HOST, cache_dir=str(tmp_path / "cache"))
+    reads = iter([b"some", b"bytes", KeyboardInterrupt()])
+
+    def read(self, size):
+        if isinstance(item := next(reads), BaseException):
+            raise item
+        assert (
+            len(files_of(tmp_path / "cache")) == 1
+            and not (tmp_path / "cache" / f"{index.shards[2].sha256[:16]}-002.tar").exists()
+        )
+        return item
+
+    monkeypatch.setattr(Stream, "read", read)
+    with pytest.raises(KeyboardInterrupt):
+        Reader(index)(9)
+    assert files_of(tmp_path / "cache") == []
+
+
+@pytest.mark.parametrize("change", [flipped, longer, other])
+def test_cache_dir__another_shard_than_the_index_says_ends_the_run(elsewhere, tmp_path, change):
+    """It is fetched again first, in case it was damaged on its way, and nothing of it is kept."""
+    index = load_index(HOST, cache_dir=str(tmp_path / "cache"))
+    change(elsewhere.folder / "002.tar")
+    with pytest.raises(RunError, match=f"^{HOST}/002.tar is not what its index says"):
+        Reader(index)(9)
+    assert files_of(tmp_path / "cache") == [] and elsewhere.opened()["002.tar"] == remote.TRIES
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("where", ["below a file", "a file", "full"])
+def test_cache_dir__a_folder_that_takes_nothing_ends_the_run(elsewhere, tmp_path, monkeypatch, where, workers):
+    (tmp_path / "file").write_text("")
+    cache = tmp_path / {"below a file": "file/cache", "a file": "file", "full": "cache"}[where]
+    if where == "full":
+
+        def full(url, file, expected=None):
+            file.write(b"a part")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(reader, "copy", full)
+    index = load_index(HOST, cache_dir=str(cache))
+    text = why_it_ends(index, workers)
+    assert text.startswith(f"--cache-dir {cache}: cannot take 00") and "\n" not in text
+    assert files_of(cache) == [] and (where != "full" or "No space left" in text)
+
+
+def test_cache_dir__changes_nothing_for_local_shards(folder, expected, tmp_path):
+    index = load_index(str(folder), cache_dir=str(tmp_path / "cache"))
+    assert_same(global_batches(index), expected)
+    assert not (tmp_path / "cache").exists()
+
+
+# ---------------------------------------------------------------- copy
+
+
+@pytest.mark.parametrize("breaks", [False, True])
+def test_copy__is_whole_or_an_error(elsewhere, breaks):
+    elsewhere.breaks = breaks
+    data = (elsewhere.folder / "000.tar").read_bytes()
+    told = len(data), hashlib.sha256(data).hexdigest()
+    for cuts in ([], [100], [5000, 0, OSError("x"), 9000]):
+        elsewhere.cuts, file = {"000.tar": list(cuts)}, io.BytesIO(b"what was there before" * 2000)
+        copy(f"{HOST}/000.tar", file, told)
+        assert file.getvalue() == data
+    elsewhere.always = {"000.tar": 5000}
+    with pytest.raises(RemoteError):
+        copy(f"{HOST}/000.tar", io.BytesIO(), told)
+    elsewhere.always = {}
+    with pytest.raises(RemoteError, match=f"{HOST}/000.tar: ends after {told[0]} of {told[0] + 1} bytes"):
+        copy(f"{HOST}/000.tar", io.BytesIO(), (told[0] + 1, told[1]))
+    for wrong in ((told[0] - 1, told[1]), (told[0], "0" * 64)):
+        with pytest.raises(RunError, match=f"{HOST}/000.tar is not what its index says"):
+            copy(f"{HOST}/000.tar", io.BytesIO(), wrong)
+
+
+@pytest.mark.parametrize("code", [1, 22, 255])
+def test_copy__a_command_that_fails_at_its_end_has_failed(folder, code):
+    """However much it has given, which may have been no more than a part."""
+    with pytest.raises(RemoteError, match=f"exit {code}"):
+        copy(f"pipe:cat {folder}/000.tar; exit {code}", io.BytesIO())
+
+
+# ---------------------------------------------------------------- whole runs
+
+
+FLAGS = ["--method", "moco", *TINY, "--device", "cpu", "--amp", "fp32", "--workers", "0", "--size", "32", "--epochs", "1"]
+
+
+def test_main_pretrain__remote_shards_train_the_same_weights(elsewhere, tmp_path):
+    """The copies too, and none of the paths of the shards is in what is saved."""
+    saved = []
+    for name, spec in (("local", str(elsewhere.folder)), ("remote", HOST), ("cached", HOST), ("cached again", HOST)):
+        cache = ["--cache-dir", str(tmp_path / "cache")] if "cached" in name else []
+        main_pretrain.main([*FLAGS, "--shards", spec, "--output-dir", str(tmp_path / name), *cache])
+        saved.append(torch.load(tmp_path / name / "checkpoint_latest.pth.tar", weights_only=True))
+    for other in saved[1:]:
+        assert other["index"] == saved[0]["index"]
+        assert all(torch.equal(other["state_dict"][k], v) for k, v in saved[0]["state_dict"].items())
+
+
+def ends(capsys, *flags):
+    with pytest.raises(SystemExit) as stop:
+        main_pretrain.main([*FLAGS, *map(str, flags)])
+    lines = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and len(lines) == 1, lines
+    return lines[0]
+
+
+@NEEDS_CURL
+def test_main_pretrain__a_server_that_is_down_is_one_line(server, tmp_path, capsys):
+    server.server_close()
+    line = ends(capsys, "--shards", server.url, "--output-dir", tmp_path / "run")
+    assert line.startswith(f"main_pretrain.py: error: --shards {server.url}: no index.json can be read there")
+    assert not (tmp_path / "run").exists()
+
+
+def test_main_pretrain__no_waiting_for_a_server_that_is_there(elsewhere, monkeypatch, tmp_path):
+    monkeypatch.setattr(remote, "WAIT", 30.0)
+    start = time.monotonic()
+    main_pretrain.main([*FLAGS, "--shards", HOST, "--output-dir", str(tmp_path / "run")])
+    assert time.monotonic() - start < 25
+
+
+def test_main_pretrain__what_ends_a_remote_run_is_one_line(elsewhere, tmp_path, capsys):
+    """A command without --allow-pipe, a cache that takes nothing, a shard that is not the one of the index."""
+    line = ends(capsys, "--shards", f"pipe:touch {tmp_path}/ran; cat a.tar", "--output-dir", tmp_path / "a")
+    assert "--allow-pipe" in line and not (tmp_path / "ran").exists()
+    line = ends(capsys, "--shards", HOST, "--output-dir", tmp_path / "b", "--cache-dir", elsewhere.record)
+    assert f"error: --cache-dir {elsewhere.record}: " in line
+    flipped(elsewhere.folder / "002.tar")
+    line = ends(capsys, "--shards", HOST, "--output-dir", tmp_path / "c", "--max-bad", 0.5)
+    assert f"error: {HOST}/002.tar is not what its index says" in line
+    assert not list(tmp_path.glob("[abc]/checkpoint*"))
+
+
+def test_main_pretrain__a_shard_that_cannot_be_read_is_on_record(elsewhere, tmp_path, capsys):
+    elsewhere.always = {"001.tar": 600}
+    main_pretrain.main([*FLAGS, "--shards", HOST, "--output-dir", str(tmp_path), "--max-bad", "0.1", "--batch-size", "22",
+                        "--moco-k", "22"])  # fmt: skip
+    (record,) = [json.loads(line) for line in (tmp_path / "bad_samples.jsonl").read_text().splitlines()]
+    assert record["shard"] == f"{HOST}/001.tar" and record["key"] == "sample 0"
+    assert "unusable images 1" in capsys.readouterr().out

@@ -1,17 +1,14 @@
 import itertools
-import os
 import random
-import tarfile
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
-from shards_helpers import chi_square, one_color, write_members, write_shards
+from shards_helpers import chi_square
 
 from utils import shards
-from utils.index import IMAGE_EXTENSIONS, Index, Shard, load_index
-from utils.shards import Reader, default_lanes, epoch_plan, shuffle_buffer
+from utils.index import Index, Shard
+from utils.shards import default_lanes, epoch_plan, shuffle_buffer
 
 SIZES = (10, 10, 10, 7)
 
@@ -165,108 +162,3 @@ def test_shuffle_buffer__has_the_law_of_a_plain_list(length, places):
         pairs = Counter((a[0], b[0]) for a, b in zip(emitted, emitted[apart:], strict=False))
         k = min(length, places)
         assert chi_square([pairs[p] for p in itertools.product(range(k), repeat=2)], [(n - apart) / k**2] * k**2) < 5
-
-
-@pytest.fixture
-def five(tmp_path):
-    return write_shards(tmp_path / "five", (3, 1, 4, 2, 5), label=lambda number: 100 + number)
-
-
-def open_files(folder):
-    """What this process holds open under a folder."""
-    links = [os.path.join("/proc/self/fd", fd) for fd in os.listdir("/proc/self/fd")]
-    return [os.readlink(link) for link in links if os.path.lexists(link) and os.readlink(link).startswith(f"{folder}/")]
-
-
-def slow_walk(index):
-    """[(image, label)] through tarfile, in the order of the shards."""
-    found = []
-    for shard in index.shards:
-        with tarfile.open(shard.path) as tar:
-            for member in tar:
-                stem, _, extension = member.name.partition(".")
-                if extension.lower() in IMAGE_EXTENSIONS:
-                    found.append([stem, tar.extractfile(member).read(), -1])
-                elif extension == "cls" and found and found[-1][0] == stem:
-                    found[-1][2] = int(tar.extractfile(member).read())
-    return [(image, label) for _, image, label in found]
-
-
-@pytest.mark.parametrize("open_shards", [1, 2, 5, 128])
-def test_reader__agrees_with_a_walk_through_the_tars(five, open_shards):
-    expected, folder = slow_walk(five), os.path.dirname(five.shards[0].path)
-    assert len(expected) == 15 and [label for _, label in expected] == list(range(100, 115))
-    reader = Reader(five, open_shards)
-    order = np.random.default_rng(0).permutation(np.repeat(np.arange(15), 3))
-    for sample in [*order, *range(15)]:
-        assert reader(sample) == expected[sample]
-        assert len(open_files(folder)) <= open_shards
-    assert len(open_files(folder)) == min(5, open_shards)
-    reader.close()
-    assert not open_files(folder)
-    assert reader(14) == expected[14] and reader(0) == expected[0]  # it opens again
-    del reader
-    assert not open_files(folder)
-
-
-def test_reader__keeps_the_shards_used_last(five, monkeypatch):
-    reader, opened, open_ = Reader(five, 2), [], os.open
-    monkeypatch.setattr(os, "open", lambda path, *rest: opened.append(Path(path).name) or open_(path, *rest))
-    for sample in (0, 3, 0, 4, 1, 2, 3):  # shards 0, 1, 0, 2, 0, 0, 1
-        reader(sample)
-    assert opened == ["000.tar", "001.tar", "002.tar", "001.tar"]
-
-
-def test_reader__members_in_any_order_and_unknown_ones(tmp_path):
-    a, b, c = one_color(1), one_color(2), one_color(3)
-    write_members(tmp_path / "x.tar", [
-        ("LICENSE", b"text"), ("a.cls", b" 7\n"), ("a.json", b"{}"), ("a.JPG", a),
-        ("only.json", b"{}"), ("b.png", b), ("b.cls", b"5"), ("b.txt", b"3"), ("c.webp", c), ("c.cls", b"0"),
-    ])  # fmt: skip
-    index = load_index(str(tmp_path))
-    assert index.total == 3
-    reader = Reader(index)
-    assert [reader(i) for i in range(3)] == [(a, 7), (b, 5), (c, 0)]
-    reader.close()
-
-
-@pytest.mark.parametrize("label", [None, "cat {}", ""])
-def test_reader__no_label_is_minus_one(tmp_path, label):
-    """Nor is text one: pre-training needs none."""
-    index = write_shards(tmp_path / "x", (3,), label=lambda number: label and label.format(number))
-    reader = Reader(index)
-    assert [reader(i) for i in range(3)] == [(one_color(i), -1) for i in range(3)]
-    reader.close()
-
-
-def test_reader__some_samples_without_label(tmp_path):
-    index = write_shards(tmp_path / "x", (3, 2), label=lambda number: None if number in (1, 4) else 9)
-    reader = Reader(index)
-    images, labels = zip(*[reader(i) for i in range(5)], strict=True)
-    assert list(images) == [one_color(i) for i in range(5)]
-    assert labels[1] == labels[4] == -1
-    reader.close()
-
-
-@pytest.mark.parametrize("samples", [4, 6])
-def test_reader__changed_shard(tmp_path, samples):
-    index = write_shards(tmp_path / "x", (3, 5))
-    write_shards(tmp_path / "y", (3, samples))
-    os.replace(tmp_path / "y/001.tar", tmp_path / "x/001.tar")
-    reader = Reader(index)
-    assert reader(2)[1] == 2
-    with pytest.raises(RuntimeError, match=rf"001.tar holds {samples} samples, its index says 5"):
-        reader(3)
-    reader.close()
-
-
-@pytest.mark.parametrize("when", ["before it is opened", "after it was opened"])
-def test_reader__shard_cut_short(tmp_path, when):
-    index = write_shards(tmp_path / "x", (3,))
-    reader = Reader(index)
-    if when == "after it was opened":
-        reader(0)
-    os.truncate(index.shards[0].path, 4 * 512)  # sample 0 is whole, sample 1 is not
-    with pytest.raises((RuntimeError, tarfile.TarError)):
-        reader(1)
-    reader.close()

@@ -85,7 +85,7 @@ def _remote(spec, flag, allow_pipe):
         raise ValueError(f"{flag} {spec}: no {INDEX} can be read there ({error}); copy one there: it is made where the shards "
                          "are local, by imagenet2wds.py or on first use") from None  # fmt: skip
     known, classes = _parse(content.getvalue(), partial(place, spec), flag, url)
-    named = list(braceexpand(tar_name(spec))) if tar_name(spec) else list(known)
+    named = _expanded(tar_name(spec), spec, flag) if tar_name(spec) else list(known)
     if strangers := [name for name in named if name not in known]:
         raise ValueError(f"{flag} {spec}: {strangers[0]} is not in {url}; index the shards again where they are local")
     return [known[name] for name in named], classes
@@ -131,11 +131,7 @@ def _folder(spec, flag):
 
 def _pattern(spec, flag):
     """(the folder of the tars that spec names, their names in its order)"""
-    try:
-        patterns = list(braceexpand(spec))
-    except UnbalancedBracesError:
-        raise ValueError(f"{flag} {spec}: a brace is not closed; write such as train-{{000000..000009}}.tar") from None
-    paths = [Path(path) for pattern in patterns for path in sorted(glob.glob(pattern)) or [pattern]]
+    paths = [Path(path) for pattern in _expanded(spec, spec, flag) for path in sorted(glob.glob(pattern)) or [pattern]]
     folder = paths[0].parent
     if any(path.parent != folder for path in paths):
         raise ValueError(f"{flag} {spec}: names shards of several folders; put them, or links to them, into one")
@@ -143,6 +139,13 @@ def _pattern(spec, flag):
         what = "no such file or folder" if str(missing[0]) == str(Path(spec)) else f"{missing[0]} is missing"
         raise ValueError(f"{flag} {spec}: {what}; pass a folder of shards, or a glob or brace pattern of some that exist")
     return folder, [path.name for path in paths]
+
+
+def _expanded(pattern, spec, flag):
+    try:
+        return list(braceexpand(pattern))
+    except UnbalancedBracesError:
+        raise ValueError(f"{flag} {spec}: a brace is not closed; write such as train-{{000000..000009}}.tar") from None
 
 
 def _read(path, flag):
@@ -188,7 +191,9 @@ def index_folder(folder: Path, flag: str) -> tuple[dict[str, Shard], tuple[str, 
                        file=sys.stderr)  # fmt: skip
         labels |= _labels(path, samples)
         shards[path.name] = describe(path, len(samples))
-    numbers = {int(label) for label in labels if label.isdecimal() and len(label) < 7}  # more digits are no class number
+    numbers = {
+        int(label) for label in labels if label.isascii() and label.isdecimal() and len(label) < 7
+    }  # more digits are no class number
     classes = tuple(str(c) for c in range(max(numbers) + 1)) if numbers and len(numbers) == len(labels) else None
     try:
         write_index(folder, list(shards.values()), classes)

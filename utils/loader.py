@@ -19,7 +19,7 @@ from utils.flags import RunError
 from utils.index import Index
 from utils.photometric import COLUMNS, normalize, photometric
 from utils.reader import BadSample, Reader
-from utils.shards import epoch_plan
+from utils.shards import default_lanes, epoch_plan
 from utils.views import DRAWS, ViewSpec, cut_views, draw, parameters_of
 
 NEIGHBOURS = 100  # that are tried in the place of an unusable sample
@@ -39,11 +39,13 @@ class Batch:
 class Batches:
     """Which samples a process takes: each call gives (epoch, the sample numbers of each step), epoch after epoch.
 
-    An unusable sample is replaced by the next usable one of the index, or, without `replace`, left out.
+    An unusable sample is replaced by the next usable one of the index, or, without `replace`, left out. lanes: the lane of each
+    place in a step, if there are several.
     """
 
     epochs: Callable[[], Iterator[tuple[int, list[np.ndarray]]]]
     replace: bool
+    lanes: np.ndarray | None = None
 
 
 class Chunks(IterableDataset):
@@ -61,7 +63,8 @@ class Chunks(IterableDataset):
         reader = Reader(self.index)
         for epoch, steps in self.batches.epochs():
             mine = [np.array_split(samples, shares)[share] for samples in steps]
-            reader.expect(np.concatenate([np.empty(0, int), *mine]))
+            lanes = None if self.batches.lanes is None else np.array_split(self.batches.lanes, shares)[share]
+            reader.expect(np.concatenate([np.empty(0, int), *mine]), None if lanes is None else np.tile(lanes, len(mine)))
             for samples in mine:
                 threads = torch.get_num_threads()
                 torch.set_num_threads(1)  # a view is too small to share between cores
@@ -104,6 +107,8 @@ class Chunks(IterableDataset):
                 found = reader(number, planned)
                 try:
                     return found.number, found.label, cut_views(found.image, self.specs, u)
+                except MemoryError:
+                    raise
                 except Exception as error:  # PIL raises all kinds of errors for bytes that are no image
                     shard = self.index.shards[reader.shard_of(number)].path
                     reason = re.sub(" <.*>", "", f"{type(error).__name__}: {error}")  # PIL's has an address of memory
@@ -121,7 +126,7 @@ def keep_freed_memory() -> None:
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         trim_threshold, mmap_threshold = -1, -3  # malloc.h
         libc.mallopt(trim_threshold, 1 << 30)
-        libc.mallopt(mmap_threshold, 1 << 30)
+        libc.mallopt(mmap_threshold, 1 << 30) or libc.mallopt(mmap_threshold, 1 << 25)  # as much as it takes
 
 
 def worker_ms(index: Index, specs: list[ViewSpec], seed: int, images: int = 256, rounds: int = 5) -> float:
@@ -136,8 +141,10 @@ def worker_ms(index: Index, specs: list[ViewSpec], seed: int, images: int = 256,
         reader.expect(samples)
         chunks.chunk(reader, next(epoch), samples)
 
-    times = [cpu_ms(work, np.arange(min(images, index.total))) for _ in range(rounds + 1)]
-    torch.set_num_threads(threads)
+    try:
+        times = [cpu_ms(work, np.arange(min(images, index.total))) for _ in range(rounds + 1)]
+    finally:
+        torch.set_num_threads(threads)
     return statistics.median(times[1:])
 
 
@@ -171,7 +178,7 @@ def load(
     for parts in zip(*[stream] * max(workers, 1), strict=True):  # one chunk of every worker makes a batch
         for part in parts:
             if isinstance(part, RunError):
-                raise part
+                raise RunError(str(part))  # `part` itself would keep the workers alive: its traceback holds this frame
         crops, parameters, samples, labels, bad = zip(*parts, strict=True)
         views = []
         for i, spec in enumerate(specs):
@@ -193,8 +200,10 @@ def training_batches(
     index: Index, batch: int, seed: int, epochs: range, lanes: int | None = None, first_step: int = 0
 ) -> Batches:
     """This process's part of every global batch of these epochs, in order; the first epoch from `first_step` on."""
-    epochs_of = partial(_training_epochs, index, batch, seed, epochs, lanes, first_step, dist.rank(), dist.world())
-    return Batches(epochs_of, replace=True)
+    lanes, rank, world = lanes or default_lanes(batch), dist.rank(), dist.world()
+    epochs_of = partial(_training_epochs, index, batch, seed, epochs, lanes, first_step, rank, world)
+    lane_of_place = np.array_split(np.arange(batch) // max(1, batch // lanes), world)[rank]
+    return Batches(epochs_of, replace=True, lanes=lane_of_place)
 
 
 def _training_epochs(index, batch, seed, epochs, lanes, first_step, rank, world):
@@ -206,10 +215,10 @@ def _training_epochs(index, batch, seed, epochs, lanes, first_step, rank, world)
 
 def evaluation_batches(index: Index, batch: int) -> Batches:
     """This process's part of the index, each sample on exactly one process, in order. `batch` is global."""
-    return Batches(partial(_evaluation_epoch, index, batch, dist.rank(), dist.world()), replace=False)
+    n = max(1, batch // dist.world())
+    return Batches(partial(_evaluation_epoch, index, n, dist.rank(), dist.world()), replace=False)
 
 
-def _evaluation_epoch(index, batch, rank, world):
+def _evaluation_epoch(index, n, rank, world):
     mine = np.array_split(np.arange(index.total), world)[rank]
-    n = max(1, batch // world)
     yield 0, [mine[start : start + n] for start in range(0, len(mine), n)]

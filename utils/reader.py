@@ -11,7 +11,7 @@ import numpy as np
 from utils.files import atomic
 from utils.flags import RunError
 from utils.index import Index, Shard
-from utils.remote import BLOCK, RemoteError, Source, attempts, copy, is_remote
+from utils.remote import BLOCK, RemoteError, Source, attempts, copy, is_remote, other_shard
 from utils.tars import LABEL_EXTENSION, TarSample, local_samples, tar_samples
 
 
@@ -46,26 +46,33 @@ class Reader:
     def __init__(self, index: Index, open_shards: int = 128):
         self.index, self.open_shards = index, open_shards
         self.first = np.cumsum([0] + [shard.samples for shard in index.shards])
-        self.shards: OrderedDict[int, LocalShard | RemoteShard] = OrderedDict()
-        self.ends: dict[int, ShardEnds] = {}  # by shard number
-        self.expected = np.empty(0, int)
+        self.local: OrderedDict[int, LocalShard] = OrderedDict()  # by shard number
+        self.passes: dict[tuple[int, int], RemoteShard] = {}  # by shard number and lane
+        self.ends: dict[int, tuple[int, str]] = {}  # shard number -> (position that it cannot be read from on, why)
+        self.expected = self.lanes = np.empty(0, int)
 
-    def expect(self, samples: np.ndarray) -> None:
-        """What will be asked for from now on, each once: what a remote shard holds back as it passes."""
-        for n in [n for n, shard in self.shards.items() if isinstance(shard, RemoteShard)]:
-            self.shards.pop(n).close()
-        self.expected = np.sort(samples)
+    def expect(self, samples: np.ndarray, lanes: np.ndarray | None = None) -> None:
+        """What will be asked for from now on, each once, and the lane of each: what a remote shard holds back as it passes.
+
+        A shard in which two lanes meet passes once for each: one lane uses its part at the epoch's start, the other at its end.
+        """
+        while self.passes:
+            self.passes.popitem()[1].close()
+        order = np.argsort(samples)
+        self.expected = samples[order]
+        self.lanes = np.zeros(len(samples), int) if lanes is None else lanes[order]
 
     def __call__(self, number: int, planned: bool = True) -> Sample:
         """A sample, 0 <= number < index.total; `planned` if it is one of those expected. Raises BadSample."""
         n = self.shard_of(number)
         shard, position = self.index.shards[n], number - int(self.first[n])
+        end, why = self.ends.get(n, (shard.samples, ""))
         try:
-            if n in self.ends and position >= self.ends[n].position:
-                raise self.ends[n]
-            found = self._open(n, position, planned).read(position)
+            if position >= end:
+                raise ShardEnds(end, why)
+            found = self._open(n, number, planned).read(position)
         except ShardEnds as error:
-            self.ends[n] = error
+            self.ends[n] = error.position, str(error)
             raise BadSample(shard.path, f"sample {position}", str(error), int(self.first[n + 1])) from None
         except OSError as error:
             raise BadSample(shard.path, f"sample {position}", str(error), number + 1) from None
@@ -78,27 +85,36 @@ class Reader:
     def shard_of(self, number: int) -> int:
         return int(np.searchsorted(self.first, number, side="right")) - 1
 
-    def _open(self, n, position, planned):
+    def _open(self, n, number, planned):
         shard = self.index.shards[n]
-        here = not is_remote(shard.path) or self.index.cache_dir
-        if not here and not planned:  # out of turn, so that the pass over it cannot give it
-            return RemoteShard(shard, np.arange(shard.samples) == position)
-        if n not in self.shards:
-            if here and len(self.shards) >= self.open_shards:
-                self.shards.popitem(last=False)[1].close()
-            if here:
-                self.shards[n] = LocalShard(shard, cached(shard, self.index.cache_dir) if is_remote(shard.path) else shard.path)
-            else:
-                wanted = np.zeros(shard.samples, bool)
-                low, high = np.searchsorted(self.expected, self.first[n : n + 2])
-                wanted[self.expected[low:high] - self.first[n]] = True
-                self.shards[n] = RemoteShard(shard, wanted)
-        self.shards.move_to_end(n)
-        return self.shards[n]
+        if not is_remote(shard.path) or self.index.cache_dir:
+            return self._open_local(n, shard)
+        if not planned:  # out of turn, so that the pass over it cannot give it
+            return RemoteShard(shard, np.arange(shard.samples) == number - self.first[n])
+        lane = self.lanes[np.searchsorted(self.expected, number)]
+        if (n, lane) not in self.passes:
+            low, high = np.searchsorted(self.expected, self.first[n : n + 2])
+            wanted = np.zeros(shard.samples, bool)
+            wanted[(self.expected[low:high] - self.first[n])[self.lanes[low:high] == lane]] = True
+            self.passes[n, lane] = RemoteShard(shard, wanted)
+        return self.passes[n, lane]
+
+    def _open_local(self, n, shard):
+        if n not in self.local:
+            if len(self.local) >= self.open_shards:
+                self.local.popitem(last=False)[1].close()
+            path = cached(shard, self.index.cache_dir) if is_remote(shard.path) else shard.path
+            try:
+                self.local[n] = LocalShard(shard, path)
+            except OSError as error:
+                raise ShardEnds(0, str(error)) from None
+        self.local.move_to_end(n)
+        return self.local[n]
 
     def close(self) -> None:
-        while self.shards:
-            self.shards.popitem()[1].close()
+        for shards in (self.local, self.passes):
+            while shards:
+                shards.popitem()[1].close()
 
     def __del__(self):
         self.close()
@@ -108,7 +124,6 @@ class LocalShard:
     """Any sample of a shard in a local file."""
 
     def __init__(self, shard: Shard, path: str):
-        self.fd = os.open(path, os.O_RDONLY)
         self.samples, self.damage = [], ""
         try:
             for sample in local_samples(path):
@@ -118,6 +133,7 @@ class LocalShard:
         if len(self.samples) != shard.samples and not self.damage:
             raise RunError(f"{path} holds {len(self.samples)} samples, its index says {shard.samples}; delete the index.json "
                            "beside it to index again")  # fmt: skip
+        self.fd = os.open(path, os.O_RDONLY)
 
     def read(self, position: int) -> TarSample:
         """A sample. Raises ShardEnds behind a damage of the tar, OSError if the file has become shorter."""
@@ -209,8 +225,7 @@ class RemoteShard:
         if self.source.size < self.shard.bytes:
             raise RemoteError(f"ends after {self.source.size} of {self.shard.bytes} bytes")
         if (self.source.size, self.source.hash.hexdigest()) != (self.shard.bytes, self.shard.sha256):
-            raise RunError(f"{self.shard.path} is not what its index says (size or sha256 differ); copy it there again, "
-                           "or index it again")  # fmt: skip
+            raise other_shard(self.shard.path)
 
     def close(self) -> None:
         if self.source:

@@ -9,6 +9,8 @@ from typing import BinaryIO
 
 from webdataset.gopen import Pipe, gopen, gopen_schemes
 
+from utils.flags import RunError
+
 TRIES, WAIT = 5, 1.0  # of what fails; seconds before the second one, doubled for each that follows
 BLOCK = 1 << 18  # bytes that are read at a time
 
@@ -66,6 +68,10 @@ class RemoteError(Exception):
     """What lies elsewhere could not be opened or read."""
 
 
+def other_shard(url: str) -> RunError:
+    return RunError(f"{url} is not what its index says (size or sha256 differ); copy it there again, or index it again")
+
+
 class Source:
     """A URL as a stream of bytes, counted and hashed. Raises RemoteError."""
 
@@ -99,7 +105,7 @@ class Source:
 
 
 def copy(url: str, file: BinaryIO, expected: tuple[int, str] | None = None) -> None:
-    """Write what a URL holds, of the expected size in bytes and sha256. Raises RemoteError after TRIES tries."""
+    """Write what a URL holds, of the expected size in bytes and sha256. Raises RemoteError or RunError after TRIES tries."""
     for again in attempts():
         file.seek(0)
         file.truncate()
@@ -108,9 +114,12 @@ def copy(url: str, file: BinaryIO, expected: tuple[int, str] | None = None) -> N
                 while data := source.read(BLOCK):
                     file.write(data)
                 source.finish()
-            if expected and (source.size, source.hash.hexdigest()) != expected:
-                raise RemoteError(f"{url}: {source.size} bytes, not the {expected[0]} with the sha256 in its index")
-            return
+            if expected in (None, (source.size, source.hash.hexdigest())):
+                return
+            if source.size < expected[0]:
+                raise RemoteError(f"{url}: ends after {source.size} of {expected[0]} bytes")
+            if not again:
+                raise other_shard(url)
         except RemoteError:
             if not again:
                 raise

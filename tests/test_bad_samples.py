@@ -1,0 +1,118 @@
+"""Unusable samples: each written down once, counted over all processes, and no more of them than allowed."""
+
+import json
+
+import pytest
+from helpers import spawn
+
+from utils import dist
+from utils.bad_samples import FILE, BadSamples
+from utils.flags import RunError
+
+
+def record(key, shard="a.tar", error="why"):
+    return {"shard": shard, "key": key, "error": error}
+
+
+def written(folder):
+    return [json.loads(line) for line in (folder / FILE).read_text().splitlines()]
+
+
+def test_bad_samples__each_once(tmp_path):
+    """However often it is met, with whatever error; one key in two shards is two samples."""
+    bad = BadSamples(tmp_path, 100, 1.0)
+    assert bad.add([]) == 0 and not (tmp_path / FILE).exists()
+    assert bad.add([record("x"), record("y"), record("x")]) == 2
+    assert bad.add([]) == 2
+    assert bad.add([record("y", error="another"), record("x", shard="b.tar"), record("z")]) == 4
+    assert bad.add([record("z"), record("x")]) == 4
+    found = written(tmp_path)
+    assert [(r["shard"], r["key"]) for r in found] == [("a.tar", "x"), ("a.tar", "y"), ("b.tar", "x"), ("a.tar", "z")]
+    assert all(r["error"] in ("why", "another") for r in found)
+
+
+STRANGE = ["a b", "ä/Ω", 'quote"', "line\nbreak", "\x85\u2028\x0b", "", "{}", "\udcff"]
+
+
+def test_bad_samples__any_text_is_one_line_of_the_file(tmp_path):
+    records = [record(text, shard=f"https://h/{text}.tar", error=text) for text in STRANGE]
+    assert BadSamples(tmp_path, 100, 1.0).add(records) == len(STRANGE)
+    assert (tmp_path / FILE).read_bytes().count(b"\n") == len(STRANGE) and written(tmp_path) == records
+    assert BadSamples(tmp_path, 100, 1.0).add(records) == len(STRANGE) and written(tmp_path) == records
+
+
+def test_bad_samples__goes_on_with_the_file_of_the_run(tmp_path):
+    BadSamples(tmp_path, 100, 1.0).add([record("x"), record("y")])
+    bad = BadSamples(tmp_path, 100, 1.0)
+    assert bad.add([]) == 0  # what an earlier start has met may have been mended
+    assert bad.add([record("y"), record("z")]) == 2
+    assert written(tmp_path) == [record("x"), record("y"), record("z")]
+
+
+@pytest.mark.parametrize("rest", ["{", '{"shard": "a.tar", "key": "y", "err', json.dumps(record("y"))])
+def test_bad_samples__half_a_line_is_ignored(tmp_path, rest):
+    """A run that was killed left it; without its newline it is not there, though it may be all of the record."""
+    (tmp_path / FILE).write_text(json.dumps(record("x")) + "\n" + rest)
+    assert BadSamples(tmp_path, 100, 1.0).add([record("x")]) == 1
+    assert written(tmp_path) == [record("x")]
+
+
+@pytest.mark.parametrize("rest", ["{", '{"shard": "a.tar", "key": "y", "err', json.dumps(record("y"))])
+def test_bad_samples__half_a_line_does_not_spoil_the_next_one(tmp_path, rest):
+    (tmp_path / FILE).write_text(json.dumps(record("x")) + "\n" + rest)
+    for _ in range(2):
+        assert BadSamples(tmp_path, 100, 1.0).add([record("y"), record("z")]) == 2
+        assert written(tmp_path) == [record("x"), record("y"), record("z")]
+
+
+def test_bad_samples__nothing_is_made_where_nothing_was_met(tmp_path):
+    assert BadSamples(tmp_path / "nowhere", 100, 0.0).add([]) == 0 and not (tmp_path / "nowhere").exists()
+
+
+@pytest.mark.parametrize(
+    "images, share, most", [(100, 0.01, 1), (100, 0.05, 5), (40, 0.01, 0), (7, 0.5, 3), (50, 0.0, 0), (3, 1.0, 3)]
+)
+def test_bad_samples__no_more_than_allowed(tmp_path, images, share, most):
+    """As many as the share says may be unusable; one more ends the run, and is on record."""
+    bad = BadSamples(tmp_path, images, share)
+    for n in range(most):
+        assert bad.add([record(str(n))]) == n + 1
+    with pytest.raises(RunError) as error:
+        bad.add([record("one more"), record("another")])
+    text = f"--max-bad {share}: {most + 2} of {images} images cannot be used, see {tmp_path / FILE}"
+    assert str(error.value).startswith(text) and "\n" not in str(error.value)
+    assert [r["key"] for r in written(tmp_path)] == [*map(str, range(most)), "one more", "another"]
+
+
+def test_bad_samples__what_an_earlier_start_has_met_counts_when_it_is_met_again(tmp_path):
+    BadSamples(tmp_path, 100, 0.03).add([record(str(n)) for n in range(3)])
+    again = BadSamples(tmp_path, 100, 0.03)
+    assert again.add([record("2"), record("3")]) == 2
+    with pytest.raises(RunError, match="4 of 100"):
+        again.add([record("0"), record("1")])
+    assert len(written(tmp_path)) == 4
+
+
+def met_by(rank, step):
+    """Both meet `both`; each has its own; in the last step only the second meets any."""
+    steps = ([("both", "of 0"), (), ("later",), ()], [("of 1", "both"), ("of 1",), ("both",), ("a", "b", "c")])
+    return [record(key, error=f"seen by {rank}") for key in steps[rank][step]]
+
+
+def two_processes(folder):
+    bad = BadSamples(folder, 100, 0.05)
+    counts = [bad.add(met_by(dist.rank(), step)) for step in range(3)]
+    again = BadSamples(folder, 100, 0.05).add([])
+    try:
+        bad.add(met_by(dist.rank(), 3))
+    except RunError as error:
+        return counts, again, str(error)
+
+
+def test_bad_samples__processes_agree(tmp_path):
+    """On the count and on the end, and the file has each once."""
+    (first, second) = spawn(two_processes, tmp_path)
+    assert first == second
+    counts, again, text = first
+    assert counts == [3, 3, 4] and again == 0 and text.startswith("--max-bad 0.05: 7 of 100")
+    assert [r["key"] for r in written(tmp_path)] == ["both", "of 0", "of 1", "later", "a", "b", "c"]
