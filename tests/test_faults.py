@@ -1,20 +1,16 @@
 """Runs on shards with faults, and with workers that die: what a user sees, and what is left behind."""
 
 import contextlib
-import functools
 import json
-import multiprocessing
 import os
 import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 import pytest
-import torch
 from helpers import TINY, spawn
 from shards_helpers import one_color, write_shards
 
@@ -251,21 +247,43 @@ def test_main_pretrain__a_killed_worker_ends_the_run_and_is_named(tmp_path, proc
         time.sleep(0.1)
 
 
-@pytest.mark.xfail(strict=True, reason="the connection that breaks is an error of its own, which one_line_ends does not know")
-def test_main_pretrain__a_worker_that_is_killed_while_it_hands_over_a_batch(images, tmp_path, capfd, monkeypatch):
-    """The kernel closes its connections first and tells of its death a moment later."""
-    rebuild, killed = torch.multiprocessing.reductions.rebuild_storage_fd, []
+BREAKING = """
+import functools, multiprocessing, os, pathlib, signal, sys, threading, torch, main_pretrain
+rebuild, metrics = torch.multiprocessing.reductions.rebuild_storage_fd, pathlib.Path(sys.argv.pop(1))
 
-    @functools.wraps(rebuild)
-    def breaking(*args):
-        if (tmp_path / "metrics.jsonl").exists() and (tmp_path / "metrics.jsonl").read_text():
-            killed.append(multiprocessing.active_children()[0].pid)
-            threading.Timer(0.3, os.kill, (killed[0], signal.SIGKILL)).start()
-            raise ConnectionResetError(104, "Connection reset by peer")
+@functools.wraps(rebuild)
+def breaking(*args):
+    if not metrics.exists() or not metrics.read_text():
         return rebuild(*args)
+    worker = multiprocessing.active_children()[0].pid
+    print("worker", worker, flush=True)
+    threading.Timer(0.3, os.kill, (worker, signal.SIGKILL)).start()
+    raise ConnectionResetError(104, "Connection reset by peer")
 
-    monkeypatch.setattr(torch.multiprocessing.reductions, "rebuild_storage_fd", breaking)
-    with pytest.raises(SystemExit, match="2"):
-        pretrain(images / "train", tmp_path, "--workers", 1, "--epochs", 2, "--print-freq", 1)
-    line = capfd.readouterr().err.splitlines()[-1]
-    assert re.match(f"main_pretrain.py: error: DataLoader worker .*{killed[0]}.*--workers$", line), line
+torch.multiprocessing.reductions.rebuild_storage_fd = breaking
+main_pretrain.main()
+"""
+
+
+def test_main_pretrain__a_worker_that_is_killed_while_it_hands_over_a_batch(images, tmp_path):
+    """The kernel closes its connections first, and tells of its death a moment later."""
+    flags = [
+        *FLAGS,
+        "--arch",
+        "resnet18",
+        "--size",
+        "32",
+        "--shards",
+        images / "train",
+        "--output-dir",
+        tmp_path,
+        "--workers",
+        1,
+    ]
+    command = [sys.executable, "-c", BREAKING, tmp_path / "metrics.jsonl", *flags, "--epochs", 9, "--print-freq", 1]
+    done = subprocess.run([*map(str, command)], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True,
+                          text=True, timeout=120)  # fmt: skip
+    worker = re.search(r"^worker (\d+)$", done.stdout, re.MULTILINE)[1]
+    line = f"^main_pretrain.py: error: DataLoader worker .*{worker}.*--workers$"
+    assert re.search(line, done.stderr, re.MULTILINE) and "Traceback" not in done.stderr, done.stderr
+    assert done.returncode == 2

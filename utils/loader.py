@@ -174,7 +174,7 @@ def load(
     chunks = DataLoader(
         Chunks(index, specs, batches, seed, in_worker), batch_size=None, num_workers=workers, pin_memory=device.type == "cuda"
     )
-    stream = iter(chunks)
+    stream = _until_a_worker_dies(chunks)
     for parts in zip(*[stream] * max(workers, 1), strict=True):  # one chunk of every worker makes a batch
         for part in parts:
             if isinstance(part, RunError):
@@ -189,6 +189,16 @@ def load(
             views.append(view if spec.count == 1 else view.unflatten(0, (-1, spec.count)))
         samples, labels = (torch.cat(x).to(device, non_blocking=True) for x in (samples, labels))
         yield Batch(views, samples, labels, sum(bad, []))
+
+
+def _until_a_worker_dies(chunks):
+    """The chunks. A worker that is killed while it hands one over breaks its connection before torch hears of its death."""
+    try:
+        yield from chunks
+    except (OSError, EOFError):
+        if chunks.num_workers:
+            time.sleep(10)  # until torch's signal handler names the worker, by a RuntimeError
+        raise
 
 
 def _joined(crops, device):
