@@ -131,6 +131,7 @@ def main(argv=None):
         train(args, index, model, optimizer, scaler, start, lr, device)
     say(f"\nResults: {folder}/ (checkpoints, metrics.jsonl, config.json; curves: tensorboard --logdir {folder})")
     say(f"Next:    bash linear_{args.method}.sh, with the variables of this run (SHARDS, OUTPUT ...) if any were set")
+    del model  # before its process group: the other way round, torch 2.9 may wait for itself
     dist.teardown()
 
 
