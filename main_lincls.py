@@ -33,6 +33,7 @@ from utils.flags import (
 from utils.index import load_index
 from utils.loader import evaluation_batches, load, training_batches
 from utils.log import Log, say, write_config
+from utils.photometric import normalized
 from utils.views import ViewSpec
 
 PROG = "main_lincls.py"
@@ -186,7 +187,7 @@ def train(args, train_index, val_index, trunk, fc, optimizer, start, lr, device)
 @torch.no_grad()
 def features(trunk, x, amp_name):  # n x 3 x H x W -> n x C, float32
     with amp.autocast(x.device, amp_name):
-        return trunk(x).float()
+        return trunk(normalized(x)).float()
 
 
 @torch.no_grad()

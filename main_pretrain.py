@@ -154,11 +154,13 @@ def train(args, index, model, optimizer, scaler, start, lr, device):
                 with log.waiting():
                     batch = next(batches)
                 now = Step.at(epoch * steps + step, args.epochs * steps, args.seed)
+                now.seed_torch()
                 loss, stats = model(batch.views, batch.index, now)
                 optimizer.zero_grad()
                 scaler.scale(loss).backward()
                 scaler.step(optimizer)
                 scaler.update()
+                checkpoint.bare(model).commit(now)
                 log.step(step, loss, stats, lr_now, batch.bad)
             if dist.rank() == 0:
                 save(args, folder, epoch + 1, index.hash, model, optimizer, scaler)

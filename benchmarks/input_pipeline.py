@@ -27,7 +27,7 @@ from torchvision import transforms
 from utils.flags import Parser, one_line_errors, positive
 from utils.index import Index, load_index
 from utils.loader import Chunks, cpu_ms, keep_freed_memory, load, training_batches
-from utils.photometric import MEAN, STD, normalize
+from utils.photometric import MEAN, STD, normalized
 from utils.reader import Reader
 from utils.views import ViewSpec, moco_v2_view
 
@@ -107,7 +107,7 @@ def rows(index: Index, specs: list[ViewSpec]) -> dict:
     def all_cpu(samples):
         reader.expect(samples)
         for views in in_worker.chunk(reader, next(epoch), samples)[0]:
-            normalize(views)
+            normalized(views)
 
     epoch = itertools.count()  # other views each time
     return {"decode_ms": decode, "pil_ms": pil, "worker_ms": worker, "all_cpu_ms": all_cpu}

@@ -9,6 +9,7 @@ from torch.nn.functional import normalize
 from utils import amp, backbones, checkpoint, dist
 from utils.contrast import Step, ema_, enqueue_, in_groups, info_nce, key_copy, shuffled_keys
 from utils.flags import in_range, positive
+from utils.photometric import normalized
 from utils.views import ViewSpec, moco_v2_view
 
 
@@ -90,6 +91,10 @@ class MoCo(nn.Module):
         """(query module, key module) of everything that the key side averages."""
         return [(self.encoder_q, self.encoder_k)]
 
+    def encoders(self):
+        """The modules that --compile compiles."""
+        return [module for pair in self.pairs() for module in pair]
+
     def embed_q(self, x):  # n x 3 x H x W -> n x C
         return self.embed(self.encoder_q, x)
 
@@ -97,19 +102,14 @@ class MoCo(nn.Module):
         return self.embed(self.encoder_k, x)
 
     def embed(self, encoder, x):
+        x = normalized(x.contiguous(memory_format=torch.channels_last))
         with amp.autocast(x.device, self.amp):
-            z = in_groups(encoder, self.bn_splits, x.contiguous(memory_format=torch.channels_last))
+            z = in_groups(encoder, self.bn_splits, x)
         return normalize(z.float(), dim=1)
-
-    @torch.no_grad()
-    def keys(self, x_k, rng):
-        """Keys of the whole global batch, N x C, from the updated key encoder."""
-        ema_(self.pairs(), self.momentum)
-        return shuffled_keys(self.embed_k, x_k, rng)
 
     def contrast(self, q, k):
         """Column 0 is the positive, the others are the queue. q, k: n x C."""
-        logits = torch.cat([(q * k).sum(1, keepdim=True), q @ self.queue.clone()], dim=1)  # n x (1 + K)
+        logits = torch.cat([(q * k).sum(1, keepdim=True), q @ self.queue], dim=1)  # n x (1 + K)
         return info_nce(logits, torch.zeros(len(q), dtype=torch.long, device=q.device), self.temperature)
 
     def chance(self, batch: int) -> float:
@@ -118,7 +118,7 @@ class MoCo(nn.Module):
 
     def forward(self, views, index, step: Step):
         x_q, x_k, *local = views  # n x 3 x H x W each; local n x V x 3 x h x w
-        keys = self.keys(x_k, step.rng)  # N x C
+        self.new_keys = keys = shuffled_keys(self.embed_k, x_k, step.rng)  # N x C
         k = keys[dist.rank() * len(x_k) :][: len(x_k)]  # n x C
         loss, top1 = self.contrast(self.embed_q(x_q), k)
         stats = {"top1": top1}
@@ -127,5 +127,10 @@ class MoCo(nn.Module):
             loss_local, top1_local = self.contrast(self.embed_q(crops), k.repeat_interleave(self.local_crops, 0))
             stats |= {"loss_global": loss.detach(), "loss_local": loss_local.detach(), "top1_local": top1_local}
             loss = loss + loss_local
-        enqueue_(self.queue, self.queue_ptr, keys)
         return loss, stats
+
+    @torch.no_grad()
+    def commit(self, step: Step):
+        """After the optimizer's update: the key side follows, and the queue takes the keys, which backward was not to see."""
+        ema_(self.pairs(), self.momentum)
+        enqueue_(self.queue, self.queue_ptr, self.new_keys)

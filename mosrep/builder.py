@@ -11,8 +11,9 @@ from torchvision.ops import roi_align
 from moco.builder import MoCo
 from mosrep.mosaic import compose, draw_offset, shift, sources, tile_boxes, tile_weights
 from utils import amp, backbones, dist
-from utils.contrast import Step, enqueue_, info_nce, key_copy
+from utils.contrast import Step, info_nce, key_copy, shuffled_keys
 from utils.flags import in_range, positive
+from utils.photometric import normalized
 
 
 class Projector(nn.Module):
@@ -72,18 +73,19 @@ class MosRep(MoCo):
     def embed_tiles(self, crops, offset):
         """n x 4 x 3 x s x s -> 4n x C and 4n weights, tile by tile of each mosaic."""
         boxes = tile_boxes(self.size, offset)
-        mosaics = shift(compose(crops), offset).contiguous(memory_format=torch.channels_last)  # n x 3 x 2s x 2s
+        mosaics = compose(crops).contiguous(memory_format=torch.channels_last)  # n x 3 x 2s x 2s
+        mosaics = shift(normalized(mosaics), offset)
         with amp.autocast(crops.device, self.amp):
             features = self.encoder_q(mosaics)
-            rois = [boxes.to(crops.device)] * len(crops)
+            rois = [boxes.to(crops.device, non_blocking=True)] * len(crops)
             tiles = roi_align(features.float(), rois, (self.map.height, self.map.width), 1 / self.map.stride, aligned=True)
             z = self.projector_q(tiles)  # 4n x channels x h x w -> 4n x C
-        weights = tile_weights(boxes, self.size).to(crops.device).repeat(len(crops))
+        weights = tile_weights(boxes, self.size).to(crops.device, non_blocking=True).repeat(len(crops))
         return normalize(z.float(), dim=1), weights
 
     def contrast(self, q, keys, target, reduction="mean"):
         """The right key among all N keys of the batch and the queue: images that share a mosaic are explicit negatives."""
-        logits = torch.cat([q @ keys.T, q @ self.queue.clone()], dim=1)  # n x (N + K)
+        logits = torch.cat([q @ keys.T, q @ self.queue], dim=1)  # n x (N + K)
         return info_nce(logits, target, self.temperature, reduction)
 
     def chance(self, batch: int) -> float:
@@ -96,18 +98,16 @@ class MosRep(MoCo):
     def forward(self, views, index, step: Step):
         x_q, x_k, crops = views  # n x 3 x H x W, n x 3 x H x W, n x 4 x 3 x H/2 x W/2
         n = len(x_q)
-        keys = self.keys(x_k, step.rng)  # N x C
+        self.new_keys = keys = shuffled_keys(self.embed_k, x_k, step.rng)  # N x C
         images = dist.rank() * n + torch.arange(n)  # places in the global batch
-        loss_query, top1 = self.contrast(self.embed_q(x_q), keys, images.to(keys.device))
+        loss_query, top1 = self.contrast(self.embed_q(x_q), keys, images.to(keys.device, non_blocking=True))
 
         offsets = [draw_offset(step.rng, **self.shift) for _ in range(dist.world() * self.bn_splits)]
         offsets = offsets[dist.rank() * self.bn_splits :][: self.bn_splits]
         parts = [self.embed_tiles(part, o) for part, o in zip(crops.chunk(self.bn_splits), offsets, strict=True)]
         q, weights = (torch.cat(p) for p in zip(*parts, strict=True))  # 4n x C, 4n
         target = torch.cat([part[sources(len(part))].flatten() for part in images.chunk(self.bn_splits)])
-        loss_tile, top1_tile = self.contrast(q, keys, target.to(keys.device), reduction="none")
+        loss_tile, top1_tile = self.contrast(q, keys, target.to(keys.device, non_blocking=True), reduction="none")
         loss_tile = (loss_tile * weights).mean()
-
-        enqueue_(self.queue, self.queue_ptr, keys)
         stats = {"top1": top1, "top1_tile": top1_tile, "loss_query": loss_query.detach(), "loss_tile": loss_tile.detach()}
         return loss_query + loss_tile, stats

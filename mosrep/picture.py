@@ -13,7 +13,7 @@ from mosrep.mosaic import compose, draw_offset, shift, tile_boxes
 from utils.flags import Parser, add_shard_flags, one_line_errors, shard_flags
 from utils.index import load_index
 from utils.loader import load, training_batches
-from utils.photometric import MEAN, STD
+from utils.photometric import MEAN, STD, normalized
 
 
 def get_args(argv=None):
@@ -39,7 +39,7 @@ def main(argv=None):
     rng = np.random.default_rng(args.seed)
     scale = max(1, 192 // args.size)  # draws small mosaics larger, so that the lines of the boxes are thin
     pictures = []
-    for j, mosaic in enumerate(compose(batch.views[0])):
+    for j, mosaic in enumerate(normalized(compose(batch.views[0]))):
         # a shift for each mosaic, where training has one for each step and process: the picture shows more of them
         offset = draw_offset(rng, args.shift_enable, args.shift_range, args.shift_beta) if j % 4 else (0, 0)
         colours = (shift(mosaic[None], offset)[0] * std + mean).clamp(0, 1)  # uncovered is 0, the mean colour

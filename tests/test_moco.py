@@ -17,6 +17,7 @@ import main_pretrain
 from methods import METHODS
 from utils import checkpoint, dist
 from utils.contrast import Step
+from utils.photometric import normalized
 
 VARIANTS = {
     "moco": ("moco",),
@@ -35,11 +36,8 @@ def relative(a, b):
 
 
 def slow_loss(method, views):
-    """METHODS.md, "MoCo-v2", in words and loops. `method` is changed as by a step, but for its queue."""
+    """METHODS.md, "MoCo-v2", in words and loops, from the key encoder as it is."""
     x_q, x_k, *local = views
-    with torch.no_grad():
-        for p_q, p_k in zip(method.encoder_q.parameters(), method.encoder_k.parameters(), strict=True):
-            p_k.copy_(0.999 * p_k + 0.001 * p_q)
 
     def embed(encoder, x):
         if method.training:
@@ -75,6 +73,8 @@ def test_moco__loss_gradients_and_queue_equal_a_slow_loop(local_crops, mode):
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
     for (name, p), r in zip(method.encoder_q.named_parameters(), reference.encoder_q.parameters(), strict=True):
         assert torch.allclose(p.grad, r.grad, rtol=1e-3, atol=1e-4 * r.grad.abs().max().item()), name
+    assert torch.equal(method.queue, reference.queue)  # it waits for the update
+    method.commit(Step.at(0, 10, 0))
     assert torch.allclose(method.queue, torch.cat([keys.T, reference.queue[:, 8:]], dim=1), atol=1e-5)
     assert method.queue_ptr.tolist() == [8]
 
@@ -88,6 +88,7 @@ def first_step(flags, views):
     step = Step.at(3, 10, seed=5)
     loss, stats = model([v[dist.rank() * n :][:n] for v in views], None, step)
     loss.backward()
+    method.commit(step)
     return {
         "loss": loss.item(),
         "stats": {name: value.item() for name, value in stats.items()},
@@ -158,28 +159,38 @@ def test_keys__start_as_a_copy_and_take_no_gradient(variant):
 
 
 @variants
-def test_keys__average_is_taken_before_the_forward_and_spares_statistics(variant):
+def test_forward__changes_nothing_but_statistics(variant):
+    """What it finds out, commit() does; so a step whose loss turns out bad can be left, and looked at again."""
+    method = build(*VARIANTS[variant])
+    before = copy.deepcopy(method.state_dict())
+    method(inputs(variant), None, Step.at(0, 10, 0))[0].backward()
+    changed = {name for name, value in method.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed and all(
+        name.rpartition(".")[2] in ("running_mean", "running_var", "num_batches_tracked") for name in changed
+    )
+
+
+@variants
+def test_commit__averages_parameters_once_and_spares_statistics(variant):
     method = build(*VARIANTS[variant], "--moco-m", "0.75")
-    before = copy.deepcopy(method)
-    seen = []
-    method.encoder_k.register_forward_pre_hook(lambda module, _: seen.append(copy.deepcopy(module).state_dict()))
     method(inputs(variant), None, Step.at(0, 10, 0))
-    assert len(seen) == 1
-    k0, q0, q1 = before.encoder_k.state_dict(), before.encoder_q.state_dict(), method.encoder_q.state_dict()
-    parameters = {name for name, _ in before.encoder_k.named_parameters()}
-    for name, value in seen[0].items():
-        wanted = 0.75 * k0[name] + 0.25 * q0[name] if name in parameters else k0[name]
-        assert torch.allclose(value, wanted, atol=1e-6), name
-    for name, value in method.encoder_k.state_dict().items():
-        if name in parameters:
-            assert torch.equal(value, seen[0][name]), name  # once a step
-            assert torch.equal(q1[name], q0[name]), name
-    # afterwards the statistics are those of one forward of keys
-    alone = before.encoder_k
-    alone.load_state_dict(seen[0])
-    alone(inputs(variant)[1])
-    for name, value in method.encoder_k.state_dict().items():
-        assert torch.allclose(value, alone.state_dict()[name], rtol=1e-4, atol=1e-5), name
+    before = copy.deepcopy(method)
+    method.commit(Step.at(0, 10, 0))
+    for (old_q, old_k), (new_q, new_k) in zip(before.pairs(), method.pairs(), strict=True):
+        parameters = {name for name, _ in old_k.named_parameters()}
+        q, k = old_q.state_dict(), old_k.state_dict()
+        for name, value in new_k.state_dict().items():
+            wanted = 0.75 * k[name] + 0.25 * q[name] if name in parameters else k[name]
+            assert torch.allclose(value, wanted, atol=1e-6), name
+        assert all(torch.equal(value, q[name]) for name, value in new_q.state_dict().items())
+
+
+@variants
+def test_forward__bytes_and_normalised_floats_are_the_same_views(variant):
+    rng = torch.Generator().manual_seed(3)
+    views = [torch.randint(0, 256, v.shape, generator=rng, dtype=torch.uint8) for v in inputs(variant)]
+    losses = [build(*VARIANTS[variant])(v, None, Step.at(0, 10, 0))[0].item() for v in (views, list(map(normalized, views)))]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
 def image_number(x):

@@ -11,7 +11,7 @@ from shards_helpers import PHOTOGRAPHS, photograph
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from utils import photometric as unit
-from utils.photometric import COLUMNS, normalize, photometric
+from utils.photometric import COLUMNS, normalized, photometric
 
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
 STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
@@ -132,14 +132,14 @@ def test_photometric__neutral_changes_nothing():
 
 
 @pytest.mark.parametrize("shape", [(3, 5, 4), (2, 3, 5, 4), (2, 6, 3, 5, 4)])
-def test_normalize__is_torchvisions(shape):
+def test_normalized__is_torchvisions(shape):
     views = torch.randint(256, shape, dtype=torch.uint8)
     before = views.clone()
-    out = normalize(views)
+    out = normalized(views)
     assert out.dtype == torch.float32 and torch.equal(views, before)
     torch.testing.assert_close(out, T.normalize(views.float() / 255, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
     last = torch.randint(256, (4, 3, 8, 6), dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
-    assert normalize(last).is_contiguous(memory_format=torch.channels_last)
+    assert normalized(last).is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("name", PHOTOGRAPHS)
@@ -318,4 +318,4 @@ def test_photometric__under_fake_cuda_no_tensor_is_left_on_the_cpu(n):
         except RuntimeError as error:  # torch 2.9 built for CUDA, on a machine without its driver
             pytest.skip(f"this torch has no fake CUDA: {str(error).splitlines()[0]}")
         unit._apply_(x, steps)
-        assert x.device.type == normalize(views).device.type == "cuda"
+        assert x.device.type == normalized(views).device.type == "cuda"

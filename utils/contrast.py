@@ -15,13 +15,23 @@ from utils import dist
 class Step:
     """Where training stands. What is random about a step is drawn from `rng`, which is equal on all processes."""
 
-    progress: float  # in [0, 1), of the whole training
+    number: int  # counted over all epochs
+    steps: int  # of the whole training
+    seed: int
     rng: np.random.Generator
 
     @classmethod
-    def at(cls, step: int, steps: int, seed: int) -> "Step":
-        """Step number `step` of `steps`, counted over all epochs."""
-        return cls(step / steps, np.random.default_rng([seed, step, 1]))  # the 1 keeps it apart from epoch plans
+    def at(cls, number: int, steps: int, seed: int) -> "Step":
+        return cls(number, steps, seed, np.random.default_rng([seed, number, 1]))  # the 1 keeps it apart from epoch plans
+
+    @property
+    def progress(self) -> float:
+        """In [0, 1), of the whole training."""
+        return self.number / self.steps
+
+    def seed_torch(self) -> None:
+        """Make what a trunk draws by itself, such as stochastic depth, a function of seed, step and process."""
+        torch.manual_seed(int(np.random.default_rng([self.seed, self.number, 2, dist.rank()]).integers(2**63)))
 
 
 def info_nce(
@@ -53,11 +63,15 @@ def shuffled_keys(key_forward: Callable, x_k: torch.Tensor, rng: np.random.Gener
     """Shuffle-BN (arXiv 1911.05722, section 3.3): keys of the whole global batch, N x C, in its order, on every process.
 
     The views x_k (n x ..., this process's) are dealt to the processes in one random permutation, so that a key's batch
-    statistics come from other images than its query's; the keys are gathered and put back.
+    statistics come from other images than its query's; the keys are gathered and put back. A view travels once, to where it is
+    needed, in the dtype it has: uint8 from the loader.
     """
     permutation = torch.from_numpy(rng.permutation(dist.world() * len(x_k)))
-    keys = dist.gather(key_forward(dist.permute(x_k, permutation)))
-    return keys[torch.argsort(permutation).to(keys.device)]
+    dealt = dist.permute(x_k, permutation)
+    with torch.inference_mode():
+        keys = key_forward(dealt)
+    keys = dist.gather(keys.clone())  # tensors of inference mode cannot take part in a loss
+    return keys[torch.argsort(permutation).to(keys.device, non_blocking=True)]
 
 
 @torch.no_grad()

@@ -109,7 +109,7 @@ def permute(x: torch.Tensor, permutation: torch.Tensor) -> torch.Tensor:
     """
     n = x.shape[0]
     if world() == 1:
-        return x[permutation.to(x.device)]
+        return x[permutation.to(x.device, non_blocking=True)]
     owner, row = permutation // n, permutation % n
     slices = owner.view(world(), n)  # who sends each row that process p will hold
     mine = slices == rank()
@@ -117,10 +117,10 @@ def permute(x: torch.Tensor, permutation: torch.Tensor) -> torch.Tensor:
     sends = mine.sum(1).tolist()
     receives = torch.bincount(slices[rank()], minlength=world()).tolist()
     arrived = torch.empty_like(x, memory_format=torch.contiguous_format)
-    td.all_to_all_single(arrived, x[outgoing.to(x.device)].contiguous(), receives, sends)
+    td.all_to_all_single(arrived, x[outgoing.to(x.device, non_blocking=True)].contiguous(), receives, sends)
     # rows arrive grouped by sender; a stable sort of the senders tells which place each was meant for
     place = torch.argsort(slices[rank()], stable=True)
-    return arrived[torch.argsort(place).to(x.device)]
+    return arrived[torch.argsort(place).to(x.device, non_blocking=True)]
 
 
 def total(x: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from utils import dist
 from utils.flags import RunError
 from utils.index import Index
-from utils.photometric import COLUMNS, normalize, photometric
+from utils.photometric import COLUMNS, photometric
 from utils.reader import BadSample, Reader
 from utils.shards import default_lanes, epoch_plan
 from utils.views import DRAWS, ViewSpec, cut_views, draw, parameters_of
@@ -27,7 +27,9 @@ NEIGHBOURS = 100  # that are tried in the place of an unusable sample
 
 @dataclass
 class Batch:
-    """This process's part of a global batch. A view is n x 3 x H x W, or n x count x 3 x H x W if its spec counts several."""
+    """This process's part of a global batch. A view is n x 3 x H x W uint8, or n x count x 3 x H x W if its spec counts several;
+    it is normalised where an encoder takes it, so that until then it is a quarter as large.
+    """
 
     views: list[torch.Tensor]
     index: torch.Tensor  # n, sample numbers
@@ -185,7 +187,6 @@ def load(
             view = _joined([c[i] for c in crops], device)
             if not in_worker:
                 view = photometric(view, torch.cat([p[i] for p in parameters]).view(-1, len(COLUMNS)))
-            view = normalize(view)
             views.append(view if spec.count == 1 else view.unflatten(0, (-1, spec.count)))
         samples, labels = (torch.cat(x).to(device, non_blocking=True) for x in (samples, labels))
         yield Batch(views, samples, labels, sum(bad, []))

@@ -38,9 +38,11 @@ def photometric(views: torch.Tensor, parameters: torch.Tensor) -> torch.Tensor:
     return out.view(views.shape)
 
 
-def normalize(views: torch.Tensor) -> torch.Tensor:
-    """... x 3 x H x W uint8 -> float32, with ImageNet's mean 0 and standard deviation 1."""
-    mean, std = (255 * torch.tensor(c, device=views.device).view(3, 1, 1) for c in (MEAN, STD))
+def normalized(views: torch.Tensor) -> torch.Tensor:
+    """... x 3 x H x W uint8 -> float32, with ImageNet's mean 0 and standard deviation 1. Floats, which are so already, pass."""
+    if views.is_floating_point():
+        return views
+    mean, std = ((255 * torch.tensor(c)).view(3, 1, 1).to(views.device, non_blocking=True) for c in (MEAN, STD))
     return views.float().sub_(mean).mul_(1 / std)
 
 
