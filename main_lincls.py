@@ -7,8 +7,8 @@
 RUN is a checkpoint or the folder of a run. Launchers with the published protocol: linear_*.sh.
 """
 
-import json
 import math
+import sys
 from pathlib import Path
 
 import torch
@@ -18,6 +18,8 @@ from torch import nn
 from methods import METHODS
 from utils import amp, backbones, checkpoint, dist, optim
 from utils.bad_samples import BadSamples
+from utils.engine import Engine, NotFinite, Place
+from utils.files import write_json
 from utils.flags import (
     Parser,
     RunError,
@@ -34,6 +36,7 @@ from utils.index import load_index
 from utils.loader import evaluation_batches, load, training_batches
 from utils.log import Log, say, write_config
 from utils.photometric import normalized
+from utils.signals import exit_code
 from utils.views import ViewSpec
 
 PROG = "main_lincls.py"
@@ -110,9 +113,9 @@ def build_trunk(args) -> tuple[nn.Module, str | None]:
 
 
 def main(argv=None):
-    args = get_args(argv)
     with one_line_errors(PROG):
-        device = dist.setup(args.device)
+        args = get_args(argv)
+        device = dist.setup(args.device, args.dist_timeout)
         args.amp = amp.resolve(args.amp, device)
         train_index = dist.first_process_does(lambda: load_index(args.train_shards, "--train-shards", **shard_flags(args)))
         val_index = dist.first_process_does(lambda: load_index(args.val_shards, "--val-shards", **shard_flags(args)))
@@ -127,9 +130,9 @@ def main(argv=None):
         lr = optim.scaled_lr(args.lr, args.batch_size)
         optimizer = optim.sgd(fc.parameters(), lr, args.momentum, args.weight_decay, args.trust)
         identity = meaning(args) | {"weights": source_hash, "train": train_index.hash, "val": val_index.hash}
-        start, best, last = 0, {"top1": -1.0}, None
+        progress = {"epoch": 0, "step": 0, "best": {"top1": -1.0}, "last": None}
         if resume_from:
-            start, best, last = restore(resume_from, args, identity, fc, optimizer)
+            progress |= restore(resume_from, args, identity, fc, optimizer)
 
     frozen = checkpoint.weights_hash(trunk)
     folder = Path(args.output_dir)
@@ -137,51 +140,67 @@ def main(argv=None):
         write_config(folder, args, train_index=train_index.hash, val_index=val_index.hash, device=str(device))
     say(f"linear probe of {args.arch} from {args.pretrained}: {train_index.total} training and {val_index.total} validation "
         f"images, batch {args.batch_size}, learning rate {args.lr} x {args.batch_size} / 256 = {lr:.4g}, "
-        f"epochs {start} to {args.epochs}")  # fmt: skip
+        f"epochs {progress['epoch']} to {args.epochs}")  # fmt: skip
     with one_line_ends(PROG):
-        for last in train(args, train_index, val_index, trunk, fc, optimizer, start, lr, device):
-            best = max(best, last, key=lambda result: result["top1"])
-            if dist.rank() == 0:
-                content = {
-                    "epoch": last["epoch"] + 1, "arch": args.arch, "probe": identity, "best": best, "last": last,
-                    "state_dict": checkpoint.prefixed(fc), "optimizer": optimizer.state_dict(),
-                }  # fmt: skip
-                checkpoint.save(folder / checkpoint.LATEST, content)
+        stopped_by = train(args, train_index, val_index, trunk, fc, optimizer, progress, identity, lr, device)
     if checkpoint.weights_hash(trunk) != frozen:
         raise RuntimeError("the frozen trunk changed during the probe; its result would be wrong and is not written")
-    if dist.rank() == 0:
-        result = {"best": best, "last": last, "protocol": vars(args), "checkpoint_sha256": source_hash, "trunk_sha256": frozen}
-        (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
-    say(f"\nTop-1 {last['top1']:.2f} %, top-5 {last['top5']:.2f} % (best {best['top1']:.2f} %, epoch {best['epoch']})")
-    say(f"Results: {folder / 'result.json'}")
+    if not stopped_by:
+        best, last = progress["best"], progress["last"]
+        if dist.rank() == 0:
+            write_json(folder / "result.json", {
+                "best": best, "last": last, "protocol": vars(args), "checkpoint_sha256": source_hash, "trunk_sha256": frozen,
+            })  # fmt: skip
+        say(f"\nTop-1 {last['top1']:.2f} %, top-5 {last['top5']:.2f} % (best {best['top1']:.2f} %, epoch {best['epoch']})")
+        say(f"Results: {folder / 'result.json'}")
     dist.teardown()
+    if stopped_by:
+        sys.exit(exit_code(stopped_by))
 
 
-def train(args, train_index, val_index, trunk, fc, optimizer, start, lr, device):
-    """Yields the result of each epoch."""
-    steps = train_index.total // args.batch_size
+def train(args, train_index, val_index, trunk, fc, optimizer, progress, identity, lr, device):
+    """Carries `progress` on, to the end or until a signal. -> the signal, or 0."""
+    steps, folder, start = train_index.total // args.batch_size, Path(args.output_dir), (progress["epoch"], progress["step"])
     model = dist.data_parallel(fc, device)
-    epochs = range(start, args.epochs)
+    epochs = range(start[0], args.epochs)
     specs = [ViewSpec("train", args.size, (args.crop_min, 1.0))]
-    batches = training_batches(train_index, args.batch_size, args.seed, epochs)
+    batches = training_batches(train_index, args.batch_size, args.seed, epochs, first_step=start[1])
     batches = load(train_index, specs, batches, args.seed, args.workers, device, args.photometric)
-    bad = BadSamples(Path(args.output_dir), train_index.total + val_index.total, args.max_bad)
-    with Log(Path(args.output_dir), steps, args.print_freq, args.batch_size, bad) as log:
+    bad = BadSamples(folder, train_index.total + val_index.total, args.max_bad)
+
+    def content(epoch, step):
+        state = {"state_dict": checkpoint.prefixed(fc), "optimizer": optimizer.state_dict()}
+        return {"arch": args.arch, "probe": identity, **progress, "epoch": epoch, "step": step, **state}
+
+    with (
+        Log(folder, start, steps, args.print_freq, args.batch_size, bad) as log,
+        Engine(args, steps, optimizer, amp.scaler("fp32"), log, device, content) as engine,
+    ):
         for epoch in epochs:
             lr_now = optim.set_lr(optimizer, optim.cosine(lr, epoch / args.epochs))
-            for step in log.epoch(epoch):
+            for step in log.epoch(epoch, start[1] if epoch == start[0] else 0):
                 with log.waiting():
                     batch = next(batches)
                 logits = model(features(trunk, batch.views[0], args.amp))
                 loss = F.cross_entropy(logits, batch.label)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                log.step(step, loss, {"top1": (logits.argmax(1) == batch.label).float().mean() * 100}, lr_now, batch.bad)
-            result = evaluate(args, val_index, trunk, fc, device, bad)
+                try:
+                    stats = engine.update(loss, Place(epoch, step))
+                except NotFinite as failure:
+                    raise RunError(f"{failure}; try a lower --lr or --amp fp32") from None
+                stats["top1"] = (logits.argmax(1) == batch.label).float().mean() * 100
+                log.step(step, loss, stats, lr_now, batch.bad)
+                if engine.done(epoch, step + 1):
+                    return engine.stopped_by
+            result = evaluate(args, val_index, trunk, fc, device, bad, lambda epoch=epoch: engine.asked_to_stop(epoch))
+            if result is None:
+                return engine.stopped_by
             say(f"epoch {epoch}: validation top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %")
             log.scalars(epoch, {f"val_{name}": value for name, value in result.items()})
-            yield {"epoch": epoch, **result}
+            progress["last"] = {"epoch": epoch, **result}
+            progress["best"] = max(progress["best"], progress["last"], key=lambda result: result["top1"])
+            engine.save(epoch + 1, 0)
+        engine.finish()
+    return 0
 
 
 @torch.no_grad()
@@ -191,13 +210,18 @@ def features(trunk, x, amp_name):  # n x 3 x H x W -> n x C, float32
 
 
 @torch.no_grad()
-def evaluate(args, index, trunk, fc, device, bad) -> dict[str, float]:
-    """Top-1 and top-5 in % over the whole index, each image counted once over all processes, and how many could not be used."""
+def evaluate(args, index, trunk, fc, device, bad, asked_to_stop=lambda: False) -> dict[str, float] | None:
+    """Top-1 and top-5 in % over the whole index, each image counted once over all processes, and how many could not be used.
+
+    None if `asked_to_stop()`, which all processes call equally often, says so.
+    """
     spec = ViewSpec("test", args.size, resize=args.resize)
     right = torch.zeros(3, dtype=torch.long, device=device)  # top-1, top-5, seen
     met = []
     batches = evaluation_batches(index, args.batch_size)
     for batch in load(index, [spec], batches, args.seed, args.workers, device, args.photometric):
+        if asked_to_stop():
+            return None
         met += batch.bad
         top = fc(features(trunk, batch.views[0], args.amp)).topk(min(5, fc.out_features), dim=1).indices
         hits = top == batch.label.unsqueeze(1)  # n x 5
@@ -212,8 +236,8 @@ def evaluate(args, index, trunk, fc, device, bad) -> dict[str, float]:
     return {"top1": 100 * top1 / seen, "top5": 100 * top5 / seen, "unusable": unusable}
 
 
-def restore(path: Path, args, identity: dict, fc, optimizer):
-    """The state of an unfinished probe: (epoch to go on with, best and last result so far).
+def restore(path: Path, args, identity: dict, fc, optimizer) -> dict:
+    """What an unfinished probe has done so far.
 
     Another probe in the same place is only gone over where `--resume auto` found it; asked for by name, it is an error.
     """
@@ -223,10 +247,10 @@ def restore(path: Path, args, identity: dict, fc, optimizer):
         if args.resume != "auto":
             raise ValueError(f"--resume {path}: is another probe (different: {', '.join(other)}); pass another --output-dir")
         say(f"{path} is another probe (different: {', '.join(other)}); starting this one from the beginning")
-        return 0, {"top1": -1.0}, None
+        return {}
     fc.load_state_dict(checkpoint.unprefixed(saved["state_dict"]))
     optimizer.load_state_dict(saved["optimizer"])
-    return saved["epoch"], saved["best"], saved["last"]
+    return {name: saved[name] for name in ("epoch", "step", "best", "last")}
 
 
 if __name__ == "__main__":

@@ -9,16 +9,20 @@ DIR holds webdataset shards, as imagenet2wds.py writes them. Launchers with the 
 """
 
 import math
+import sys
 from pathlib import Path
 
 import torch
 
 from methods import METHODS
-from utils import amp, checkpoint, dist, optim
+from utils import amp, checkpoint, dist, optim, replay
 from utils.bad_samples import BadSamples
+from utils.checkpoint import bare
 from utils.contrast import Step
+from utils.engine import Engine, NotFinite, Place
 from utils.flags import (
     Parser,
+    RunError,
     add_run_flags,
     check_run_flags,
     in_range,
@@ -31,6 +35,7 @@ from utils.flags import (
 from utils.index import load_index
 from utils.loader import load, training_batches, worker_ms
 from utils.log import Log, say, write_config
+from utils.signals import exit_code
 
 PROG = "main_pretrain.py"
 
@@ -38,11 +43,15 @@ PROG = "main_pretrain.py"
 def get_args(argv=None):
     first = Parser(prog=PROG, add_help=False)
     first.add_argument("--method", choices=METHODS, default="mosrep", help="what to train; --help shows its own flags")
-    name = first.parse_known_args(argv)[0].method
+    first.add_argument("--replay", metavar="FILE",
+        help="compute a failed_step_*.pth.tar again in one process, with its flags where none are given, and stop")  # fmt: skip
+    known = first.parse_known_args(argv)[0]
+    failed = replay.load(known.replay) if known.replay else None
+    name = failed["flags"]["method"] if failed else known.method
 
     parser = Parser(prog=PROG, description=__doc__.split("\n\n")[0], parents=[first])
     add = parser.add_argument
-    add("--shards", required=True, metavar="DIR", help="folder of training shards, a glob, or a brace pattern of tars")
+    add("--shards", required=not failed, metavar="DIR", help="folder of training shards, a glob, or a brace pattern of tars")
     add("-a", "--arch", default="resnet50", help="trunk: a timm model that gives a feature map")
     add("--output-stride", type=int, default=0, help="dilate the trunk's last stages to this stride in pixels; 0 keeps its own")
     add("--epochs", type=int, default=200, help="times every image is shown")
@@ -53,11 +62,15 @@ def get_args(argv=None):
     add("--bn-splits", type=int, default=1, help="groups of a process's batch that BatchNorm treats as separate processes")
     add("--lanes", type=int,
         help="ranges an epoch is cut into; default: the largest power of two up to 64 that divides the batch")  # fmt: skip
-    add("--save-freq", type=int, default=10, help="epochs between two numbered checkpoints; the latest is saved every epoch")
+    add("--save-freq", type=int, default=10, help="epochs between two checkpoints that stay")
+    add("--compile", action="store_true", help="compile the encoders with torch.compile")
     add("--dry-run", nargs="?", type=float, const=1000.0, metavar="RATE",
         help="check all, measure the --workers that a device needs which trains RATE (1000) images/s, and stop")  # fmt: skip
     add_run_flags(parser, output_dir="output/run", output_help="checkpoints, metrics and configuration go here")
     METHODS[name].add_flags(parser.add_argument_group(f"--method {name}"))
+    if failed:
+        flags = failed["flags"] | {"bn_splits": failed["processes"] * failed["flags"]["bn_splits"]}
+        parser.set_defaults(**{key: value for key, value in flags.items() if key not in ("device", "replay")})
     return parser.parse_args(argv)
 
 
@@ -90,6 +103,10 @@ def restore(path: Path, args, index_hash, model, optimizer, scaler) -> tuple[int
             raise ValueError(f"--resume {path}: is a run with --{name} {saved.get(name)}, not {getattr(args, name)}; "
                              "pass that, or another --output-dir")  # fmt: skip
     changed = [name for name, value in meaning(args).items() if saved["flags"].get(name, value) != value]
+    for name in {"batch_size", "lanes", "seed"}.intersection(changed if saved["step"] else ()):
+        flag, before = f"--{name.replace('_', '-')}", saved["flags"][name]
+        raise ValueError(f"{flag} {getattr(args, name)}: was {before}, and {path} lies inside an epoch, whose order depends on "
+                         "it; pass that, or --resume the checkpoint of an epoch's end")  # fmt: skip
     for name in changed:
         say(f"warning: --{name.replace('_', '-')} was {saved['flags'][name]} in {path.name}, is now {getattr(args, name)}")
     if saved["index"] != index_hash:
@@ -106,16 +123,17 @@ def restore(path: Path, args, index_hash, model, optimizer, scaler) -> tuple[int
 
 
 def main(argv=None):
-    args = get_args(argv)
     with one_line_errors(PROG):
-        device = dist.setup(args.device)
+        args = get_args(argv)
+        device = dist.setup(args.device, args.dist_timeout)
         args.amp = amp.resolve(args.amp, device)
+        if args.replay:
+            return compute_again(args, device)
         index = dist.first_process_does(lambda: load_index(args.shards, **shard_flags(args)))
         check(args, index.total)
         if args.dry_run is None:
             resume_from = dist.first_process_does(lambda: checkpoint.open_run(args.output_dir, args.resume))
-        torch.manual_seed(args.seed)
-        method = METHODS[args.method](args).to(device, memory_format=torch.channels_last)
+        method = build(args, device)
         lr = optim.scaled_lr(args.lr, args.batch_size)
         optimizer = optim.sgd(method.parameters(), lr, args.momentum, args.weight_decay)
         scaler = amp.scaler(args.amp)
@@ -128,26 +146,46 @@ def main(argv=None):
     if dist.rank() == 0:
         write_config(folder, args, index=index.hash, device=str(device))
     with one_line_ends(PROG):
-        train(args, index, model, optimizer, scaler, start, lr, device)
-    say(f"\nResults: {folder}/ (checkpoints, metrics.jsonl, config.json; curves: tensorboard --logdir {folder})")
-    say(f"Next:    bash linear_{args.method}.sh, with the variables of this run (SHARDS, OUTPUT ...) if any were set")
-    del model  # before its process group: the other way round, torch 2.9 may wait for itself
+        stopped_by = train(args, index, model, optimizer, scaler, start, lr, device)
+    del model, method, optimizer  # before their process group: the other way round, torch 2.9 may wait for itself
     dist.teardown()
+    if stopped_by:
+        sys.exit(exit_code(stopped_by))
+
+
+def build(args, device):
+    torch.manual_seed(args.seed)
+    method = METHODS[args.method](args).to(device, memory_format=torch.channels_last)
+    if args.compile:
+        for encoder in method.encoders():
+            encoder.compile()
+    return method
 
 
 def train(args, index, model, optimizer, scaler, start, lr, device):
-    steps, folder, (first_epoch, first_step) = index.total // args.batch_size, Path(args.output_dir), start
-    chance = checkpoint.bare(model).chance(args.batch_size)
+    """-> the signal that stopped it after a checkpoint, or 0."""
+    steps, folder, method, (first_epoch, first_step) = index.total // args.batch_size, Path(args.output_dir), bare(model), start
+    at = f" (from its step {first_step})" if first_step else ""
     say(f"{args.method} {args.arch} on {dist.world()} x {device.type} {args.amp}: {index.total} images, "
-        f"batch {args.batch_size}, {steps} steps an epoch, epochs {first_epoch} to {args.epochs}, "
-        f"learning rate {args.lr} x {args.batch_size} / 256 = {lr:.4g}")  # fmt: skip
+        f"batch {args.batch_size}, {steps} steps an epoch, epochs {first_epoch}{at} to {args.epochs}, learning rate "
+        f"{args.lr} x {args.batch_size} / 256 = {lr:.4g}")  # fmt: skip
     model.train()
     specs = METHODS[args.method].views(args)
     epochs = range(first_epoch, args.epochs)
     batches = training_batches(index, args.batch_size, args.seed, epochs, args.lanes, first_step)
     batches = load(index, specs, batches, args.seed, args.workers, device, args.photometric)
     bad = BadSamples(folder, index.total, args.max_bad)
-    with Log(folder, steps, args.print_freq, args.batch_size, bad, chance) as log:
+
+    def content(epoch, step):
+        return {
+            "epoch": epoch, "step": step, "method": args.method, "arch": args.arch, "flags": vars(args), "index": index.hash,
+            "state_dict": checkpoint.prefixed(model), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+        }  # fmt: skip
+
+    with (
+        Log(folder, start, steps, args.print_freq, args.batch_size, bad, method.chance(args.batch_size)) as log,
+        Engine(args, steps, optimizer, scaler, log, device, content, args.save_freq) as engine,
+    ):
         for epoch in epochs:
             lr_now = optim.set_lr(optimizer, optim.cosine(lr, epoch / args.epochs))
             for step in log.epoch(epoch, first_step if epoch == first_epoch else 0):
@@ -156,25 +194,20 @@ def train(args, index, model, optimizer, scaler, start, lr, device):
                 now = Step.at(epoch * steps + step, args.epochs * steps, args.seed)
                 now.seed_torch()
                 loss, stats = model(batch.views, batch.index, now)
-                optimizer.zero_grad()
-                scaler.scale(loss).backward()
-                scaler.step(optimizer)
-                scaler.update()
-                checkpoint.bare(model).commit(now)
+                try:
+                    stats |= engine.update(loss, Place(epoch, step, batch))
+                except NotFinite as failure:
+                    path = replay.write(folder, args, method, scaler, failure.place, steps)
+                    raise RunError(f"{failure}; see --replay {path}, and try a lower --lr or --amp fp32") from None
+                method.commit(now)
                 log.step(step, loss, stats, lr_now, batch.bad)
-            if dist.rank() == 0:
-                save(args, folder, epoch + 1, index.hash, model, optimizer, scaler)
-
-
-def save(args, folder, epoch, index_hash, model, optimizer, scaler):
-    """The published layout; `epoch` epochs are done. `step` is the place of a position inside the epoch."""
-    content = {
-        "epoch": epoch, "step": 0, "method": args.method, "arch": args.arch, "flags": vars(args), "index": index_hash,
-        "state_dict": checkpoint.prefixed(model), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-    }  # fmt: skip
-    checkpoint.save(folder / checkpoint.LATEST, content)
-    if epoch % args.save_freq == 0 or epoch == args.epochs:
-        checkpoint.save(folder / f"checkpoint_{epoch - 1:04d}.pth.tar", content)
+                if engine.done(epoch, step + 1):
+                    return engine.stopped_by
+            engine.save(epoch + 1, 0)
+        engine.finish()
+    say(f"\nResults: {folder}/ (checkpoints, metrics.jsonl, config.json; curves: tensorboard --logdir {folder})")
+    say(f"Next:    bash linear_{args.method}.sh, with the variables of this run (SHARDS, OUTPUT ...) if any were set")
+    return 0
 
 
 def dry_run(args, index):
@@ -184,6 +217,14 @@ def dry_run(args, index):
     say(f"dry run: all flags are good; {index.total} images, {index.total // args.batch_size} steps an epoch")
     say(f"a worker needs {ms:.2f} ms of a core for an image and feeds {1e3 / ms:.0f} images/s; a device that trains {rate:.0f} "
         f"images/s needs --workers {math.ceil(rate * ms / 1e3)}, which is {args.workers} now, for its process")  # fmt: skip
+
+
+def compute_again(args, device):
+    """--replay."""
+    if dist.world() > 1:
+        raise ValueError(f"--replay {args.replay}: computes in one process, this is one of {dist.world()}; leave torchrun out")
+    again = replay.run(build(args, device), replay.load(args.replay), args, device)
+    sys.exit(0 if again else 1)
 
 
 if __name__ == "__main__":

@@ -16,22 +16,6 @@ class Evil:
         return print, ("executed",)
 
 
-def test_save__failure_leaves_the_file_before(tmp_path, monkeypatch):
-    path = tmp_path / checkpoint.LATEST
-    checkpoint.save(path, {"epoch": 1})
-
-    def breaks(content, file):
-        file.write(b"half of it")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", breaks)
-    with pytest.raises(OSError, match="No space left"):
-        checkpoint.save(path, {"epoch": 2})
-    monkeypatch.undo()
-    assert checkpoint.load(path, "--resume") == {"epoch": 1}
-    assert [p.name for p in tmp_path.iterdir()] == [checkpoint.LATEST]
-
-
 def test_load__refuses_code_by_name_and_does_not_run_it(tmp_path, capsys):
     path = tmp_path / "evil.pth.tar"
     torch.save({"state_dict": Evil()}, path)

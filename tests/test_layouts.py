@@ -167,30 +167,6 @@ def test_load__noise_is_an_error(tmp_path):
             assert str(error).startswith(f"--resume {path}: ") and "\n" not in str(error), content
 
 
-def test_save__killed_half_way_leaves_the_file_before(tmp_path, monkeypatch):
-    """A process that gets SIGKILL while it writes: no clean-up runs."""
-    path = tmp_path / checkpoint.LATEST
-    checkpoint.save(path, {"epoch": 1, "state_dict": {"w": torch.arange(9)}})
-
-    def dies(content, file):
-        file.write(b"half of it")
-        file.flush()
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    monkeypatch.setattr(torch, "save", dies)
-    child = os.fork()
-    if not child:
-        try:
-            checkpoint.save(path, {"epoch": 2})
-        finally:
-            os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-    monkeypatch.undo()
-    assert checkpoint.load(path, "--resume")["epoch"] == 1
-    checkpoint.save(path, {"epoch": 3})
-    assert checkpoint.load(path, "--resume") == {"epoch": 3}
-
-
 def test_weights_hash__sees_every_number_and_name():
     model = timm.create_model("tiny_resnet", num_classes=0)
     seen = {checkpoint.weights_hash(model)}

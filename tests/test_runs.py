@@ -81,37 +81,43 @@ def test_main_pretrain__first_update_is_lr_times_gradient(images, tmp_path, monk
 # ---------------------------------------------------------------- what a checkpoint carries
 
 
-class FakeScaler:
-    """Stands for fp16's loss scaler on a machine without CUDA."""
-
-    def __init__(self, *_):
-        self.state = {"scale": 65536.0, "_growth_tracker": 0}
-
-    def scale(self, loss):
-        return loss
-
-    def step(self, optimizer):
-        optimizer.step()
-
-    def update(self):
-        self.state["_growth_tracker"] += 1
-
-    def state_dict(self):
-        return dict(self.state)
-
-    def load_state_dict(self, state):
-        self.state = dict(state)
+@pytest.fixture
+def fp16(monkeypatch):
+    """fp16's loss scaler, which works on a CPU too, starting from a scale that fp32 does not overflow with."""
+    monkeypatch.setattr(amp, "scaler", lambda _: torch.amp.GradScaler("cpu", init_scale=2.0**20))
 
 
-def test_main_pretrain__scaler_and_queue_pointer_travel(images, tmp_path, monkeypatch):
-    monkeypatch.setattr(amp, "scaler", FakeScaler)
+def test_main_pretrain__scaler_and_queue_pointer_travel(images, tmp_path, fp16):
     first = run(images, tmp_path, "--epochs", "1")
-    assert first["scaler"] == {"scale": 65536.0, "_growth_tracker": 5}
+    assert (first["scaler"]["scale"], first["scaler"]["_growth_tracker"]) == (2.0**20, 5)
     assert first["state_dict"]["module.queue_ptr"].tolist() == [40 % 32]
     second = run(images, tmp_path, "--epochs", "2", "--resume", "auto")
     assert second["scaler"]["_growth_tracker"] == 10
     assert second["state_dict"]["module.queue_ptr"].tolist() == [80 % 32]
     assert second["epoch"] == 2 and second["optimizer"]["state"]
+
+
+def test_main_pretrain__scaling_changes_no_result(images, tmp_path, fp16, monkeypatch):
+    scaled = run(images, tmp_path / "scaled")
+    monkeypatch.undo()
+    plain = run(images, tmp_path / "plain")
+    assert all(torch.equal(value, plain["state_dict"][name]) for name, value in scaled["state_dict"].items())
+
+
+def test_main_pretrain__an_overflow_is_skipped_and_counted(images, tmp_path, fp16):
+    """The gradient of one step overflows under the scale: the scaler leaves that step out and halves its scale."""
+
+    class Overflows(torch.amp.GradScaler):
+        def scale(self, loss):
+            steps.append(1)
+            return super().scale(loss) * (float("inf") if len(steps) == 2 else 1)
+
+    steps = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(amp, "scaler", lambda _: Overflows("cpu", init_scale=2.0**20))
+        saved = run(images, tmp_path)
+    assert [m["skipped"] for m in metrics(tmp_path)] == [0, 1, 0, 0, 0]
+    assert saved["scaler"]["scale"] == 2.0**19 and all(v.isfinite().all() for v in saved["state_dict"].values())
 
 
 @pytest.mark.parametrize("method", ["moco", "mosrep"])

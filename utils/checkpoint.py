@@ -1,20 +1,36 @@
-"""Checkpoints: written whole or not at all, read without unpickling code, in the layouts the field uses."""
+"""Checkpoints: their names, which one to go on from, read without unpickling code, in the layouts the field uses."""
 
 import hashlib
 import pickle
 import re
 import tempfile
+import zipfile
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from utils.files import atomic
-
 LATEST = "checkpoint_latest.pth.tar"
 # where published checkpoints keep the trunk (METHODS.md, last table); the first prefix that occurs decides
 PREFIXES = ("module.encoder_q.", "encoder_q.", "module.base_encoder.", "module.momentum_encoder.", "module.", "")
+
+
+def name_of(epoch: int, step: int) -> str:
+    """The name of the checkpoint after `epoch` whole epochs and `step` steps of the next; without steps the published one."""
+    return f"checkpoint_{epoch:04d}_{step:06d}.pth.tar" if step else f"checkpoint_{epoch - 1:04d}.pth.tar"
+
+
+def epoch_at_end(path: Path) -> int | None:
+    """How many whole epochs a checkpoint of this name has, None if it lies inside an epoch."""
+    found = re.fullmatch(r"checkpoint_(\d{4,})\.pth\.tar", Path(path).name)
+    return int(found[1]) + 1 if found else None
+
+
+def saved_in(folder: Path) -> list[Path]:
+    """The checkpoints of a run, the one that was written last first. LATEST is one more name of that one, and left out."""
+    paths = [p for p in Path(folder).glob("checkpoint_*.pth.tar") if re.fullmatch(r"checkpoint_[\d_]+\.pth\.tar", p.name)]
+    return sorted(paths, key=lambda p: (p.stat().st_mtime_ns, p.name), reverse=True)
 
 
 def open_run(folder: str, resume: str | None) -> Path | None:
@@ -26,20 +42,41 @@ def open_run(folder: str, resume: str | None) -> Path | None:
             pass
     except OSError as error:
         raise ValueError(f"--output-dir {folder}: {error.strerror}; pass a folder you may write to") from None
-    latest = folder / LATEST
-    if resume == "auto":
-        return latest if latest.exists() else None
-    if resume is None and latest.exists():
+    there = [p for p in (folder / LATEST, *saved_in(folder)) if p.exists()]
+    if resume is None and there:
         raise ValueError(f"--output-dir {folder}: holds a run already; pass --resume auto to continue it, or another folder")
-    if resume and latest.exists() and Path(resume).resolve().parent != folder.resolve():
+    if resume not in (None, "auto") and there and Path(resume).resolve().parent != folder.resolve():
         raise ValueError(f"--output-dir {folder}: holds another run, which --resume {resume} would go over; pass another")
-    return Path(resume) if resume else None
+    for left in folder.glob(".checkpoint_*.tmp"):  # of a save that was killed
+        left.unlink(missing_ok=True)
+    if resume != "auto":
+        return Path(resume) if resume else None
+    return _newest_whole(there) if there else None
 
 
-def save(path: Path, content: dict) -> None:
-    """Write a checkpoint, whole or not at all."""
-    with atomic(path) as file:
-        torch.save(content, file)
+def _newest_whole(paths):
+    damaged = []
+    for path in paths:
+        if any(path.samefile(other) for other, _ in damaged):
+            continue
+        fault = _damage(path)
+        if fault is None:
+            for bad, why in damaged:
+                print(f"warning: {bad} is damaged ({why}); going on from {path}", flush=True)
+            return path
+        damaged.append((path, fault))
+    raise ValueError(f"--resume auto: {', '.join(str(path) for path, _ in damaged)}: damaged, and there is no other "
+                     "checkpoint; pass --resume PATH of one elsewhere, or another --output-dir")  # fmt: skip
+
+
+def _damage(path):
+    """What is wrong with a file of torch.save, None if nothing: torch itself does not look at the checksums."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            broken = file.testzip()
+    except (OSError, EOFError, zipfile.BadZipFile) as error:
+        return str(error)
+    return f"{broken} in it is" if broken else None
 
 
 def load(path: Path, flag: str) -> dict:

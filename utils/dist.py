@@ -9,11 +9,14 @@ import torch.distributed as td
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+TIMEOUT = 1800.0  # seconds
 
-def setup(device_flag: str) -> torch.device:
+
+def setup(device_flag: str, timeout: float = TIMEOUT) -> torch.device:
     """Join the process group that torchrun describes, if any, and choose this process's device.
 
-    `device_flag` is auto, cpu, cuda or mps; auto takes what the machine has.
+    `device_flag` is auto, cpu, cuda or mps; auto takes what the machine has. timeout: seconds that a process waits for another
+    before it fails.
     """
     if device_flag == "auto":
         device_flag = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -31,7 +34,7 @@ def setup(device_flag: str) -> torch.device:
         torch.cuda.set_device(device)
     if "WORLD_SIZE" in os.environ and not td.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
-        td.init_process_group(backend, timeout=timedelta(minutes=30))
+        td.init_process_group(backend, timeout=timedelta(seconds=timeout))
     return device
 
 
@@ -91,6 +94,15 @@ def gather_objects(obj) -> list:
     return out
 
 
+def gather_objects_on_first(obj) -> list | None:
+    """What each process holds, in rank order, on the first process; None on the others."""
+    if world() == 1:
+        return [obj]
+    out = [None] * world() if rank() == 0 else None
+    td.gather_object(obj, out, dst=0)
+    return out
+
+
 @torch.no_grad()
 def gather(x: torch.Tensor) -> torch.Tensor:
     """n x ... on each process -> (world * n) x ... on every process, in rank order. No gradient."""
@@ -121,6 +133,13 @@ def permute(x: torch.Tensor, permutation: torch.Tensor) -> torch.Tensor:
     # rows arrive grouped by sender; a stable sort of the senders tells which place each was meant for
     place = torch.argsort(slices[rank()], stable=True)
     return arrived[torch.argsort(place).to(x.device, non_blocking=True)]
+
+
+def largest(x: torch.Tensor) -> torch.Tensor:
+    """Element-wise maximum over processes, in place."""
+    if world() > 1:
+        td.all_reduce(x, td.ReduceOp.MAX)
+    return x
 
 
 def total(x: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,10 @@ import math
 import os
 import sys
 
+from torch.distributed import DistError
+
 from utils.amp import DTYPES
+from utils.dist import TIMEOUT
 
 
 class RunError(Exception):
@@ -56,9 +59,14 @@ def one_line_ends(prog: str):
         try:
             yield
         except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker"):
-                raise
-            raise RunError(f"{error} Too little memory is a common reason: try fewer --workers") from None
+            if str(error).startswith("DataLoader worker"):
+                raise RunError(f"{error} Too little memory is a common reason: try fewer --workers") from None
+            if isinstance(error, DistError) or "gloo" in str(error):
+                reason = str(error).splitlines()[0]
+                raise RunError(f"another process was lost, or took longer than --dist-timeout: {reason}") from None
+            if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                raise RunError(f"--compile: {str(error).splitlines()[0]}; leave it out, or mend what it needs") from None
+            raise
 
 
 def positive(flag_names: list[str], args: argparse.Namespace) -> None:
@@ -87,6 +95,10 @@ def add_run_flags(parser: Parser, output_dir: str | None, output_help: str) -> N
     add("--print-freq", type=int, default=50, help="steps between two log lines")
     add("--photometric", default="auto", choices=["auto", "device", "worker"],
         help="where colours and blur are made; auto: on an accelerator, else in the workers; changes no result")  # fmt: skip
+    add("--save-steps", type=int, default=0, help="steps between two checkpoints, beside that of every epoch; 0 for none")
+    add("--save-minutes", type=float, default=15.0, help="minutes without a checkpoint after which one is due; 0 for never")
+    add("--keep", type=int, default=3, help="newest checkpoints that stay; older ones are deleted")
+    add("--dist-timeout", type=float, default=TIMEOUT, help="seconds that a process waits for another before all fail")
     add("--max-bad", type=float, default=0.01, help="share of the images that may be unusable before the run stops")
     add_shard_flags(parser)
 
@@ -106,8 +118,8 @@ def shard_flags(args: argparse.Namespace) -> dict:
 
 def check_run_flags(args: argparse.Namespace) -> None:
     """The checks that go with add_run_flags, and with --momentum and --weight-decay of every optimizer."""
-    positive(["--print-freq"], args)
-    for flag in ("--workers", "--seed", "--weight-decay"):
+    positive(["--print-freq", "--keep", "--dist-timeout"], args)
+    for flag in ("--workers", "--seed", "--weight-decay", "--save-steps", "--save-minutes"):
         in_range(flag, getattr(args, flag[2:].replace("-", "_")), 0, math.inf)
     in_range("--momentum", args.momentum, 0, 1)
     in_range("--max-bad", args.max_bad, 0, 0.5)
@@ -116,6 +128,7 @@ def check_run_flags(args: argparse.Namespace) -> None:
 def meaning(args: argparse.Namespace) -> dict:
     """The flags that decide what is computed, without those of where and how it runs."""
     place = {"output_dir", "resume", "device", "workers", "print_freq", "save_freq", "photometric", "max_bad",
+             "save_steps", "save_minutes", "keep", "dist_timeout", "compile", "replay",
              "cache_dir", "allow_pipe", "verify_shards", "dry_run"}  # fmt: skip
     inputs = {"shards", "train_shards", "val_shards", "pretrained"}  # compared by what they hold, not by their paths
     return {name: value for name, value in vars(args).items() if name not in place | inputs}

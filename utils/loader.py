@@ -20,6 +20,7 @@ from utils.index import Index
 from utils.photometric import COLUMNS, photometric
 from utils.reader import BadSample, Reader
 from utils.shards import default_lanes, epoch_plan
+from utils.signals import leave_to_parent
 from utils.views import DRAWS, ViewSpec, cut_views, draw, parameters_of
 
 NEIGHBOURS = 100  # that are tried in the place of an unusable sample
@@ -27,8 +28,10 @@ NEIGHBOURS = 100  # that are tried in the place of an unusable sample
 
 @dataclass
 class Batch:
-    """This process's part of a global batch. A view is n x 3 x H x W uint8, or n x count x 3 x H x W if its spec counts several;
-    it is normalised where an encoder takes it, so that until then it is a quarter as large.
+    """This process's part of a global batch.
+
+    A view is n x 3 x H x W uint8, or n x count x 3 x H x W if its spec counts several. It is normalised where an encoder takes
+    it, and until then a quarter as large.
     """
 
     views: list[torch.Tensor]
@@ -174,7 +177,11 @@ def load(
         keep_freed_memory()  # of the batches too
     in_worker = photometric_on == "worker" or (photometric_on == "auto" and device.type == "cpu")
     chunks = DataLoader(
-        Chunks(index, specs, batches, seed, in_worker), batch_size=None, num_workers=workers, pin_memory=device.type == "cuda"
+        Chunks(index, specs, batches, seed, in_worker),
+        batch_size=None,
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=leave_to_parent,
     )
     stream = _until_a_worker_dies(chunks)
     for parts in zip(*[stream] * max(workers, 1), strict=True):  # one chunk of every worker makes a batch
@@ -225,11 +232,14 @@ def _training_epochs(index, batch, seed, epochs, lanes, first_step, rank, world)
 
 
 def evaluation_batches(index: Index, batch: int) -> Batches:
-    """This process's part of the index, each sample on exactly one process, in order. `batch` is global."""
+    """This process's part of the index, each sample on exactly one process, in order. `batch` is global.
+
+    All processes have equally many batches; the last ones may be empty.
+    """
     n = max(1, batch // dist.world())
     return Batches(partial(_evaluation_epoch, index, n, dist.rank(), dist.world()), replace=False)
 
 
 def _evaluation_epoch(index, n, rank, world):
-    mine = np.array_split(np.arange(index.total), world)[rank]
-    yield 0, [mine[start : start + n] for start in range(0, len(mine), n)]
+    parts = np.array_split(np.arange(index.total), world)
+    yield 0, [parts[rank][start : start + n] for start in range(0, len(parts[0]), n)]  # the first part is the longest

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from utils import dist
 from utils.bad_samples import BadSamples
-from utils.flags import RunError
+from utils.files import Lines, atomic, whole_lines, write_json
 
 PACKAGES = ("torch", "torchvision", "timm", "webdataset", "numpy", "pillow")
 
@@ -33,31 +33,36 @@ def write_config(folder: Path, args, **facts) -> None:
     versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
     commit = git.stdout.strip() or None
     config = {"flags": vars(args), "versions": versions, "commit": commit, "processes": dist.world(), **facts}
-    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    write_json(folder / "config.json", config)
 
 
 class Log:
     """Counts what happens between two log lines. Lives on every process, writes on the first.
 
-    bad: where unusable samples are put down. chance: the loss of guessing, printed beside the loss. batch: images in a global
-    batch.
+    start: (epoch, step) that the run goes on from; lines of what is done again are taken out, so that metrics.jsonl has each
+    step once. bad: where unusable samples are put down. chance: the loss of guessing, printed beside the loss. batch: images in
+    a global batch.
     """
 
-    def __init__(self, folder: Path, steps: int, print_freq: int, batch: int, bad: BadSamples, chance: float | None = None):
+    def __init__(
+        self, folder: Path, start: tuple[int, int], steps: int, print_freq: int, batch: int, bad: BadSamples, chance: float = 0
+    ):
         self.steps, self.print_freq, self.batch, self.bad, self.chance = steps, print_freq, batch, bad, chance
-        self.writer = self.file = None
+        self.lines = self.writer = None
         if dist.rank() == 0:
-            self.writer = SummaryWriter(folder)
-            self.file = open(folder / "metrics.jsonl", "a")  # noqa: SIM115 - closed with the log
+            path = folder / "metrics.jsonl"
+            kept = [line for line in whole_lines(path) if _place(line) < start]
+            with atomic(path) as file:
+                file.writelines(kept)
+            self.lines = Lines(path)
+            self.writer = SummaryWriter(folder, purge_step=start[0] * steps + start[1] + 1)
         self._reset()
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        if self.file:
-            self.file.close()
-            self.writer.close()
+        self._curves(lambda writer: writer.close())
 
     def _reset(self):
         self.sums, self.count, self.met, self.waited, self.since = {}, 0, [], 0.0, time.perf_counter()
@@ -86,36 +91,58 @@ class Log:
         for name, value in {"loss": loss.detach(), **stats}.items():
             self.sums[name] = self.sums.get(name, 0) + value
         self.count += 1
+        self.now = step, lr
         if (step + 1) % self.print_freq == 0 or step + 1 == self.steps:
-            self._write(step, lr)
-            self._reset()
+            self._write()
+
+    def flush(self) -> None:
+        """Write what has been added up, to the disk itself: a checkpoint that is saved now goes on behind it."""
+        if self.count:
+            self._write()
+        if self.lines:
+            self.lines.sync()
 
     def scalars(self, epoch: int, values: dict[str, float]) -> None:
         """Write what is known once an epoch."""
-        if self.file:
-            self.file.write(json.dumps({"epoch": epoch, **values}) + "\n")
-            self.file.flush()
-            for name, value in values.items():
-                self.writer.add_scalar(name, value, (epoch + 1) * self.steps)
+        if self.lines:
+            self._put({"epoch": epoch, **values}, (epoch + 1) * self.steps)
 
-    def _write(self, step, lr):
+    def _write(self):
+        step, lr = self.now
         means = dist.total(torch.stack(list(self.sums.values())).float()) / (self.count * dist.world())
         means = dict(zip(self.sums, means.tolist(), strict=True))
+        if "skipped" in means:
+            means["skipped"] = round(means["skipped"] * self.count)
         unusable = self.bad.add(self.met)
-        if not math.isfinite(means["loss"]):
-            raise RunError(f"the loss is {means['loss']} in epoch {self.at} by step {step}; try a lower --lr or --amp fp32")
-        if not self.file:
-            return
         seconds = time.perf_counter() - self.since
-        rate, share = self.count * self.batch / seconds, self.waited / seconds
-        entry = {"epoch": self.at, "step": step, **means, "lr": lr, "images_per_s": rate, "data_wait": share, "bad": unusable}
-        self.file.write(json.dumps(entry) + "\n")
-        self.file.flush()
-        for name, value in entry.items():
-            if name not in ("epoch", "step"):
-                self.writer.add_scalar(name, value, self.at * self.steps + step + 1)
+        rate, share, count = self.count * self.batch / seconds, self.waited / seconds, self.count
+        self._reset()
+        if not self.lines:
+            return
+        self._put({"epoch": self.at, "step": step, "steps": count, **means, "lr": lr, "images_per_s": rate, "data_wait": share,
+                   "bad": unusable}, self.at * self.steps + step + 1)  # fmt: skip
         chance = f" (chance {self.chance:.3f})" if self.chance else ""
-        rest = "  ".join(f"{name} {value:.3f}" for name, value in means.items() if name != "loss")
-        rest += f"  unusable images {unusable}" if unusable else ""
+        rest = "  ".join(f"{name} {value:.3f}" for name, value in means.items() if name not in ("loss", "skipped"))
+        rest += "".join(f"  {what} {n}" for what, n in (("unusable images", unusable), ("skipped", means.get("skipped"))) if n)
         say(f"epoch {self.at} [{step + 1}/{self.steps}]  loss {means['loss']:.4f}{chance}  {rest}  lr {lr:.4g}  "
             f"{rate:.0f} images/s  data wait {share:.0%}")  # fmt: skip
+
+    def _put(self, entry, number):
+        """A line of metrics.jsonl, and its numbers for TensorBoard. `number`: of the step, counted over all epochs, from 1."""
+        self.lines.put(entry)
+        numbers = {name: value for name, value in entry.items() if name not in ("epoch", "step", "steps")}
+        self._curves(lambda writer: [writer.add_scalar(name, value, number) for name, value in numbers.items()])
+
+    def _curves(self, work):
+        if self.writer:
+            try:
+                work(self.writer)
+            except OSError as error:  # a full disk
+                say(f"warning: TensorBoard's file cannot be written ({error}); its curves end here, metrics.jsonl goes on")
+                self.writer = None
+
+
+def _place(line):
+    """(epoch, step) that must be done for a line of metrics.jsonl to stand: its own step, or its whole epoch."""
+    entry = json.loads(line)
+    return entry["epoch"], entry.get("step", math.inf)

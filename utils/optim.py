@@ -23,8 +23,8 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> float:
 
 
 def sgd(parameters, lr: float, momentum: float, weight_decay: float, trust: float = 0.0) -> torch.optim.Optimizer:
-    """SGD with momentum; with `trust` > 0 each layer's rate is also multiplied by trust |w| / |g| (LARC without clipping)."""
+    """Fused SGD with momentum; with `trust` > 0 each layer's rate is also multiplied by trust |w| / |g| (LARC, no clipping)."""
     parameters = [p for p in parameters if p.requires_grad]
     if trust:
         return Lars(parameters, lr, momentum=momentum, weight_decay=weight_decay, trust_coeff=trust, always_adapt=True)
-    return torch.optim.SGD(parameters, lr, momentum=momentum, weight_decay=weight_decay)
+    return torch.optim.SGD(parameters, lr, momentum=momentum, weight_decay=weight_decay, fused=True)

@@ -1,0 +1,152 @@
+"""What surrounds a step the same way in every run: a guarded update, agreement between the processes, checkpoints, signals."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from utils import dist
+from utils.flags import RunError
+from utils.loader import Batch
+from utils.log import Log
+from utils.saver import Saver
+from utils.signals import Signals
+
+
+class Place(NamedTuple):
+    """A step under way, with what it is computed from."""
+
+    epoch: int
+    step: int
+    batch: Batch | None = None
+
+
+class NotFinite(Exception):
+    """The loss or the gradient of a step is not finite on some process. Raised on all of them before the step's update."""
+
+    def __init__(self, place: Place):
+        super().__init__(f"the loss or its gradient is not finite in epoch {place.epoch}, step {place.step}")
+        self.place = place
+
+
+class Votes:
+    """What the processes decide together at each step, by one all-reduce of a few numbers: each takes the largest.
+
+    late: the outcome reaches the host one step later, while the device (CUDA) is busy with the next one, so that nobody waits.
+    """
+
+    def __init__(self, device: torch.device, late: bool):
+        self.device, self.late, self.open = device, late, None
+
+    def __call__(self, place: Place, bad: torch.Tensor, *wishes: float) -> tuple[torch.Tensor, list[int]]:
+        """bad: 0 or 1, on the device. -> (bad on any process, on the device; the wishes' outcome, if late of the step before).
+
+        Raises NotFinite.
+        """
+        wishes = torch.tensor(wishes, dtype=torch.float32, pin_memory=self.late).to(self.device, non_blocking=True)
+        ballot = dist.largest(torch.cat([bad.float().view(1), wishes]))
+        if not self.late:
+            return ballot[0], self._outcome(place, ballot)
+        before, host = self.open, torch.empty(len(ballot), pin_memory=True)
+        host.copy_(ballot, non_blocking=True)
+        self.open = place, host, torch.cuda.current_stream().record_event()
+        return ballot[0], self._read(before) if before else [0] * len(wishes)
+
+    def settle(self) -> None:
+        """Wait for the outcome that is still to come. Raises NotFinite."""
+        if self.open:
+            self._read(self.open)
+            self.open = None
+
+    def _read(self, vote):
+        place, host, event = vote
+        event.synchronize()
+        return self._outcome(place, host)
+
+    def _outcome(self, place, ballot):
+        bad, *wishes = map(int, ballot.tolist())
+        if bad:
+            raise NotFinite(place)
+        return wishes
+
+
+class Engine:
+    """Lives on every process, as a context around training.
+
+    content: (epoch, step) -> what a checkpoint after so many whole epochs and steps of the next holds.
+    """
+
+    def __init__(self, args, steps: int, optimizer, scaler, log: Log, device: torch.device, content: Callable, keep_epochs=0):
+        self.steps, self.save_steps, self.optimizer, self.scaler = steps, args.save_steps, optimizer, scaler
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        # a fused optimizer can leave an update out by itself, as the device finds; for others the host must know before
+        late = device.type == "cuda" and getattr(optimizer, "_step_supports_amp_scaling", False)
+        self.log, self.content, self.votes, self.signals = log, content, Votes(device, late), Signals()
+        self.saver = Saver(Path(args.output_dir), args.keep, args.save_minutes, keep_epochs)
+        self.none_bad = torch.zeros((), device=device)
+        self.stopped_by = self.wish_to_save = 0
+
+    def __enter__(self):
+        self.signals.__enter__()
+        return self
+
+    def __exit__(self, *_):
+        self.saver.wait()
+        self.signals.__exit__()
+
+    def update(self, loss: torch.Tensor, place: Place) -> dict[str, torch.Tensor]:
+        """Backward and the optimizer's step, if loss and gradient are finite on every process; else raises NotFinite before.
+
+        An overflow that fp16's scaler meets is no failure: it leaves the step out and tries a smaller scale. -> stats.
+        """
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        finite, scaled = norm.isfinite(), self.scaler.is_enabled()
+        bad, stats = ~loss.detach().isfinite(), {"grad_norm": norm}
+        if scaled:
+            stats = {"grad_norm": torch.where(finite, norm, 0), "skipped": (~finite).float()}
+        else:
+            bad = bad | ~finite
+        bad = self._vote(place, bad)
+        if self.votes.late and not scaled:
+            self.optimizer.found_inf = bad
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        return stats
+
+    def done(self, epoch: int, step: int) -> bool:
+        """After `step` steps of an epoch: save if it is due. True if the run is to stop, by a signal to any process."""
+        on_plan = self.save_steps and (epoch * self.steps + step) % self.save_steps == 0
+        inside = step < self.steps  # the end of the epoch has a save of its own
+        if (inside and (on_plan or self.wish_to_save)) or self.stopped_by:
+            self.save(epoch, step)
+        return self.stopped_by > 0
+
+    def asked_to_stop(self, epoch: int) -> bool:
+        """Between the steps of what follows an epoch, an evaluation: True, having saved, if the run is to stop."""
+        self._vote(Place(epoch, self.steps), self.none_bad)
+        return self.done(epoch, self.steps) if self.stopped_by else False
+
+    def save(self, epoch: int, step: int) -> None:
+        """Write a checkpoint in the background; at once, if the run stops here."""
+        self.votes.settle()
+        self.log.flush()
+        if dist.rank() == 0:
+            self.saver.save(self.content(epoch, step))
+            if self.stopped_by:
+                self.finish()
+
+    def finish(self) -> None:
+        """Wait for the last checkpoint. Raises RunError if it could not be written."""
+        if failure := self.saver.wait():
+            reason = str(failure).splitlines()[0]
+            raise RunError(f"--output-dir {self.saver.folder}: the last checkpoint could not be written ({reason}); make room, "
+                           "and start the same command again: it goes on from the one before")  # fmt: skip
+
+    def _vote(self, place, bad):
+        due = dist.rank() == 0 and self.saver.due()
+        bad, (self.stopped_by, self.wish_to_save) = self.votes(place, bad, self.signals.received, due)
+        return bad

@@ -1,0 +1,78 @@
+"""A step whose loss or gradient was not finite: written down with all that it was computed from, and computed again."""
+
+from pathlib import Path
+
+import torch
+
+from utils import amp, checkpoint, dist
+from utils.contrast import Step
+from utils.engine import Place
+from utils.files import atomic
+from utils.log import say
+
+
+def write(folder: Path, args, method: torch.nn.Module, scaler, place: Place, steps: int) -> Path:
+    """Called by all processes with their part of the batch; the first one writes the file. -> its path.
+
+    Random numbers are functions of the seed, the number of the step and the process, so these are their state. On CUDA the
+    failure is known one step late: weights and batch are the failed step's, queue and key encoder have gone on.
+    """
+    parts = dist.gather_objects_on_first([view.cpu() for view in place.batch.views])
+    samples = dist.gather(place.batch.index)
+    path = folder / f"failed_step_{place.epoch:04d}_{place.step:06d}.pth.tar"
+    if dist.rank() == 0:
+        content = {
+            "flags": vars(args), "processes": dist.world(), "epoch": place.epoch, "step": place.step, "steps": steps,
+            "views": [torch.cat(view) for view in zip(*parts, strict=True)], "samples": samples.cpu(),
+            "state_dict": checkpoint.prefixed(method), "scaler": scaler.state_dict(),
+        }  # fmt: skip
+        with atomic(path) as file:
+            torch.save(content, file)
+    return path
+
+
+def load(path: str) -> dict:
+    saved = checkpoint.load(Path(path), "--replay")
+    if not {"flags", "processes", "views", "samples", "epoch", "step", "steps", "state_dict", "scaler"} <= saved.keys():
+        raise ValueError(f"--replay {path}: is no failed step; pass a failed_step_*.pth.tar that a run has left in its folder")
+    return saved
+
+
+def run(method: torch.nn.Module, saved: dict, args, device: torch.device) -> bool:
+    """Compute the step in one process, its processes as BatchNorm groups, and say where numbers stop being finite.
+
+    method: built with `bn_splits` times the run's processes. -> whether it failed again.
+    """
+    method.load_state_dict(checkpoint.unprefixed(saved["state_dict"]))
+    scaler, strange = amp.scaler(args.amp), []
+    if saved["scaler"] and scaler.is_enabled():
+        scaler.load_state_dict(saved["scaler"])
+
+    def look(name):
+        def hook(module, inputs, output):
+            if isinstance(output, torch.Tensor) and not output.isfinite().all():
+                strange.append(name)
+
+        return hook
+
+    for name, module in method.named_modules():
+        module.register_forward_hook(look(name or "the method"))
+    now = Step.at(saved["epoch"] * saved["steps"] + saved["step"], args.epochs * saved["steps"], args.seed)
+    now.seed_torch()
+    loss, _ = method.train()([view.to(device) for view in saved["views"]], saved["samples"].to(device), now)
+    scaler.scale(loss).backward()
+    gradients = {name: p.grad for name, p in method.named_parameters() if p.grad is not None}
+    bad = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
+    weights = [name for name, value in method.state_dict().items() if value.is_floating_point() and not value.isfinite().all()]
+    again = not loss.isfinite().item() or (bool(bad) and not scaler.is_enabled())
+    say(f"epoch {saved['epoch']}, step {saved['step']}, {len(saved['samples'])} images of {saved['processes']} processes: "
+        f"loss {loss.item()}")  # fmt: skip
+    say(f"weights that are not finite: {_list(weights)}")
+    say(f"modules whose output is not finite, in the order of their calls: {_list(list(dict.fromkeys(strange)))}")
+    say(f"parameters whose gradient is not finite: {len(bad)} of {len(gradients)}")
+    say("the step fails again" if again else "the step does not fail here; the run's --device and --amp may be the reason")
+    return again
+
+
+def _list(names):
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") if names else "none"

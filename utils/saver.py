@@ -1,0 +1,75 @@
+"""Writing checkpoints beside training: whole or not at all, in the background, the newest few kept."""
+
+import threading
+import time
+from pathlib import Path
+
+import torch
+
+from utils import checkpoint
+from utils.files import atomic, second_name
+from utils.log import say
+
+
+class Saver:
+    """Writes the checkpoints of a run, on the first process, one at a time.
+
+    keep: how many of the newest stay, beside those of every `keep_epochs`-th epoch (0: none). minutes: after how many without a
+    checkpoint one is due (0: never). A save that fails, on a full disk say, leaves the earlier ones and the run alone.
+    """
+
+    def __init__(self, folder: Path, keep: int, minutes: float, keep_epochs: int = 0):
+        self.folder, self.keep, self.minutes, self.keep_epochs = Path(folder), keep, minutes, keep_epochs
+        self.thread, self.failure, self.last = None, None, time.monotonic()
+
+    def due(self) -> bool:
+        """Whether time has come for a checkpoint, and none is still being written."""
+        idle = self.thread is None or not self.thread.is_alive()
+        return bool(self.minutes) and idle and time.monotonic() - self.last >= 60 * self.minutes
+
+    def save(self, content: dict) -> None:
+        """Copy `content`, which holds `epoch` and `step`, to the CPU's memory and return; it is written meanwhile."""
+        self.wait()
+        content = _copied(content)
+        self.last = time.monotonic()
+        self.thread = threading.Thread(target=self._write, args=(content,), name="saver")
+        self.thread.start()
+
+    def wait(self) -> Exception | None:
+        """Until nothing is being written; why the last save failed, or None."""
+        if self.thread:
+            self.thread.join()
+        return self.failure
+
+    def _write(self, content):
+        path = self.folder / checkpoint.name_of(content["epoch"], content["step"])
+        try:
+            write(path, content)
+            self._tidy()
+            self.failure = None
+        except (OSError, RuntimeError) as error:  # torch turns some of the first into the second
+            self.failure = error
+            reason = str(error).splitlines()[0]
+            say(f"warning: {path} could not be written ({reason}); training goes on, the next save tries again")
+
+    def _tidy(self):
+        ends = ((path, checkpoint.epoch_at_end(path)) for path in checkpoint.saved_in(self.folder))
+        passing = [path for path, epoch in ends if epoch is None or not self.keep_epochs or epoch % self.keep_epochs]
+        for path in passing[self.keep :]:
+            path.unlink()
+
+
+def write(path: Path, content: dict) -> None:
+    """Write a checkpoint, and make `checkpoint_latest` another name of it."""
+    with atomic(path) as file:
+        torch.save(content, file)
+    second_name(path, checkpoint.LATEST)
+
+
+def _copied(x):
+    """The same, with copies of all tensors in the memory of the CPU."""
+    if isinstance(x, torch.Tensor):
+        return x.detach().to("cpu", copy=True)
+    if isinstance(x, dict):
+        return {key: _copied(value) for key, value in x.items()}
+    return type(x)(map(_copied, x)) if isinstance(x, list | tuple) else x
