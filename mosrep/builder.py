@@ -6,10 +6,9 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn.functional import normalize
-from torchvision.ops import roi_align
 
 from moco.builder import MoCo
-from mosrep.mosaic import compose, draw_offset, shift, sources, tile_boxes, tile_weights
+from mosrep.mosaic import compose, cut_tiles, draw_offset, shift, sources, tile_boxes, tile_weights
 from utils import amp, backbones, dist
 from utils.contrast import Step, info_nce, key_copy, shuffled_keys
 from utils.flags import in_range, positive
@@ -77,9 +76,9 @@ class MosRep(MoCo):
         mosaics = shift(normalized(mosaics), offset)
         with amp.autocast(crops.device, self.amp):
             features = self.encoder_q(mosaics)
-            rois = [boxes.to(crops.device, non_blocking=True)] * len(crops)
-            tiles = roi_align(features.float(), rois, (self.map.height, self.map.width), 1 / self.map.stride, aligned=True)
-            z = self.projector_q(tiles)  # 4n x channels x h x w -> 4n x C
+            with torch.autocast(crops.device.type, enabled=False):
+                tiles = cut_tiles(features, boxes, self.map.stride)  # 4n x channels x h x w
+            z = self.projector_q(tiles)  # 4n x C
         weights = tile_weights(boxes, self.size).to(crops.device, non_blocking=True).repeat(len(crops))
         return normalize(z.float(), dim=1), weights
 

@@ -1,7 +1,11 @@
-"""Mosaics of local crops (MosRep, ICLR 2023, section 3.2): compose, shift, and where each tile lies. Pure functions."""
+"""Mosaics of local crops (MosRep, ICLR 2023, section 3.2): compose, shift, where each tile lies, and its part of a feature map.
+
+Pure functions.
+"""
 
 import numpy as np
 import torch
+from torchvision.ops import roi_align
 
 
 def compose(crops: torch.Tensor) -> torch.Tensor:
@@ -52,3 +56,25 @@ def tile_weights(boxes: torch.Tensor, size: int) -> torch.Tensor:
     """4 weights: sqrt(visible area / tile area), the area counted with both corners."""
     x1, y1, x2, y2 = boxes.unbind(1)
     return ((x2 - x1 + 1) * (y2 - y1 + 1)).sqrt() / (size // 2)
+
+
+def cut_tiles(features: torch.Tensor, boxes: torch.Tensor, stride: int) -> torch.Tensor:
+    """RoIAlign (arXiv 1703.06870), aligned: n x C x h x w maps of mosaics -> 4n x C x h x w of their tiles, mosaic by mosaic.
+
+    boxes: 4 x 4 on the CPU, in pixels, the same for all mosaics; stride: pixels a cell. RoIAlign interpolates along rows and
+    columns independently, and tiles lie in two rows and two columns: so all of it is a 2h x h matrix from the left and a 2w x w
+    matrix from the right, which is what torchvision makes of maps that tell the numbers of rows and columns.
+    """
+    n, channels, h, w = features.shape
+    top_left, bottom_right = boxes[:1], boxes[3:]
+    numbers = torch.eye(h).view(1, h, h, 1).expand(1, h, h, w), torch.eye(w).view(1, w, 1, w).expand(1, w, h, w)
+    of_row, of_column = (
+        torch.cat([roi_align(x.contiguous(), [box], (h, w), 1 / stride, aligned=True) for box in (top_left, bottom_right)])
+        for x in numbers
+    )  # 2 x h x h x w, 2 x w x h x w: the share that a cell of the map has in a cell of a tile
+    rows = of_row[..., 0].transpose(1, 2).reshape(2 * h, h).to(features.device, non_blocking=True)
+    columns = of_column[..., 0, :].transpose(1, 2).reshape(2 * w, w).to(features.device, non_blocking=True)
+    x = features.float().permute(0, 2, 3, 1)  # channels last, as they lie in memory
+    x = (rows @ x.reshape(n, h, w * channels)).view(n * 2 * h, w, channels)
+    x = (columns @ x).view(n, 2, h, 2, w, channels)
+    return x.transpose(2, 3).reshape(4 * n, h, w, channels).permute(0, 3, 1, 2)

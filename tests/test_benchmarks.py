@@ -1,12 +1,16 @@
 """The benchmarks run and end with the line of JSON that programs read. What they measure is not tested: machines differ."""
 
 import json
+import multiprocessing
+import warnings
+from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 from shards_helpers import one_photograph, write_shards
 
-from benchmarks import input_pipeline
+from benchmarks import input_pipeline, step
 from benchmarks.input_pipeline import VIEWS, pil_chain
+from methods import METHODS
 
 
 @pytest.fixture
@@ -38,3 +42,53 @@ def test_pil_chain__has_the_operations_of_a_view():
     assert names == ["RandomResizedCrop", "RandomApply", "RandomGrayscale", "RandomApply", "RandomHorizontalFlip", "ToTensor",
                      "Normalize"]  # fmt: skip
     assert [(s.size, s.count) for s in VIEWS["2x224+4x112"]] == [(224, 2), (112, 4)]
+
+
+def test_step__ends_with_a_line_of_json(capsys):
+    """Both forms of every method, each in a process of its own."""
+    flags = ["-a", "resnet18", "--size", "64", "--batch-size", "4", "--moco-k", "64", "--rounds", "1", "--device", "cpu"]
+    step.main(flags)
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result.keys() == set(step.CASES)
+    assert {case: r["forwards_per_image"] for case, r in result.items()} == {"mosrep": 3, "moco": 2, "moco-multicrop": 3}
+    for r in result.values():
+        assert all(r[name] > 0 for name in ("plain_ms", "default_ms", "plain_mb", "default_mb"))
+        assert r["ratio"] == r["default_ms"] / r["plain_ms"]
+
+
+def two_forms(case, plain):
+    """Loss of a first and of a fifth step."""
+    warnings.simplefilter("error")
+    flags = step.get_args(["-a", "resnet18", "--size", "64", "--batch-size", "4", "--moco-k", "64", "--amp", "fp32"])
+    here, there = multiprocessing.Pipe()
+    losses = []
+    for module in set(METHODS.values()):
+        module.forward = recording(module.forward, losses)
+    for number in (*range(5), None):
+        here.send(number)
+    step.form(there, flags, case, plain)
+    return losses
+
+
+def recording(forward, losses):
+    def recorded(self, *args):
+        loss, stats = forward(self, *args)
+        losses.append(loss.item())
+        return loss, stats
+
+    return recorded
+
+
+@pytest.mark.parametrize("case", step.CASES)
+def test_step__both_forms_compute_the_same(case):
+    """In fp32 they differ by rounding alone, or the comparison would mean nothing."""
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        plain, default = pool.map(two_forms, [case] * 2, [True, False])
+    assert len(plain) == len(default) == 5 and plain[0] != plain[4]
+    assert default == pytest.approx(plain, rel=2e-3) and default[0] == pytest.approx(plain[0], rel=1e-5)
+
+
+def test_step__bad_input_is_one_line(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        step.main(["--rounds", "0"])
+    assert "--rounds 0" in capsys.readouterr().err.splitlines()[-1]

@@ -3,7 +3,6 @@
 import argparse
 import os
 import re
-import signal
 
 import helpers  # noqa: F401 - registers tiny_resnet
 import numpy as np

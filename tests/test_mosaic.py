@@ -5,8 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from torchvision.ops import roi_align
 
-from mosrep.mosaic import compose, draw_offset, shift, sources, tile_boxes, tile_weights
+from mosrep.mosaic import compose, cut_tiles, draw_offset, shift, sources, tile_boxes, tile_weights
 
 CORNERS = [(0, 0), (0, 1), (1, 0), (1, 1)]  # (row, column) of slot 0 top-left, 1 top-right, 2 bottom-left, 3 bottom-right
 OFFSETS = [(0, 0), (5, 3), (-5, 3), (5, -3), (-5, -3), (7, 0), (0, -7), (1, -1)]
@@ -122,3 +123,25 @@ def test_draw_offset__takes_as_many_numbers_when_it_does_not_shift():
     off, on = np.random.default_rng(2), np.random.default_rng(2)
     draw_offset(off, 0.0, 48, 0.5), draw_offset(on, 1.0, 48, 0.5)
     assert off.random() == on.random()
+
+
+@pytest.mark.parametrize(
+    "size, stride, cells", [(224, 32, 7), (64, 32, 2), (64, 16, 4), (72, 16, 5), (72, 18, 4), (224, 16, 14)]
+)
+@pytest.mark.parametrize("offset", [(0, 0), (9, -14), (-11, 5), (30, -30)])
+def test_cut_tiles__is_torchvisions_roi_align_and_has_its_gradient(size, stride, cells, offset):
+    rng = torch.Generator().manual_seed(0)
+    features = torch.randn(3, 5, cells, cells, generator=rng, requires_grad=True)
+    boxes = tile_boxes(size, offset)
+    tiles = cut_tiles(features, boxes, stride)
+    wanted = roi_align(features, [boxes] * 3, (cells, cells), 1 / stride, aligned=True)
+    assert tiles.shape == (12, 5, cells, cells) and torch.allclose(tiles, wanted, atol=1e-5)
+    weight = torch.randn(tiles.shape, generator=rng)
+    ours, theirs = (torch.autograd.grad(x, features, weight)[0] for x in (tiles, wanted))
+    assert torch.allclose(ours, theirs, atol=1e-4)
+
+
+def test_cut_tiles__takes_maps_of_lower_precision_and_stays_in_float32():
+    features = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)).bfloat16()
+    tiles = cut_tiles(features, tile_boxes(64, (3, 5)), 16)
+    assert tiles.dtype == torch.float32 and torch.equal(tiles, cut_tiles(features.float(), tile_boxes(64, (3, 5)), 16))
