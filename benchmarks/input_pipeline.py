@@ -24,9 +24,10 @@ import webdataset
 from PIL import Image, ImageFilter
 from torchvision import transforms
 
+from utils.cpu import cpu_ms, keep_freed_memory
 from utils.flags import Parser, one_line_errors, positive
 from utils.index import Index, load_index
-from utils.loader import Chunks, cpu_ms, keep_freed_memory, load, training_batches
+from utils.loader import Chunks, load, training_batches
 from utils.photometric import MEAN, STD, normalized
 from utils.reader import Reader
 from utils.views import ViewSpec, moco_v2_view

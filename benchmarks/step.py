@@ -27,9 +27,9 @@ from methods import METHODS
 from moco.builder import MoCo
 from utils import amp, dist, optim
 from utils.contrast import Step
+from utils.cpu import keep_freed_memory
 from utils.engine import Engine, Place
 from utils.flags import Parser, one_line_errors, positive
-from utils.loader import keep_freed_memory
 from utils.photometric import normalized
 
 CASES = {"mosrep": ["mosrep"], "moco": ["moco"], "moco-multicrop": ["moco", "--local-crops", "4"]}

@@ -1,3 +1,4 @@
+import contextlib
 import itertools
 import multiprocessing
 import os
@@ -21,9 +22,10 @@ from shards_helpers import (
 )
 
 from utils import loader
+from utils.cpu import keep_freed_memory
 from utils.flags import RunError
 from utils.index import load_index
-from utils.loader import Batches, evaluation_batches, keep_freed_memory, load, training_batches, worker_ms
+from utils.loader import Batches, evaluation_batches, load, training_batches, worker_ms
 from utils.photometric import photometric
 from utils.reader import Reader
 from utils.shards import epoch_plan
@@ -537,3 +539,44 @@ def test_worker_ms__is_of_the_processor_not_of_the_clock(monkeypatch, colors):
     monkeypatch.setattr(loader.time, "process_time", lambda: next(clock))
     assert worker_ms(colors, PLAIN, 0, images=10, rounds=3) == pytest.approx(50)
     assert worker_ms(colors, PLAIN, 0, images=25, rounds=1) == pytest.approx(20)
+
+
+class Stream:
+    """Stands for a CUDA stream: notes what happens, and in which stream it is launched."""
+
+    now, told = None, []
+
+    def __init__(self, name="side"):
+        self.name = name
+
+    def wait_stream(self, other):
+        Stream.told.append((self.name, "waits for", other.name))
+
+
+class Tensor:
+    def record_stream(self, stream):
+        Stream.told.append(("used in", stream.name))
+
+
+def test_load__on_cuda_a_batch_is_made_beside_the_step(monkeypatch):
+    """With stand-ins for streams: work goes to a stream of its own, for which the step waits, and which knows of its use."""
+    main = Stream.now = Stream("main")
+
+    @contextlib.contextmanager
+    def stream(other):
+        Stream.now = other
+        yield
+        Stream.now = main
+
+    def batches():
+        for _ in range(2):
+            Stream.told.append(("made in", Stream.now.name))
+            yield loader.Batch([Tensor()], Tensor(), Tensor(), [])
+
+    for name, value in (("Stream", lambda device: Stream()), ("stream", stream), ("current_stream", lambda device: Stream.now)):
+        monkeypatch.setattr(torch.cuda, name, value)
+    Stream.told.clear()
+    for _ in loader._beside_the_step(batches(), torch.device("cuda")):
+        Stream.told.append(("step in", Stream.now.name))
+    one = [("made in", "side"), ("main", "waits for", "side"), *[("used in", "main")] * 3, ("step in", "main")]
+    assert Stream.told == one * 2

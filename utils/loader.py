@@ -1,10 +1,8 @@
 """Shards and views -> batches on the device."""
 
-import ctypes
 import itertools
 import re
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,6 +13,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from utils import dist
+from utils.cpu import cpu_ms, keep_freed_memory
 from utils.flags import RunError
 from utils.index import Index
 from utils.photometric import COLUMNS, photometric
@@ -126,14 +125,6 @@ class Chunks(IterableDataset):
         raise RunError(f"{NEIGHBOURS} samples in a row cannot be used; the first: {bad[-NEIGHBOURS]}")
 
 
-def keep_freed_memory() -> None:
-    """Let the C library (glibc) keep what it is given back: fresh pages for each image cost as much as decoding it."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        trim_threshold, mmap_threshold = -1, -3  # malloc.h
-        libc.mallopt(trim_threshold, 1 << 30)
-        libc.mallopt(mmap_threshold, 1 << 30) or libc.mallopt(mmap_threshold, 1 << 25)  # as much as it takes
-
-
 def worker_ms(index: Index, specs: list[ViewSpec], seed: int, images: int = 256, rounds: int = 5) -> float:
     """CPU time per image of the worker's part, in ms: the median of some rounds, after one that warms up."""
     threads = torch.get_num_threads()
@@ -151,13 +142,6 @@ def worker_ms(index: Index, specs: list[ViewSpec], seed: int, images: int = 256,
     finally:
         torch.set_num_threads(threads)
     return statistics.median(times[1:])
-
-
-def cpu_ms(work: Callable[[np.ndarray], object], samples: np.ndarray) -> float:
-    """CPU time per image that work(samples) takes, in ms."""
-    start = time.process_time()
-    work(samples)
-    return 1e3 * (time.process_time() - start) / len(samples)
 
 
 def load(
@@ -183,7 +167,11 @@ def load(
         pin_memory=device.type == "cuda",
         worker_init_fn=leave_to_parent,
     )
-    stream = _until_a_worker_dies(chunks)
+    batches = _finished(_until_a_worker_dies(chunks), specs, workers, device, in_worker)
+    return _beside_the_step(batches, device) if device.type == "cuda" else batches
+
+
+def _finished(stream, specs, workers, device, in_worker):
     for parts in zip(*[stream] * max(workers, 1), strict=True):  # one chunk of every worker makes a batch
         for part in parts:
             if isinstance(part, RunError):
@@ -197,6 +185,23 @@ def load(
             views.append(view if spec.count == 1 else view.unflatten(0, (-1, spec.count)))
         samples, labels = (torch.cat(x).to(device, non_blocking=True) for x in (samples, labels))
         yield Batch(views, samples, labels, sum(bad, []))
+
+
+def _beside_the_step(batches, device):
+    """Copies and photometric work on a CUDA stream of their own: when a batch is asked for, the device still computes the step
+    before, which was only launched, and does both at once.
+    """
+    side = torch.cuda.Stream(device)
+    while True:
+        with torch.cuda.stream(side):
+            batch = next(batches, None)
+        if batch is None:
+            return
+        step = torch.cuda.current_stream(device)
+        step.wait_stream(side)
+        for x in (*batch.views, batch.index, batch.label):
+            x.record_stream(step)  # or its memory could be given to the next batch while the step reads it
+        yield batch
 
 
 def _until_a_worker_dies(chunks):
