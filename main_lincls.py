@@ -18,7 +18,7 @@ from torch import nn
 from methods import METHODS
 from utils import amp, backbones, checkpoint, dist, optim
 from utils.bad_samples import BadSamples
-from utils.engine import Engine, NotFinite, Place
+from utils.engine import Engine, Place
 from utils.files import write_json
 from utils.flags import (
     Parser,
@@ -183,10 +183,7 @@ def train(args, train_index, val_index, trunk, fc, optimizer, progress, identity
                     batch = next(batches)
                 logits = model(features(trunk, batch.views[0], args.amp))
                 loss = F.cross_entropy(logits, batch.label)
-                try:
-                    stats = engine.update(loss, Place(epoch, step))
-                except NotFinite as failure:
-                    raise RunError(f"{failure}; try a lower --lr or --amp fp32") from None
+                stats = engine.update(loss, Place(epoch, step))
                 stats["top1"] = (logits.argmax(1) == batch.label).float().mean() * 100
                 log.step(step, loss, stats, lr_now, batch.bad)
                 if engine.done(epoch, step + 1):

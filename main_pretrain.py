@@ -22,7 +22,6 @@ from utils.contrast import Step
 from utils.engine import Engine, NotFinite, Place
 from utils.flags import (
     Parser,
-    RunError,
     add_run_flags,
     check_run_flags,
     in_range,
@@ -146,7 +145,10 @@ def main(argv=None):
     if dist.rank() == 0:
         write_config(folder, args, index=index.hash, device=str(device))
     with one_line_ends(PROG):
-        stopped_by = train(args, index, model, optimizer, scaler, start, lr, device)
+        try:
+            stopped_by = train(args, index, model, optimizer, scaler, start, lr, device)
+        except NotFinite as failure:
+            replay.write(failure, folder, args, method, scaler, index.total // args.batch_size)
     del model, method, optimizer  # before their process group: the other way round, torch 2.9 may wait for itself
     dist.teardown()
     if stopped_by:
@@ -194,11 +196,7 @@ def train(args, index, model, optimizer, scaler, start, lr, device):
                 now = Step.at(epoch * steps + step, args.epochs * steps, args.seed)
                 now.seed_torch()
                 loss, stats = model(batch.views, batch.index, now)
-                try:
-                    stats |= engine.update(loss, Place(epoch, step, batch))
-                except NotFinite as failure:
-                    path = replay.write(folder, args, method, scaler, failure.place, steps)
-                    raise RunError(f"{failure}; see --replay {path}, and try a lower --lr or --amp fp32") from None
+                stats |= engine.update(loss, Place(epoch, step, batch))
                 method.commit(now)
                 log.step(step, loss, stats, lr_now, batch.bad)
                 if engine.done(epoch, step + 1):

@@ -216,7 +216,7 @@ def test_main_pretrain__not_finite_loss_stops(images, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         run(images, tmp_path, "--epochs", 3, "--lr", 1e30)
     assert re.fullmatch(
-        "main_pretrain.py: error: the loss or its gradient is not finite in epoch 0, step 1; see --replay .*--lr.*",
+        "main_pretrain.py: error: the loss or its gradient is not finite in epoch 0, step 1; try a lower --lr .*--replay .*",
         capsys.readouterr().err.splitlines()[-1],
     )
 

@@ -22,11 +22,12 @@ class Place(NamedTuple):
     batch: Batch | None = None
 
 
-class NotFinite(Exception):
+class NotFinite(RunError):
     """The loss or the gradient of a step is not finite on some process. Raised on all of them before the step's update."""
 
     def __init__(self, place: Place):
-        super().__init__(f"the loss or its gradient is not finite in epoch {place.epoch}, step {place.step}")
+        where = f"epoch {place.epoch}, step {place.step}"
+        super().__init__(f"the loss or its gradient is not finite in {where}; try a lower --lr or --amp fp32")
         self.place = place
 
 

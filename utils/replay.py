@@ -1,22 +1,25 @@
 """A step whose loss or gradient was not finite: written down with all that it was computed from, and computed again."""
 
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
 from utils import amp, checkpoint, dist
 from utils.contrast import Step
-from utils.engine import Place
+from utils.engine import NotFinite
 from utils.files import atomic
+from utils.flags import RunError
 from utils.log import say
 
 
-def write(folder: Path, args, method: torch.nn.Module, scaler, place: Place, steps: int) -> Path:
-    """Called by all processes with their part of the batch; the first one writes the file. -> its path.
+def write(failure: NotFinite, folder: Path, args, method: torch.nn.Module, scaler, steps: int) -> NoReturn:
+    """Called by all processes, with what each holds of the failed step; the first one writes the file. Raises RunError.
 
     Random numbers are functions of the seed, the number of the step and the process, so these are their state. On CUDA the
     failure is known one step late: weights and batch are the failed step's, queue and key encoder have gone on.
     """
+    place = failure.place
     parts = dist.gather_objects_on_first([view.cpu() for view in place.batch.views])
     samples = dist.gather(place.batch.index)
     path = folder / f"failed_step_{place.epoch:04d}_{place.step:06d}.pth.tar"
@@ -26,9 +29,12 @@ def write(folder: Path, args, method: torch.nn.Module, scaler, place: Place, ste
             "views": [torch.cat(view) for view in zip(*parts, strict=True)], "samples": samples.cpu(),
             "state_dict": checkpoint.prefixed(method), "scaler": scaler.state_dict(),
         }  # fmt: skip
-        with atomic(path) as file:
-            torch.save(content, file)
-    return path
+        try:
+            with atomic(path) as file:
+                torch.save(content, file)
+        except (OSError, RuntimeError) as error:  # torch turns some of the first into the second
+            raise RunError(f"{failure}; {path}, with all it was computed from, cannot be written ({error})") from None
+    raise RunError(f"{failure}, and see --replay {path}")
 
 
 def load(path: str) -> dict:
@@ -63,7 +69,7 @@ def run(method: torch.nn.Module, saved: dict, args, device: torch.device) -> boo
     scaler.scale(loss).backward()
     gradients = {name: p.grad for name, p in method.named_parameters() if p.grad is not None}
     bad = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
-    weights = [name for name, value in method.state_dict().items() if value.is_floating_point() and not value.isfinite().all()]
+    weights = [name for name, value in method.named_parameters() if not value.isfinite().all()]
     again = not loss.isfinite().item() or (bool(bad) and not scaler.is_enabled())
     say(f"epoch {saved['epoch']}, step {saved['step']}, {len(saved['samples'])} images of {saved['processes']} processes: "
         f"loss {loss.item()}")  # fmt: skip
