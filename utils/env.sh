@@ -64,15 +64,16 @@ use_checkpoint() {
     [[ -f $CHECKPOINT ]] || die "no checkpoint $CHECKPOINT: run bash $2 first, or set CHECKPOINT to a file or run folder"
 }
 
-# launch SCRIPT FLAGS...: become one process for each GPU, or a single one. NPROC overrides the number; over several nodes,
-# run the same line on each with NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT set.
+# launch SCRIPT FLAGS...: become one process for each GPU, or a single one. NPROC overrides the number. Over several nodes, run
+# the same line on each with NNODES, NODE_RANK and MASTER_ADDR set (and MASTER_PORT, if 29500 is taken). MAX_RESTARTS: how often
+# torchrun starts all processes again, from the last checkpoint, when one was lost.
 launch() {
     NPROC=${NPROC:-$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
-    local torchrun=("$PYTHON" -m torch.distributed.run --nproc_per_node "$NPROC")
+    local torchrun=("$PYTHON" -m torch.distributed.run --nproc_per_node "$NPROC" --max_restarts "${MAX_RESTARTS:-0}")
     if ((${NNODES:-1} > 1)); then
-        exec "${torchrun[@]}" --nnodes "$NNODES" --node_rank "${NODE_RANK:?}" \
-            --master_addr "${MASTER_ADDR:?}" --master_port "${MASTER_PORT:-29500}" "$@"
-    elif ((NPROC > 1)); then
+        exec "${torchrun[@]}" --nnodes "$NNODES" --rdzv_backend c10d --rdzv_id "${RDZV_ID:-pretrain}" \
+            --rdzv_endpoint "${MASTER_ADDR:?}:${MASTER_PORT:-29500}" --rdzv_conf "is_host=$((${NODE_RANK:?} == 0))" "$@"
+    elif ((NPROC > 1 || ${MAX_RESTARTS:-0} > 0)); then
         exec "${torchrun[@]}" --standalone "$@"
     else
         exec "$PYTHON" "$@"
