@@ -12,6 +12,7 @@ from helpers import build, method_args, random_views, spawn
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import normalize
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import main_pretrain
 from methods import METHODS
@@ -304,25 +305,58 @@ def test_forward__other_trunks(variant, arch, flags):
         assert names == [f"{prefix}.{i}.{part}" for i in (0, 2) for part in ("weight", "bias")]
 
 
+def fake_cuda():
+    try:
+        torch.empty(1, device="cuda").uniform_()
+    except RuntimeError:  # torch 2.9 built for CUDA, on a machine without its driver
+        return False
+    return True
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses what makes the host wait for the GPU: a copy there that is not asynchronous. (Fake tensors refuse to be read.)"""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if (
+            function is torch.ops.aten._to_copy.default
+            and torch.device(kwargs.get("device") or args[0].device) != args[0].device
+        ):
+            assert kwargs.get("non_blocking"), f"the host waits for a copy of {tuple(args[0].shape)} to {kwargs['device']}"
+        if function is torch.ops.aten.copy_.default and args[0].device.type != args[1].device.type:
+            assert (*args, kwargs.get("non_blocking", False))[2], f"the host waits for a copy of {tuple(args[1].shape)}"
+        return function(*args, **kwargs)
+
+
 @variants
-def test_forward__all_tensors_are_on_the_gpu(variant):
+def test_forward__all_tensors_are_on_the_gpu_and_nothing_waits_for_it(variant):
     """Without a GPU: fake tensors know their device and refuse to mix them. (Backward would need a real device.)"""
     args = method_args(*VARIANTS[variant])
     with FakeTensorMode():
-        try:
-            torch.empty(1, device="cuda").uniform_()
-        except RuntimeError as error:  # torch 2.9 built for CUDA, on a machine without its driver
-            pytest.skip(f"this torch has no fake CUDA: {str(error).splitlines()[0]}")
+        if not fake_cuda():
+            pytest.skip("this torch has no fake CUDA")
         with torch.device("cuda"):
             method = METHODS[args.method](args).train()
             views = inputs_like(variant)
-        loss, stats = method(views, None, Step.at(0, 10, 0))
+        with NoWaiting():
+            loss, stats = method(views, None, Step.at(0, 10, 0))
+            method.commit(Step.at(0, 10, 0))
     assert {value.device.type for value in [loss, *stats.values(), method.queue]} == {"cuda"}
+
+
+def test_no_waiting__sees_a_copy_that_waits():
+    with FakeTensorMode():
+        if not fake_cuda():
+            pytest.skip("this torch has no fake CUDA")
+        with NoWaiting():
+            torch.zeros(2).to("cuda", non_blocking=True)
+            with pytest.raises(AssertionError, match="waits"):
+                torch.zeros(2).to("cuda")
 
 
 def inputs_like(variant):
     shapes = [(8, 3, 64, 64), (8, 3, 64, 64), (8, 4, 3, 32, 32)]
-    return [torch.empty(shape) for shape in (shapes[:2] if variant == "moco" else shapes)]
+    return [torch.empty(shape, dtype=torch.uint8) for shape in (shapes[:2] if variant == "moco" else shapes)]
 
 
 @pytest.mark.parametrize("name, local", [("moco", 0), ("moco", 4), ("mosrep", 4)])
