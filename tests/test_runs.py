@@ -160,6 +160,19 @@ def test_main_pretrain__config_tells_the_run(images, tmp_path):
     assert config["index"] == index and config["versions"].keys() >= {"python", "torch", "torchvision", "timm"}
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # of torch's compiler itself
+@pytest.mark.parametrize("method", ["moco", "mosrep"])
+def test_main_pretrain__compiled_encoders_are_the_same_encoders(images, tmp_path, monkeypatch, method):
+    """Names in checkpoints stay, and so does the result, with the compiler's tracing but not its slow code generation."""
+    plain, compiled, real = run(images, tmp_path / "plain", method=method), [], torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(self) or real(self, backend="eager"))
+    traced = run(images, tmp_path / "compiled", "--compile", method=method)
+    assert len(compiled) == (2 if method == "moco" else 4)
+    assert traced["state_dict"].keys() == plain["state_dict"].keys()
+    for name, value in plain["state_dict"].items():
+        assert torch.allclose(traced["state_dict"][name].float(), value.float(), rtol=1e-3, atol=1e-4), name
+
+
 # ---------------------------------------------------------------- several processes
 
 

@@ -43,6 +43,7 @@ def open_run(folder: str, resume: str | None) -> Path | None:
     except OSError as error:
         raise ValueError(f"--output-dir {folder}: {error.strerror}; pass a folder you may write to") from None
     there = [p for p in (folder / LATEST, *saved_in(folder)) if p.exists()]
+    there.sort(key=lambda p: p.stat().st_mtime_ns, reverse=True)  # a run may have been killed before it moved LATEST on
     if resume is None and there:
         raise ValueError(f"--output-dir {folder}: holds a run already; pass --resume auto to continue it, or another folder")
     if resume not in (None, "auto") and there and Path(resume).resolve().parent != folder.resolve():
