@@ -139,8 +139,8 @@ def test_launchers__no_checkpoint_is_one_line(project):
         ),
         (
             {"NPROC": "8", "NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "first"},
-            "-m torch.distributed.run --nproc_per_node 8 --max_restarts 0 --nnodes 2 --rdzv_backend c10d --rdzv_id pretrain "
-            "--rdzv_endpoint first:29500 --rdzv_conf is_host=0 main.py --lr 1",
+            "-m torch.distributed.run --nproc_per_node 8 --max_restarts 0 --nnodes 2 --node_rank 1 "
+            "--master_addr first --master_port 29500 main.py --lr 1",
         ),
     ],
 )

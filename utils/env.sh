@@ -71,8 +71,9 @@ launch() {
     NPROC=${NPROC:-$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
     local torchrun=("$PYTHON" -m torch.distributed.run --nproc_per_node "$NPROC" --max_restarts "${MAX_RESTARTS:-0}")
     if ((${NNODES:-1} > 1)); then
-        exec "${torchrun[@]}" --nnodes "$NNODES" --rdzv_backend c10d --rdzv_id "${RDZV_ID:-pretrain}" \
-            --rdzv_endpoint "${MASTER_ADDR:?}:${MASTER_PORT:-29500}" --rdzv_conf "is_host=$((${NODE_RANK:?} == 0))" "$@"
+        # its static rendezvous: an agent of the c10d one waits for minutes for a host that it has lost
+        exec "${torchrun[@]}" --nnodes "$NNODES" --node_rank "${NODE_RANK:?}" \
+            --master_addr "${MASTER_ADDR:?}" --master_port "${MASTER_PORT:-29500}" "$@"
     elif ((NPROC > 1 || ${MAX_RESTARTS:-0} > 0)); then
         exec "${torchrun[@]}" --standalone "$@"
     else
