@@ -1,0 +1,140 @@
+"""Runs that are killed, at any moment and in any way, and started again."""
+
+import os
+import random
+import re
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from runs import TWO, Run, metrics, pretrain, steps, without_clock
+
+from utils import checkpoint
+
+pytestmark = pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes in /proc")
+SAVING = ["--save-steps", "2", "--epochs", "3"]
+# every save takes a while, so that one can be met; each process writes down the samples of each of its steps
+SLOW = """
+import time, torch
+real = torch.save
+def save(content, file):
+    real(content, file)
+    time.sleep(0.3)
+torch.save = save
+"""
+TELLING = """
+from methods import METHODS
+from utils import dist
+def telling(forward):
+    def told(self, views, index, step):
+        with open(f"{folder}/samples-{{dist.rank()}}", "a") as file:
+            file.write(f"{{step.number}} {{' '.join(map(str, index.tolist()))}}\\n")
+        return forward(self, views, index, step)
+    return told
+METHODS["mosrep"].forward = telling(METHODS["mosrep"].forward)
+METHODS["moco"].forward = telling(METHODS["moco"].forward)
+"""
+
+
+def state(folder):
+    saved = torch.load(folder / checkpoint.LATEST, weights_only=True)
+    return {name: saved[name] for name in ("epoch", "step", "state_dict", "optimizer", "scaler")}
+
+
+def same(a, b):
+    """Equal to the last bit, however nested."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+@pytest.fixture(scope="module")
+def unbroken(images, tmp_path_factory):
+    """Folders of runs of two processes that nothing happened to."""
+    runs = {}
+
+    def run(method):
+        if method not in runs:
+            folder = runs[method] = tmp_path_factory.mktemp(method)
+            before = TELLING.format(folder=folder)
+            with Run(folder, pretrain(images, folder / "run", *SAVING, method=method), TWO, before=before) as whole:
+                assert whole.end() == 0, whole.said()
+        return runs[method]
+
+    return run
+
+
+@pytest.mark.parametrize("method", ["moco", "mosrep"])
+def test_main_pretrain__killed_three_times_it_is_the_unbroken_run(images, tmp_path, unbroken, method):
+    """With SIGKILL, all its processes: twice at a random step, once while a checkpoint is being written."""
+    out, rng = tmp_path / "run", random.Random(method)
+    moments = [f"step {rng.randrange(1, 4)}", "save", f"step {rng.randrange(1, 4)}"]
+    for moment in moments:
+        before, (word, *number) = len(steps(out)), moment.split()
+        with Run(tmp_path, pretrain(images, out, *SAVING, method=method), TWO, before=SLOW) as run:
+            if word == "save":
+                run.until(lambda: len(steps(out)) > before and list(out.glob(".checkpoint_*.tmp")))
+            else:
+                run.until(lambda: len(steps(out)) >= min(13, before + int(number[0])))
+            run.kill()
+            assert word != "save" or list(out.glob(".checkpoint_*.tmp"))  # it was in the middle
+    with Run(tmp_path, pretrain(images, out, *SAVING, method=method), TWO) as run:
+        assert run.end() == 0, run.said()
+    whole = unbroken(method) / "run"
+    assert same(state(out), state(whole))
+    assert steps(out) == [(epoch, step) for epoch in range(3) for step in range(5)]
+    assert without_clock(metrics(out)) == without_clock(metrics(whole))
+    assert not list(out.glob(".*.tmp"))
+
+
+@pytest.mark.parametrize("method", ["moco", "mosrep"])
+def test_main_pretrain__goes_on_with_another_number_of_processes(images, tmp_path, unbroken, method):
+    """From two processes to one: the same global batches from the same step on, and the same losses but for rounding."""
+    whole, folder = unbroken(method), tmp_path
+    inside = sorted((whole / "run").glob("checkpoint_0002_*"))[0]
+    first = 10 + int(re.search(r"_(\d+)\.", inside.name)[1])
+    argv = pretrain(images, folder / "run", *SAVING, "--resume", inside, "--bn-splits", "2", method=method)
+    with Run(folder, argv, before=TELLING.format(folder=folder)) as run:
+        assert run.end() == 0, run.said()
+
+    def batches(folder, processes):
+        parts = [(folder / f"samples-{rank}").read_text().splitlines() for rank in range(processes)]
+        split = [[line.split() for line in part] for part in parts]
+        return {int(lines[0][0]): [sample for line in lines for sample in line[1:]] for lines in zip(*split, strict=True)}
+
+    wanted, got = batches(whole, 2), batches(folder, 1)
+    assert list(got) == list(range(first, 15)) and all(got[number] == wanted[number] for number in got)
+    old, new = metrics(whole / "run")[first:], metrics(folder / "run")
+    assert [line["loss"] for line in new] == pytest.approx([line["loss"] for line in old], rel=1e-3)
+    assert new[0]["loss"] == pytest.approx(old[0]["loss"], rel=1e-5)
+
+
+def test_main_pretrain__torchrun_starts_all_again_when_one_is_killed(images, tmp_path, unbroken):
+    out = tmp_path / "run"
+    with Run(tmp_path, pretrain(images, out, *SAVING), [*TWO, "--max-restarts", "1"], before=SLOW) as run:
+        run.until(lambda: len(steps(out)) >= 4)
+        os.kill(run.workers()[1], signal.SIGKILL)
+        assert run.end() == 0, run.said()
+        assert run.said().count("5 steps an epoch") == 2
+    assert same(state(out), state(unbroken("moco") / "run"))
+    assert without_clock(metrics(out)) == without_clock(metrics(unbroken("moco") / "run"))
+
+
+def test_main_pretrain__a_lost_process_ends_the_others(images, tmp_path):
+    """It is there, but does not answer."""
+    out = tmp_path / "run"
+    with Run(tmp_path, pretrain(images, out, "--epochs", "99", "--dist-timeout", "8"), TWO) as run:
+        run.until(lambda: len(steps(out)) >= 3)
+        lost, start = run.workers()[1], time.monotonic()
+        os.kill(lost, signal.SIGSTOP)
+        run.until(lambda: "--dist-timeout" in run.said(), timeout=45)
+        os.kill(lost, signal.SIGKILL)
+        assert run.end(timeout=45) != 0 and time.monotonic() - start > 7
+    lines = [line for line in run.said().splitlines() if "main_pretrain.py: error" in line]
+    assert len(lines) == 1 and "another process was lost, or took longer than --dist-timeout: " in lines[0]

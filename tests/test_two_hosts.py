@@ -1,0 +1,64 @@
+"""Two hosts, as network namespaces with a cable between them that is pulled out."""
+
+import os
+import shutil
+import subprocess
+import time
+
+import pytest
+from runs import TORCHRUN, Run, pretrain, steps
+
+HOSTS = {"10.77.33.1": "one", "10.77.33.2": "two"}
+
+
+@pytest.fixture
+def hosts():
+    """Prefixes of commands that run on either host."""
+    if os.geteuid() or not shutil.which("ip"):
+        pytest.skip("needs root and the command ip (iproute2)")
+    names = [f"test-{os.getpid()}-{name}" for name in HOSTS.values()]
+    commands = [f"ip netns add {name}" for name in names]
+    commands += [f"ip link add cable netns {names[0]} type veth peer name cable netns {names[1]}"]
+    for name, address in zip(names, HOSTS, strict=True):
+        commands += [
+            f"ip -n {name} addr add {address}/24 dev cable",
+            f"ip -n {name} link set lo up",
+            f"ip -n {name} link set cable up",
+        ]
+    try:
+        for command in commands:
+            done = subprocess.run(command.split(), capture_output=True, text=True)
+            if done.returncode:
+                pytest.skip(f"no network namespaces here: {command}: {done.stderr.strip()}")
+        yield names
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+def test_two_hosts__a_link_that_breaks_ends_both_and_the_run_goes_on_later(images, tmp_path, hosts):
+    out, epochs = tmp_path / "run", 14
+    flags = ["--epochs", epochs, "--save-steps", 2, "--dist-timeout", 8]
+
+    def start(rank):
+        torchrun = [*TORCHRUN, "--nnodes", 2, "--node_rank", rank, "--nproc_per_node", 1]
+        torchrun += ["--master_addr", "10.77.33.1", "--master_port", 29511]
+        on_host = ["ip", "netns", "exec", hosts[rank]]
+        return Run(tmp_path, pretrain(images, out, *flags), torchrun, on_host, GLOO_SOCKET_IFNAME="cable")
+
+    with start(0) as one, start(1) as two:
+        one.until(lambda: len(steps(out)) >= 7)
+        subprocess.run(["ip", "-n", hosts[0], "link", "set", "cable", "down"], check=True)
+        cut = time.monotonic()
+        for host in (one, two):
+            assert host.end(timeout=60) != 0
+            assert "another process was lost, or took longer than --dist-timeout" in host.said()
+        assert time.monotonic() - cut < 45  # the timeout, and what torchrun takes to end
+    done = len(steps(out))
+    assert 7 <= done < 5 * epochs
+
+    subprocess.run(["ip", "-n", hosts[0], "link", "set", "cable", "up"], check=True)
+    with start(0) as one, start(1) as two:
+        assert one.end() == two.end() == 0, one.said() + two.said()
+        assert f"epochs {(done - 2) // 5}" in one.said() + two.said() or f"epochs {done // 5}" in one.said() + two.said()
+    assert steps(out) == [(epoch, step) for epoch in range(epochs) for step in range(5)]
