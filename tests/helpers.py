@@ -21,6 +21,7 @@ from methods import METHODS
 from utils import dist
 
 TINY = ["--arch", "tiny_resnet", "--size", "64", "--moco-dim", "16", "--moco-k", "32", "--batch-size", "8"]
+SMALL = {"moco": TINY, "mosrep": [*TINY, "--shift-range", "14"]}  # flags of each method
 
 # timm has tiny trunks of its own (test_resnet, test_convnext), but not yet in the oldest release that requirements.txt allows
 default_cfgs = generate_default_cfgs({"tiny_resnet.x": {"classifier": "fc"}, "tiny_convnext.x": {"classifier": "head.fc"}})
@@ -40,12 +41,13 @@ def tiny_convnext(pretrained=False, **kwargs):
     return build_model_with_cfg(ConvNeXt, "tiny_convnext", pretrained, **model)
 
 
+def tiny(method):
+    return ["--method", method, *SMALL[method]]
+
+
 def method_args(name, *flags):
     """What main_pretrain.py makes of `--method name flags`: a tiny trunk, the CPU, no data set. Later flags win."""
-    shift = ["--shift-range", "14"] if name == "mosrep" else []
-    return main_pretrain.get_args(
-        ["--method", name, "--shards", "none", "--device", "cpu", "--amp", "fp32", *TINY, *shift, *flags]
-    )
+    return main_pretrain.get_args([*tiny(name), "--shards", "none", "--device", "cpu", "--amp", "fp32", *flags])
 
 
 def build(name, *flags, seed=0):

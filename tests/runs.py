@@ -9,10 +9,11 @@ import sys
 import time
 from pathlib import Path
 
+from helpers import tiny
+
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'tests'}:{ROOT}"}
-SMALL = ["--size", "64", "--device", "cpu", "--amp", "fp32", "--workers", "0", "--print-freq", "1"]
-TINY = ["--arch", "tiny_resnet", "--moco-dim", "16", "--moco-k", "32", "--batch-size", "8", *SMALL]
+FLAGS = ["--device", "cpu", "--amp", "fp32", "--workers", "0", "--print-freq", "1"]
 TORCHRUN = ["-m", "torch.distributed.run"]
 TWO = [*TORCHRUN, "--standalone", "--nproc_per_node", "2"]
 # tiny trunks exist in tests only; `before` may change what runs
@@ -96,9 +97,7 @@ def children():
 
 
 def pretrain(images, out, *flags, method="moco"):
-    shift = ["--shift-range", "14"] if method == "mosrep" else []
-    fixed = ["--method", method, "--shards", f"{images}/train", "--output-dir", out, "--resume", "auto", *TINY, *shift]
-    return ["pretrain", *fixed, *flags]
+    return ["pretrain", *tiny(method), *FLAGS, "--shards", f"{images}/train", "--output-dir", out, "--resume", "auto", *flags]
 
 
 def metrics(folder):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import TINY, spawn
+from helpers import spawn, tiny
 
 import main_pretrain
 from moco.builder import MoCo
@@ -16,7 +16,7 @@ from utils.contrast import Step
 from utils.engine import Engine, NotFinite, Place, Votes
 
 CPU = torch.device("cpu")
-FLAGS = [*TINY, "--device", "cpu", "--amp", "fp32", "--workers", "0", "--print-freq", "1", "--save-steps", "2"]
+FLAGS = ["--device", "cpu", "--amp", "fp32", "--workers", "0", "--print-freq", "1", "--save-steps", "2"]
 
 
 def engine_of(optimizer, folder="none", scaler=None, **flags):
@@ -129,8 +129,7 @@ def test_update__a_fused_optimizer_leaves_it_out_by_itself():
 
 
 def train(images, out, method, *flags):
-    shift = ["--shift-range", "14"] if method == "mosrep" else []
-    argv = ["--method", method, "--shards", f"{images}/train", "--epochs", "2", "--output-dir", str(out), *FLAGS, *shift]
+    argv = [*tiny(method), *FLAGS, "--shards", f"{images}/train", "--epochs", "2", "--output-dir", str(out)]
     try:
         main_pretrain.main([*argv, *map(str, flags)])
     except SystemExit as stop:

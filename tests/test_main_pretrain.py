@@ -9,19 +9,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import TINY
+from helpers import TINY, tiny
 
 import main_pretrain
 from utils import checkpoint
 
 ROOT = Path(__file__).parent.parent
-FLAGS = [*TINY, "--device", "cpu", "--amp", "fp32", "--workers", "0", "--print-freq", "2"]
+COMMON = ["--device", "cpu", "--amp", "fp32", "--workers", "0", "--print-freq", "2"]
+FLAGS = [*TINY, *COMMON]
 
 
 def run(images, out, *flags, method="moco"):
-    shift = ["--shift-range", "14"] if method == "mosrep" else []
     main_pretrain.main(
-        ["--method", method, "--shards", f"{images}/train", "--output-dir", str(out), *FLAGS, *shift, *map(str, flags)]
+        [*tiny(method), "--shards", f"{images}/train", "--output-dir", str(out), *COMMON, *map(str, flags)]
     )
     return checkpoint.load(out / checkpoint.LATEST, "--resume")
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from runs import TWO, Run, metrics, pretrain, steps, without_clock
 
+from methods import METHODS
 from utils import checkpoint
 
 pytestmark = pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes in /proc")
@@ -33,8 +34,8 @@ def telling(forward):
             file.write(f"{{step.number}} {{' '.join(map(str, index.tolist()))}}\\n")
         return forward(self, views, index, step)
     return told
-METHODS["mosrep"].forward = telling(METHODS["mosrep"].forward)
-METHODS["moco"].forward = telling(METHODS["moco"].forward)
+for method in METHODS.values():
+    method.forward = telling(method.forward)
 """
 
 
@@ -70,20 +71,25 @@ def unbroken(images, tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("method", ["moco", "mosrep"])
+def killed(images, tmp_path, method, moment):
+    """A run of which all processes die at once: so many steps on, or in the middle of a save."""
+    out = tmp_path / "run"
+    before, saving = len(steps(out)), lambda: list(out.glob(".checkpoint_*.tmp"))
+    with Run(tmp_path, pretrain(images, out, *SAVING, method=method), TWO, before=SLOW) as run:
+        if moment == "save":
+            run.until(lambda: len(steps(out)) > before and saving())
+        else:
+            run.until(lambda: len(steps(out)) >= min(13, before + moment))
+        run.kill()
+        assert moment != "save" or saving()
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_main_pretrain__killed_three_times_it_is_the_unbroken_run(images, tmp_path, unbroken, method):
     """With SIGKILL, all its processes: twice at a random step, once while a checkpoint is being written."""
     out, rng = tmp_path / "run", random.Random(method)
-    moments = [f"step {rng.randrange(1, 4)}", "save", f"step {rng.randrange(1, 4)}"]
-    for moment in moments:
-        before, (word, *number) = len(steps(out)), moment.split()
-        with Run(tmp_path, pretrain(images, out, *SAVING, method=method), TWO, before=SLOW) as run:
-            if word == "save":
-                run.until(lambda: len(steps(out)) > before and list(out.glob(".checkpoint_*.tmp")))
-            else:
-                run.until(lambda: len(steps(out)) >= min(13, before + int(number[0])))
-            run.kill()
-            assert word != "save" or list(out.glob(".checkpoint_*.tmp"))  # it was in the middle
+    for moment in (rng.randrange(1, 4), "save", rng.randrange(1, 4)):
+        killed(images, tmp_path, method, moment)
     with Run(tmp_path, pretrain(images, out, *SAVING, method=method), TWO) as run:
         assert run.end() == 0, run.said()
     whole = unbroken(method) / "run"
@@ -93,7 +99,7 @@ def test_main_pretrain__killed_three_times_it_is_the_unbroken_run(images, tmp_pa
     assert not list(out.glob(".*.tmp"))
 
 
-@pytest.mark.parametrize("method", ["moco", "mosrep"])
+@pytest.mark.parametrize("method", METHODS)
 def test_main_pretrain__goes_on_with_another_number_of_processes(images, tmp_path, unbroken, method):
     """From two processes to one: the same global batches from the same step on, and the same losses but for rounding."""
     whole, folder = unbroken(method), tmp_path

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import webdataset
-from helpers import TINY, spawn
+from helpers import spawn, tiny
 from PIL import Image
 
 import main_lincls
@@ -21,11 +21,11 @@ import main_pretrain
 from utils import amp, checkpoint, dist
 
 ROOT = Path(__file__).parent.parent
-COMMON = [*TINY, "--device", "cpu", "--amp", "fp32", "--workers", "0", "--print-freq", "1"]
+COMMON = ["--device", "cpu", "--amp", "fp32", "--workers", "0", "--print-freq", "1"]
 
 
 def flags_of(method):
-    return ["--method", method, *COMMON, *(["--shift-range", "14"] if method == "mosrep" else [])]
+    return [*tiny(method), *COMMON]
 
 
 def run(images, out, *flags, method="moco"):
