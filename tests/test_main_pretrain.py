@@ -20,9 +20,7 @@ FLAGS = [*TINY, *COMMON]
 
 
 def run(images, out, *flags, method="moco"):
-    main_pretrain.main(
-        [*tiny(method), "--shards", f"{images}/train", "--output-dir", str(out), *COMMON, *map(str, flags)]
-    )
+    main_pretrain.main([*tiny(method), "--shards", f"{images}/train", "--output-dir", str(out), *COMMON, *map(str, flags)])
     return checkpoint.load(out / checkpoint.LATEST, "--resume")
 
 

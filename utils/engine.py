@@ -142,10 +142,10 @@ class Engine:
 
     def finish(self) -> None:
         """Wait for the last checkpoint. Raises RunError if it could not be written."""
-        if failure := self.saver.wait():
-            reason = str(failure).splitlines()[0]
-            raise RunError(f"--output-dir {self.saver.folder}: the last checkpoint could not be written ({reason}); make room, "
-                           "and start the same command again: it goes on from the one before")  # fmt: skip
+        if self.saver.wait():
+            raise RunError(f"--output-dir {self.saver.folder}: the last checkpoint could not be written "
+                           f"({self.saver.reason()}); make room, and start the same command again: it goes on from the one "
+                           "before")  # fmt: skip
 
     def _vote(self, place, bad):
         due = dist.rank() == 0 and self.saver.due()

@@ -41,16 +41,20 @@ class Saver:
             self.thread.join()
         return self.failure
 
+    def reason(self) -> str:
+        """Of the last failure, in one line."""
+        return str(self.failure).splitlines()[0]
+
     def _write(self, content):
         path = self.folder / checkpoint.name_of(content["epoch"], content["step"])
         try:
             write(path, content)
             self._tidy()
             self.failure = None
-        except (OSError, RuntimeError) as error:  # torch turns some of the first into the second
-            self.failure = error
-            reason = str(error).splitlines()[0]
-            say(f"warning: {path} could not be written ({reason}); training goes on, the next save tries again")
+        except (OSError, RuntimeError) as error:
+            # torch's own error about a file that takes no more hides the system's, which says why
+            self.failure = error.__context__ if isinstance(error.__context__, OSError) else error
+            say(f"warning: {path} could not be written ({self.reason()}); training goes on, the next save tries again")
 
     def _tidy(self):
         ends = ((path, checkpoint.epoch_at_end(path)) for path in checkpoint.saved_in(self.folder))

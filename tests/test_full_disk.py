@@ -1,0 +1,108 @@
+"""Runs whose output folder is a file system of a few megabytes that fills up."""
+
+import os
+import signal
+import subprocess
+
+import pytest
+import torch
+from helpers import tiny
+from runs import FLAGS, metrics, steps
+
+import main_pretrain
+from methods import METHODS
+from utils import saver
+from utils.checkpoint import saved_in
+from utils.contrast import Step
+
+# TensorBoard's own thread ends with a traceback when its file takes no more; the log then goes on without it
+pytestmark = pytest.mark.filterwarnings("ignore:Exception in thread Thread-:pytest.PytestUnhandledThreadExceptionWarning")
+SAVING = [*FLAGS, "--epochs", "3", "--save-steps", "2"]
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A folder on a tmpfs of 16 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", folder]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs root and the right to mount a tmpfs")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def train(images, out, method, *flags):
+    """-> the exit code."""
+    try:
+        main_pretrain.main([*tiny(method), *SAVING, "--shards", f"{images}/train", "--output-dir", str(out), *flags])
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def checkpoints(out):
+    return {path.name: torch.load(path, weights_only=True) for path in out.glob("checkpoint*")}
+
+
+def test_main_pretrain__a_full_disk_stops_no_run(images, disk, capsys):
+    """All checkpoints are to stay, which are too many: training goes on, what is there loads, and the end says it."""
+    assert train(images, disk, "moco", "--keep", "99", "--save-steps", "1") == 2
+    captured = capsys.readouterr()
+    warnings = [line for line in captured.out.splitlines() if "could not be written" in line]
+    assert warnings and all("No space left on device" in line for line in warnings)
+    assert f"main_pretrain.py: error: --output-dir {disk}: the last checkpoint could not be written" in captured.err
+    there = checkpoints(disk)
+    assert 2 <= len(there) < 16 and not list(disk.glob(".*"))
+    place = max((saved["epoch"], saved["step"]) for saved in there.values())
+    assert (there["checkpoint_latest.pth.tar"]["epoch"], there["checkpoint_latest.pth.tar"]["step"]) == place
+    seen = steps(disk)  # as far as there was room, without gaps
+    assert seen == [(epoch, step) for epoch in range(3) for step in range(5)][: len(seen)] and max(seen) >= place
+
+    for path in saved_in(disk)[2:]:  # what the message asks for
+        path.unlink()
+    whole = disk.parent / "whole"
+    assert train(images, whole, "moco") == train(images, disk, "moco", "--resume", "auto") == 0
+    assert steps(disk) == steps(whole) == [(epoch, step) for epoch in range(3) for step in range(5)]
+    a, b = (torch.load(folder / "checkpoint_latest.pth.tar", weights_only=True)["state_dict"] for folder in (disk, whole))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_main_pretrain__a_disk_that_is_full_for_a_while(images, disk, capsys, monkeypatch, method):
+    """The saves of that time are missing, the next one is there, and no line of metrics.jsonl is lost."""
+    filler, commit = disk / "filler", METHODS[method].commit
+
+    def fill_and_clear(self, step: Step):
+        commit(self, step)
+        if step.number == 3:
+            with pytest.raises(OSError, match="No space"), open(filler, "wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(4096))
+        if step.number == 11:
+            filler.unlink()
+
+    monkeypatch.setattr(METHODS[method], "commit", fill_and_clear)
+    assert train(images, disk, method) == 0
+    out = capsys.readouterr().out
+    assert "checkpoint_0001.pth.tar could not be written" in out
+    assert steps(disk) == [(epoch, step) for epoch in range(3) for step in range(5)] and len(metrics(disk)) == 15
+    there = checkpoints(disk)
+    assert len(there) == 4 and "checkpoint_0001.pth.tar" not in there  # the newest three, and their second name
+    assert there["checkpoint_0002.pth.tar"]["epoch"] == there["checkpoint_latest.pth.tar"]["epoch"] == 3
+
+
+def test_main_pretrain__stopped_while_the_disk_is_full_is_an_error(images, disk, monkeypatch, capsys):
+    """A signal's save that fails must not look like one that was completed: the scheduler would count on it."""
+    monkeypatch.setattr(saver, "write", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    commit = METHODS["moco"].commit
+
+    def asked(self, step: Step):
+        commit(self, step)
+        if step.number == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(METHODS["moco"], "commit", asked)
+    assert train(images, disk, "moco") == 2
+    assert f"error: --output-dir {disk}: the last checkpoint could not be written" in capsys.readouterr().err
+    assert len(steps(disk)) == 3

@@ -1,0 +1,223 @@
+"""Checkpoints beside training: whole or not at all, the newest kept, the newest good one found again."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from utils import checkpoint, files, saver
+from utils.saver import Saver, write
+
+LATEST = checkpoint.LATEST
+
+
+def content(epoch, step=0, value=0.0):
+    return {"epoch": epoch, "step": step, "state_dict": {"w": torch.full((1000,), value)}}
+
+
+def value(path):
+    return torch.load(path, weights_only=True)["state_dict"]["w"][0].item()
+
+
+def names(folder):
+    return sorted(p.name for p in Path(folder).iterdir())
+
+
+@pytest.fixture
+def gate(monkeypatch):
+    """Holds every write of a checkpoint until it is set."""
+    gate, real = threading.Event(), torch.save
+    monkeypatch.setattr(torch, "save", lambda *args: (gate.wait(20), real(*args)))
+    yield gate
+    gate.set()
+
+
+def test_save__writes_what_was_there_when_it_was_asked(tmp_path, gate):
+    """It returns at once; what training changes afterwards is not in the file."""
+    keeper, state = Saver(tmp_path, 3, 0), content(1, 2, 5.0)
+    state["nested"] = [{"m": torch.ones(3)}, (torch.zeros(2), "x")]
+    keeper.save(state)
+    assert not list(tmp_path.glob("checkpoint*"))
+    state["state_dict"]["w"].fill_(9)
+    state["nested"][0]["m"].zero_()
+    state["epoch"] = 8
+    gate.set()
+    assert keeper.wait() is None
+    saved = torch.load(tmp_path / LATEST, weights_only=True)
+    assert (saved["epoch"], saved["step"], value(tmp_path / LATEST)) == (1, 2, 5.0)
+    assert saved["nested"][0]["m"].tolist() == [1, 1, 1] and saved["nested"][1][1] == "x"
+    assert names(tmp_path) == ["checkpoint_0001_000002.pth.tar", LATEST]
+
+
+def test_save__at_most_one_is_in_flight(tmp_path, gate):
+    keeper, order = Saver(tmp_path, 3, 0), []
+    keeper.save(content(0, 1))
+    second = threading.Thread(target=lambda: (keeper.save(content(0, 2)), order.append("second")))
+    second.start()
+    time.sleep(0.1)
+    assert not order and not list(tmp_path.glob("checkpoint_*"))
+    gate.set()
+    second.join()
+    keeper.wait()
+    assert torch.load(tmp_path / LATEST, weights_only=True)["step"] == 2
+
+
+def test_due__after_so_many_minutes_and_not_while_one_is_written(tmp_path, monkeypatch, gate):
+    now = [1000.0]
+    monkeypatch.setattr(saver.time, "monotonic", lambda: now[0])
+    keeper, never = Saver(tmp_path, 3, 15), Saver(tmp_path, 3, 0)
+    due = []
+    for minutes in (0, 14.9, 0.2):
+        now[0] += 60 * minutes
+        due.append(keeper.due())
+    keeper.save(content(0, 1))
+    now[0] += 60 * 99
+    assert due == [False, False, True] and not keeper.due() and not never.due()
+    gate.set()
+    keeper.wait()
+    assert keeper.due()
+
+
+@pytest.mark.parametrize(
+    "keep, every, left",
+    [
+        (3, 0, ["0002", "0002_000002", "0003_000002"]),
+        (1, 2, ["0001", "0003_000002"]),
+        (2, 1, ["0000", "0001", "0002", "0002_000002", "0003_000002"]),
+    ],
+)
+def test_tidy__keeps_the_newest_and_those_of_every_so_many_epochs(tmp_path, keep, every, left):
+    keeper = Saver(tmp_path, keep, 0, every)
+    for epoch in range(3):
+        keeper.save(content(epoch, 2))
+        keeper.save(content(epoch + 1))
+    keeper.save(content(3, 2))
+    keeper.wait()
+    assert names(tmp_path) == [*(f"checkpoint_{name}.pth.tar" for name in left), LATEST]
+    assert torch.load(tmp_path / LATEST, weights_only=True)["epoch"] == 3
+
+
+@pytest.mark.parametrize("when", ["torch.save", "os.fsync", "os.replace"])
+def test_save__that_fails_leaves_the_earlier_ones_and_says_so(tmp_path, monkeypatch, capsys, when):
+    keeper = Saver(tmp_path, 3, 0)
+    keeper.save(content(0, 1, 1.0))
+    keeper.wait()
+
+    def full(first, *rest):
+        if when == "torch.save":
+            rest[0].write(b"half")
+        raise OSError(28, "No space left on device")
+
+    module, name = when.split(".")
+    with monkeypatch.context() as patch:
+        patch.setattr({"torch": torch, "os": os}[module], name, full)
+        keeper.save(content(0, 2, 2.0))
+        assert keeper.wait().errno == 28
+    assert names(tmp_path) == ["checkpoint_0000_000001.pth.tar", LATEST] and value(tmp_path / LATEST) == 1
+    out = capsys.readouterr().out
+    assert f"warning: {tmp_path}/checkpoint_0000_000002.pth.tar could not be written ([Errno 28] No space left" in out
+    keeper.save(content(0, 3, 3.0))
+    assert keeper.wait() is None and value(tmp_path / LATEST) == 3
+
+
+KILLED = """
+import os, signal, sys, torch
+from pathlib import Path
+from utils.saver import write
+real = {target}
+def die(*args):
+    real(*args) if {after} else args[-1].write(b"half") if hasattr(args[-1], "write") else None
+    os.kill(os.getpid(), signal.SIGKILL)
+{target} = die
+write(Path(sys.argv[1]) / "checkpoint_0000_000002.pth.tar", {{"epoch": 0, "step": 2, "state_dict": {{"w": 2 * torch.ones(9)}}}})
+"""
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("target", ["torch.save", "os.fsync", "os.replace", "os.link"])
+def test_write__killed_at_any_point_leaves_a_whole_newest(tmp_path, target, after):
+    """Either file is whole, --resume auto finds one of them, and removes what was under way."""
+    write(tmp_path / "checkpoint_0000_000001.pth.tar", content(0, 1, 1.0))
+    script = KILLED.format(target=target, after=after)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    done = subprocess.run([sys.executable, "-c", script, tmp_path], env=environment, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    newest = checkpoint.open_run(tmp_path, "auto")
+    replaced = target == "os.link" or (target == "os.replace" and after)
+    assert value(newest) == (2 if replaced else 1) and value(tmp_path / LATEST) == 1
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_second_name__is_a_link_or_a_copy(tmp_path, monkeypatch, links):
+    if not links:
+        monkeypatch.setattr(files.os, "link", lambda *_: (_ for _ in ()).throw(OSError(95, "Operation not supported")))
+    for step in (1, 2):
+        write(tmp_path / checkpoint.name_of(0, step), content(0, step, float(step)))
+    newest = tmp_path / checkpoint.name_of(0, 2)
+    assert newest.samefile(tmp_path / LATEST) == links and newest.read_bytes() == (tmp_path / LATEST).read_bytes()
+    assert len(names(tmp_path)) == 3
+
+
+# ---------------------------------------------------------------- which one --resume auto takes
+
+
+def three(folder):
+    """Three checkpoints, and the name of the newest."""
+    for step in (1, 2, 3):
+        write(folder / checkpoint.name_of(0, step), content(0, step, float(step)))
+    return [folder / checkpoint.name_of(0, step) for step in (1, 2, 3)]
+
+
+def cut(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip(path):
+    """Change one byte of a tensor; the size and the directory of the file stay right."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("damage", [cut, flip, empty])
+def test_open_run__falls_back_to_the_one_before_and_names_both(tmp_path, capsys, damage):
+    first, second, third = three(tmp_path)
+    damage(third)  # LATEST is the same file
+    assert checkpoint.open_run(tmp_path, "auto") == second
+    line, *more = capsys.readouterr().out.splitlines()
+    assert not more and str(third.parent) in line and "is damaged" in line and f"going on from {second}" in line
+    damage(second)
+    assert checkpoint.open_run(tmp_path, "auto") == first
+    assert capsys.readouterr().out.count("warning: ") == 2
+    damage(first)
+    with pytest.raises(ValueError, match="there is no other checkpoint; pass --resume PATH") as error:
+        checkpoint.open_run(tmp_path, "auto")
+    assert all(str(path) in str(error.value) for path in (first, second))
+
+
+def test_open_run__a_copy_named_latest_may_be_the_good_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(files.os, "link", lambda *_: (_ for _ in ()).throw(OSError(95, "Operation not supported")))
+    third = three(tmp_path)[-1]
+    cut(third)
+    os.utime(tmp_path / LATEST, (1, 1))
+    assert value(checkpoint.open_run(tmp_path, "auto")) == 2
+    os.utime(tmp_path / LATEST)
+    assert value(checkpoint.open_run(tmp_path, "auto")) == 3
+
+
+def test_open_run__goes_on_from_an_older_one_of_the_same_folder_and_then_from_what_was_written_last(tmp_path):
+    first = three(tmp_path)[0]
+    assert checkpoint.open_run(tmp_path, first) == first
+    write(tmp_path / checkpoint.name_of(0, 2), content(0, 2, 7.0))  # the second try
+    assert value(checkpoint.open_run(tmp_path, "auto")) == 7
