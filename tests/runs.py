@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import torch
 from helpers import tiny
 
 ROOT = Path(__file__).parent.parent
@@ -115,3 +116,14 @@ def steps(folder):
 
 def without_clock(lines):
     return [{name: value for name, value in line.items() if name not in ("images_per_s", "data_wait")} for line in lines]
+
+
+def same(a, b):
+    """Equal to the last bit, however nested."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b

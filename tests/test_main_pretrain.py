@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import TINY, tiny
+from runs import metrics, same, without_clock
 
 import main_pretrain
 from utils import checkpoint
@@ -22,17 +23,6 @@ FLAGS = [*TINY, *COMMON]
 def run(images, out, *flags, method="moco"):
     main_pretrain.main([*tiny(method), "--shards", f"{images}/train", "--output-dir", str(out), *COMMON, *map(str, flags)])
     return checkpoint.load(out / checkpoint.LATEST, "--resume")
-
-
-def same(a, b):
-    """Equal to the last bit, however nested."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 
 def weights(saved):
@@ -142,7 +132,7 @@ def test_main_pretrain__mosaic_takes_four_images(images, tmp_path, capsys):
 def test_main_pretrain__continues_in_the_middle_of_an_epoch(images, tmp_path, workers, method):
     """From every step that was saved: the weights of the unbroken run, and the rest of its log."""
     whole = run(images, tmp_path / "whole", "--epochs", 2, "--save-steps", 2, "--keep", 9, "--print-freq", 1, method=method)
-    lines = read_metrics(tmp_path / "whole")
+    lines = metrics(tmp_path / "whole")
     names = {p.name for p in (tmp_path / "whole").glob("checkpoint*")}
     inside = {"checkpoint_0000_000002.pth.tar", "checkpoint_0000_000004.pth.tar", "checkpoint_0001_000001.pth.tar",
               "checkpoint_0001_000003.pth.tar"}  # fmt: skip
@@ -154,16 +144,7 @@ def test_main_pretrain__continues_in_the_middle_of_an_epoch(images, tmp_path, wo
         part = run(images, out, "--epochs", 2, *flags, method=method)
         assert same(weights(part), weights(whole))
         start = tuple(map(int, re.findall(r"_(\d+)", name)))
-        assert [known(line) for line in read_metrics(out)] == [known(x) for x in lines if (x["epoch"], x["step"]) >= start]
-
-
-def read_metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def known(line):
-    """What of a line does not depend on the clock."""
-    return {name: value for name, value in line.items() if name not in ("images_per_s", "data_wait")}
+        assert without_clock(metrics(out)) == without_clock(x for x in lines if (x["epoch"], x["step"]) >= start)
 
 
 @pytest.mark.parametrize("flag, value", [("--batch-size", 4), ("--lanes", 4), ("--seed", 5)])

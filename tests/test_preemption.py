@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import TWO, Run, metrics, pretrain, steps, without_clock
+from runs import TWO, Run, metrics, pretrain, same, steps, without_clock
 
 from methods import METHODS
 from utils import checkpoint
@@ -42,17 +42,6 @@ for method in METHODS.values():
 def state(folder):
     saved = torch.load(folder / checkpoint.LATEST, weights_only=True)
     return {name: saved[name] for name in ("epoch", "step", "state_dict", "optimizer", "scaler")}
-
-
-def same(a, b):
-    """Equal to the last bit, however nested."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,237 @@
+"""Signals to any process: all of them stop at the same step, saved, and go on later as if nothing had been."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import spawn, tiny
+from runs import FLAGS, TWO, Run, metrics, pretrain, same, steps, without_clock
+
+import main_lincls
+import main_pretrain
+from methods import METHODS
+from utils import checkpoint, dist, engine
+from utils.contrast import Step
+from utils.signals import TOGETHER, Signals, exit_code
+
+NAMED = {"SIGTERM": 0, "SIGUSR1": 0, "SIGINT": 130}  # and the exit code of a run that has saved
+WHOLE = [(epoch, step) for epoch in range(2) for step in range(5)]
+PROBE = ["--pretrained", "random", "--arch", "tiny_resnet", "--size", "64", "--batch-size", "8", "--lr", "3.2", "--trust", "0"]
+
+
+def ended(main, argv):
+    """The exit code of a main function."""
+    try:
+        main([str(word) for word in argv])
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def train(images, out, method, *flags):
+    argv = [*tiny(method), *FLAGS, "--shards", f"{images}/train", "--epochs", "2", "--output-dir", out, *flags]
+    return ended(main_pretrain.main, argv)
+
+
+def interrupted(images, out, method, name, number, rank=0):
+    """A run in which the process `rank` gets a signal in step `number`."""
+    commit = METHODS[method].commit
+
+    def and_signal(self, step: Step):
+        commit(self, step)
+        if step.number == number and dist.rank() == rank:
+            os.kill(os.getpid(), getattr(signal, name))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(METHODS[method], "commit", and_signal)
+        return train(images, out, method)
+
+
+def latest(folder):
+    return torch.load(folder / checkpoint.LATEST, weights_only=True)
+
+
+def state(folder):
+    return {name: latest(folder)[name] for name in ("epoch", "step", "state_dict", "optimizer")}
+
+
+@pytest.fixture(scope="module")
+def unbroken(images, tmp_path_factory):
+    """Folders of runs that nobody has interrupted, of so many processes."""
+    runs = {}
+
+    def run(method, processes=1):
+        if (method, processes) not in runs:
+            folder = runs[method, processes] = tmp_path_factory.mktemp("unbroken")
+            code = [train(images, folder, method)] if processes == 1 else spawn(train, images, folder, method)
+            assert not any(code)
+        return runs[method, processes]
+
+    return run
+
+
+@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("method", METHODS)
+def test_main_pretrain__a_signal_saves_and_the_run_goes_on(images, tmp_path, unbroken, method, name):
+    handlers = [signal.getsignal(number) for number in (15, 10, 2)]
+    assert interrupted(images, tmp_path, method, name, 6) == NAMED[name]
+    # heard after step 6, told to all in the vote of step 7
+    assert (latest(tmp_path)["epoch"], latest(tmp_path)["step"]) == (1, 3) and steps(tmp_path)[-1] == (1, 2)
+    assert [signal.getsignal(number) for number in (15, 10, 2)] == handlers
+    assert train(images, tmp_path, method, "--resume", "auto") == 0
+    assert steps(tmp_path) == WHOLE and same(state(tmp_path), state(unbroken(method)))
+    assert without_clock(metrics(tmp_path)) == without_clock(metrics(unbroken(method)))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("method", METHODS)
+def test_main_pretrain__a_signal_to_one_process_stops_all_at_the_same_step(images, tmp_path, unbroken, method, rank):
+    assert spawn(interrupted, images, tmp_path, method, "SIGUSR1", 1, rank) == [0, 0]
+    assert (latest(tmp_path)["epoch"], latest(tmp_path)["step"]) == (0, 3) and steps(tmp_path)[-1] == (0, 2)
+    assert spawn(train, images, tmp_path, method, "--resume", "auto") == [0, 0]
+    assert steps(tmp_path) == WHOLE and same(state(tmp_path), state(unbroken(method, 2)))
+
+
+@pytest.mark.parametrize("number", [3, 4, 8, 9])
+def test_main_pretrain__a_signal_at_the_end_of_an_epoch_or_of_the_run(images, tmp_path, unbroken, number):
+    """In the last step but one, and in the last one, which no other follows."""
+    assert interrupted(images, tmp_path, "moco", "SIGTERM", number) == 0
+    assert steps(tmp_path)[-1] == divmod(min(number + 1, 9), 5)
+    assert train(images, tmp_path, "moco", "--resume", "auto") == 0
+    assert steps(tmp_path) == WHOLE and same(state(tmp_path)["state_dict"], state(unbroken("moco"))["state_dict"])
+
+
+# ---------------------------------------------------------------- the probe
+
+
+def probe(images, out, *flags):
+    splits = ["--train-shards", f"{images}/train", "--val-shards", f"{images}/val"]
+    return ended(main_lincls.main, [*PROBE, *FLAGS, *splits, "--epochs", "2", "--output-dir", out, *flags])
+
+
+def probe_interrupted(images, out, where, number, rank=0):
+    """The call `number` of the engine's function `where` comes with a signal to one process."""
+    real, calls = getattr(engine.Engine, where), []
+
+    def and_signal(self, *args):
+        calls.append(None)
+        if len(calls) == number and dist.rank() == rank:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine.Engine, where, and_signal)
+        return probe(images, out)
+
+
+def result(folder):
+    return {name: value for name, value in json.loads((folder / "result.json").read_text()).items() if name != "protocol"}
+
+
+@pytest.mark.parametrize(
+    "where, number, place", [("done", 2, (0, 3)), ("asked_to_stop", 2, (0, 5)), ("asked_to_stop", 3, (1, 5))]
+)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_main_lincls__a_signal_saves_and_the_probe_goes_on(images, tmp_path, processes, where, number, place):
+    """In training, and in an evaluation, which is done again from its start."""
+    out, whole, last = tmp_path / "out", tmp_path / "whole", processes - 1
+    if processes == 1:
+        codes = [probe_interrupted(images, out, where, number), probe(images, whole)]
+    else:
+        codes = [*spawn(probe_interrupted, images, out, where, number, last), *spawn(probe, images, whole)]
+    assert not any(codes) and (latest(out)["epoch"], latest(out)["step"]) == place and not (out / "result.json").exists()
+    again = [probe(images, out, "--resume", "auto")] if processes == 1 else spawn(probe, images, out, "--resume", "auto")
+    assert not any(again) and same(latest(out)["state_dict"], latest(whole)["state_dict"])
+    assert result(out) == result(whole) and without_clock(metrics(out)) == without_clock(metrics(whole))
+
+
+# ---------------------------------------------------------------- real processes
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_main_pretrain__a_signal_to_the_whole_group(images, tmp_path, name):
+    """As a terminal's Ctrl-C, or a scheduler's end: loader workers leave the answer to their training process."""
+    out = tmp_path / "run"
+    with Run(tmp_path, pretrain(images, out, "--epochs", "999", "--workers", "2")) as run:
+        run.until(lambda: len(steps(out)) >= 3 and len(run.pids()) >= 3)
+        os.killpg(run.process.pid, getattr(signal, name))
+        assert run.end(30) == NAMED[name]
+    told = steps(out)
+    assert latest(out)["epoch"] * 5 + latest(out)["step"] == len(told) and "Traceback" not in run.said()
+
+
+def test_main_pretrain__a_signal_to_one_worker_under_torchrun(images, tmp_path):
+    """torchrun sees processes that have ended well: 0."""
+    out = tmp_path / "run"
+    with Run(tmp_path, pretrain(images, out, "--epochs", "999"), TWO) as run:
+        run.until(lambda: len(steps(out)) >= 3)
+        os.kill(run.workers()[1], signal.SIGUSR1)
+        assert run.end(30) == 0, run.said()
+    assert latest(out)["epoch"] * 5 + latest(out)["step"] == len(steps(out))
+
+
+def test_main_pretrain__torchrun_passes_sigterm_on(images, tmp_path):
+    """A scheduler may send it to all processes, of which torchrun's agent is one: it comes to the others twice."""
+    out = tmp_path / "run"
+    with Run(tmp_path, pretrain(images, out, "--epochs", "999"), TWO) as run:
+        run.until(lambda: len(steps(out)) >= 3)
+        os.killpg(run.process.pid, signal.SIGTERM)
+        assert run.end(40) != 0  # the agent's own code for a signal
+    assert latest(out)["epoch"] * 5 + latest(out)["step"] == len(steps(out))
+    assert "main_pretrain.py: error" not in run.said()
+
+
+WAITING = """
+import os, signal, sys, time
+from utils.signals import Signals
+with Signals() as signals:
+    print("ready", flush=True)
+    end = time.monotonic() + 30
+    while time.monotonic() < end:
+        if signals.received:
+            print("heard", signals.received, flush=True)
+            signals.received = signals.received or 0
+        time.sleep(0.05)
+"""
+
+
+@pytest.mark.parametrize("torchrun, name", [(False, "SIGTERM"), (False, "SIGUSR1"), (False, "SIGINT"), (True, "SIGTERM")])
+def test_signals__the_second_ends_the_process_at_once(torchrun, name):
+    """Under torchrun only one that comes later than the agent's copy of the first."""
+    number, environment = getattr(signal, name), os.environ | {"PYTHONPATH": str(Path(main_pretrain.__file__).parent)}
+    environment |= {"TORCHELASTIC_RUN_ID": "1"} if torchrun else {}
+    with subprocess.Popen(
+        [sys.executable, "-c", WAITING], env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(number)
+        assert process.stdout.readline() == f"heard {int(number)}\n" and process.poll() is None
+        if torchrun:
+            process.send_signal(number)
+            time.sleep(0.3)
+            assert process.poll() is None
+            time.sleep(TOGETHER)
+        process.send_signal(number)
+        process.stdout.read()
+        assert process.wait(5) == -number
+
+
+def test_signals__handlers_are_put_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with Signals() as signals:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.received == signal.SIGTERM and signal.getsignal(signal.SIGTERM) != before
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_exit_code__is_told_in_the_readme():
+    readme = (Path(main_pretrain.__file__).parent / "README.md").read_text()
+    assert {name: exit_code(getattr(signal, name)) for name in NAMED} == NAMED
+    assert all(re.search(rf"\b{name}\b", readme) for name in NAMED) and "130" in readme
