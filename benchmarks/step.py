@@ -26,6 +26,7 @@ import mosrep.builder
 from methods import METHODS
 from moco.builder import MoCo
 from utils import amp, dist, optim
+from utils.checkpoint import bare
 from utils.contrast import Step
 from utils.cpu import keep_freed_memory
 from utils.engine import Engine, Place
@@ -54,15 +55,8 @@ def form(pipe, args, case, plain):
     """One form's process: builds the method, says so, then computes a step for each number that it is sent."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     device = dist.setup(args.device)
-    flags = ["--arch", args.arch, "--size", str(args.size), "--batch-size", str(args.batch_size), "--moco-k", str(args.moco_k)]
-    flags += [
-        "--amp",
-        "fp32" if plain else amp.resolve(args.amp, device),
-        *(["--compile"] if args.compile and not plain else []),
-    ]
-    if case == "mosrep":
-        flags += ["--shift-range", str(args.size * 48 // 224)]
-    flags = main_pretrain.get_args(["--shards", "none", "--method", *CASES[case], *flags])
+    flags = flags_of(args, case, "fp32" if plain else amp.resolve(args.amp, device), args.batch_size)
+    flags.compile = args.compile and not plain
     if plain:
         straightforward()
     elif device.type == "cpu":
@@ -85,6 +79,14 @@ def form(pipe, args, case, plain):
     pipe.send((peak / 1e6, pixels[0] / (args.batch_size * args.size**2 * pixels[1])))
 
 
+def flags_of(args, case, amp_name, batch_size):
+    """What main_pretrain.py makes of a case's flags."""
+    flags = ["--arch", args.arch, "--size", args.size, "--batch-size", batch_size, "--moco-k", args.moco_k, "--amp", amp_name]
+    if case == "mosrep":
+        flags += ["--shift-range", args.size * 48 // 224]
+    return main_pretrain.get_args(["--shards", "none", "--method", *CASES[case], *map(str, flags)])
+
+
 def random_views(specs, n, device):
     rng = torch.Generator().manual_seed(0)
     shapes = [(n, *([s.count] if s.count > 1 else []), 3, s.size, s.size) for s in specs]
@@ -105,26 +107,26 @@ def count_pixels(method):
     return seen
 
 
-def default_step(method, flags, device):
+def default_step(model, flags, device):
     """What main_pretrain.py does in a step."""
-    optimizer = optim.sgd(method.parameters(), 0.01, flags.momentum, flags.weight_decay)
+    optimizer = optim.sgd(model.parameters(), 0.01, flags.momentum, flags.weight_decay)
     engine = Engine(flags, 1, optimizer, amp.scaler(flags.amp), None, device, None)
 
     def step(views, now):
-        loss, _ = method(views, None, now)
+        loss, _ = model(views, None, now)
         engine.update(loss, Place(0, now.number))
-        method.commit(now)
+        bare(model).commit(now)
 
     return step
 
 
-def plain_step(method, flags, device):
-    parameters = [p for p in method.parameters() if p.requires_grad]
+def plain_step(model, flags, device):
+    parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(parameters, 0.01, flags.momentum, weight_decay=flags.weight_decay, foreach=False)
 
     def step(views, now):
-        loss, _ = method([normalized(view) for view in views], None, now)
-        method.commit(now)
+        loss, _ = model([normalized(view) for view in views], None, now)
+        bare(model).commit(now)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

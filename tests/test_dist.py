@@ -3,6 +3,7 @@
 import os
 import time
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as td
@@ -47,7 +48,7 @@ def permute_everything():
     for shape, dtype in SLICES:
         x = global_batch(dist.world(), shape, dtype)
         for name, permutation in PERMUTATIONS.items():
-            order = permutation(len(x))
+            order = np.asarray(permutation(len(x)))
             wanted = torch.stack([x[i] for i in order.tolist()])
             got = dist.permute(mine(x), order)
             assert got.dtype == dtype

@@ -66,12 +66,12 @@ def shuffled_keys(key_forward: Callable, x_k: torch.Tensor, rng: np.random.Gener
     statistics come from other images than its query's; the keys are gathered and put back. A view travels once, to where it is
     needed, in the dtype it has: uint8 from the loader.
     """
-    permutation = torch.from_numpy(rng.permutation(dist.world() * len(x_k)))
+    permutation = rng.permutation(dist.world() * len(x_k))
     dealt = dist.permute(x_k, permutation)
     with torch.inference_mode():
         keys = key_forward(dealt)
     keys = dist.gather(keys.clone())  # tensors of inference mode cannot take part in a loss
-    return keys[torch.argsort(permutation).to(keys.device, non_blocking=True)]
+    return keys[dist.on_device(np.argsort(permutation), keys.device)]
 
 
 @torch.no_grad()

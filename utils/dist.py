@@ -4,6 +4,7 @@ import os
 from datetime import timedelta
 from inspect import signature
 
+import numpy as np
 import torch
 import torch.distributed as td
 from torch import nn
@@ -113,26 +114,31 @@ def gather(x: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def permute(x: torch.Tensor, permutation: torch.Tensor) -> torch.Tensor:
+def permute(x: torch.Tensor, permutation: np.ndarray) -> torch.Tensor:
     """This process's slice of the global batch (rank order) reordered by `permutation`, known to every process.
 
-    x: n x ..., this process's slice. permutation: N = world * n integers on the CPU. Row i of the result over all
-    processes is row permutation[i] of the input over all processes. Each row travels once, straight to its new owner.
+    x: n x ..., this process's slice. permutation: N = world * n integers. Row i of the result over all processes is row
+    permutation[i] of the input over all processes. Each row travels once, straight to its new owner.
     """
     n = x.shape[0]
     if world() == 1:
-        return x[permutation.to(x.device, non_blocking=True)]
+        return x[on_device(permutation, x.device)]
     owner, row = permutation // n, permutation % n
-    slices = owner.view(world(), n)  # who sends each row that process p will hold
+    slices = owner.reshape(world(), n)  # who sends each row that process p will hold
     mine = slices == rank()
-    outgoing = row.view(world(), n)[mine]  # grouped by receiver, in the receiver's order
+    outgoing = row.reshape(world(), n)[mine]  # grouped by receiver, in the receiver's order
     sends = mine.sum(1).tolist()
-    receives = torch.bincount(slices[rank()], minlength=world()).tolist()
+    receives = np.bincount(slices[rank()], minlength=world()).tolist()
     arrived = torch.empty_like(x, memory_format=torch.contiguous_format)
-    td.all_to_all_single(arrived, x[outgoing.to(x.device, non_blocking=True)].contiguous(), receives, sends)
+    td.all_to_all_single(arrived, x[on_device(outgoing, x.device)].contiguous(), receives, sends)
     # rows arrive grouped by sender; a stable sort of the senders tells which place each was meant for
-    place = torch.argsort(slices[rank()], stable=True)
-    return arrived[torch.argsort(place).to(x.device, non_blocking=True)]
+    place = np.argsort(slices[rank()], kind="stable")
+    return arrived[on_device(np.argsort(place), x.device)]
+
+
+def on_device(indices: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Indices that the host has drawn, for tensors on the device, without waiting for it."""
+    return torch.from_numpy(indices).to(device, non_blocking=True)
 
 
 def largest(x: torch.Tensor) -> torch.Tensor:

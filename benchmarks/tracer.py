@@ -1,0 +1,65 @@
+"""What a step's collectives carry and how much memory its tensors hold, counted operation by operation."""
+
+import weakref
+from collections import Counter
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from utils import dist
+
+
+class Tracer(TorchDispatchMode):
+    """Around the building of a model and its steps, with real tensors or with fake ones.
+
+    received: collective -> bytes that reach this process from others; an all-reduce counts as the ring that libraries make of
+    it, 2 (W - 1) / W of its tensors. peak: the most bytes that tensors have held at a time since `start`; what a device's
+    libraries take besides, such as cuDNN's workspace and the allocator's gaps, is not in it.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.received, self.counting, self.held, self.peak, self.known = Counter(), False, 0, 0, set()
+
+    def start(self) -> None:
+        """Begin to count; tensors that are there stay."""
+        self.counting, self.peak = True, self.held
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if self.counting and function.namespace == "c10d":
+            name, received = received_by(function, args)
+            self.received[name] += received
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self._hold(tensor.untyped_storage())
+        return result
+
+    def _hold(self, storage):
+        if storage._cdata not in self.known:
+            self.known.add(storage._cdata)
+            self.held += storage.nbytes()
+            self.peak = max(self.peak, self.held)
+            weakref.finalize(storage, self._release, storage._cdata, storage.nbytes()).atexit = False
+
+    def _release(self, key, size):
+        self.known.discard(key)
+        self.held -= size
+
+
+def received_by(function, args) -> tuple[str, int]:
+    """(the collective's name, bytes that it brings to this process). Raises NotImplementedError for one that is not known."""
+    name, world = function._opname, dist.world()
+    if name == "allreduce_":
+        return "all_reduce", sum(2 * (world - 1) * _bytes(x) // world for x in args[0])
+    if name == "_allgather_base_":
+        return "all_gather", (world - 1) * _bytes(args[1])
+    if name == "alltoall_base_":
+        output, _, _, rows, _ = args[:5]
+        return "all_to_all", (len(output) - rows[dist.rank()]) * (_bytes(output) // len(output))
+    raise NotImplementedError(f"{function}: this collective is not counted yet")
+
+
+def _bytes(x):
+    return x.numel() * x.element_size()
