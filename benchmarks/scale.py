@@ -46,6 +46,8 @@ def simulate(args, plain: bool = False) -> dict[int, dict[str, dict[str, int]]]:
 
     dist.DistributedDataParallel = partial(dist.DistributedDataParallel, init_sync=False)  # which would read contents
     Votes._outcome = lambda *_: [0, 0]  # and so would the host
+    if plain:
+        step.straightforward()
     results = {}
     for processes in args.processes:
         td.init_process_group("fake", rank=0, world_size=processes, store=FakeStore())
@@ -59,8 +61,6 @@ def trace(args, case: str, plain: bool = False, fake: bool = False) -> dict[str,
     """collective -> bytes that reach this process in a step, and `memory`, the bytes that its tensors hold at most."""
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")  # fake tensors are not channels-last
     flags = step.flags_of(args, case, "fp32" if plain else "bf16", args.batch_size * dist.world())
-    if plain:
-        step.straightforward()
     device = torch.device("cpu")
     with Tracer() as tracer:
         method = METHODS[flags.method](flags).train()
