@@ -24,6 +24,7 @@ from utils.flags import (
     Parser,
     RunError,
     add_run_flags,
+    check_batch,
     check_run_flags,
     in_range,
     meaning,
@@ -80,11 +81,7 @@ def check(args, train, val) -> None:
     in_range("--trust", args.trust, 0, 1)
     in_range("--crop-min", args.crop_min, 1e-8, 1)
     in_range("--resize", args.resize, args.size, math.inf)
-    if args.batch_size % dist.world():
-        raise ValueError(f"--batch-size {args.batch_size}: must divide evenly over {dist.world()} processes; "
-                         f"{max(1, args.batch_size // dist.world()) * dist.world()} would do")  # fmt: skip
-    if args.batch_size > train.total:
-        raise ValueError(f"--batch-size {args.batch_size}: larger than the training set of {train.total} images")
+    check_batch(args, train.total)
     for flag, shards, index in (("--train-shards", args.train_shards, train), ("--val-shards", args.val_shards, val)):
         if not index.labelled:
             raise ValueError(f"{flag} {shards}: a linear probe needs labels and these images have none; pass labelled shards")
@@ -134,8 +131,7 @@ def main(argv=None):
         if resume_from:
             progress |= restore(resume_from, args, identity, fc, optimizer)
 
-    frozen = checkpoint.weights_hash(trunk)
-    folder = Path(args.output_dir)
+    frozen, folder = checkpoint.weights_hash(trunk), Path(args.output_dir)
     if dist.rank() == 0:
         write_config(folder, args, train_index=train_index.hash, val_index=val_index.hash, device=str(device))
     say(f"linear probe of {args.arch} from {args.pretrained}: {train_index.total} training and {val_index.total} validation "

@@ -23,6 +23,7 @@ from utils.engine import Engine, NotFinite, Place
 from utils.flags import (
     Parser,
     add_run_flags,
+    check_batch,
     check_run_flags,
     in_range,
     meaning,
@@ -79,14 +80,7 @@ def check(args, samples: int) -> None:
     positive(["--epochs", "--batch-size", "--lr", "--bn-splits", "--save-freq"], args)
     if args.dry_run is not None:
         in_range("--dry-run", args.dry_run, 1e-3, 1e9)
-    groups = dist.world() * args.bn_splits
-    if args.batch_size % groups:
-        raise ValueError(
-            f"--batch-size {args.batch_size}: must divide evenly over {dist.world()} processes x {args.bn_splits} "
-            f"BatchNorm groups; {max(1, args.batch_size // groups) * groups} would do"
-        )
-    if args.batch_size > samples:
-        raise ValueError(f"--batch-size {args.batch_size}: larger than the data set of {samples} images")
+    check_batch(args, samples, args.bn_splits)
     if args.lanes and args.batch_size % args.lanes:
         raise ValueError(f"--lanes {args.lanes}: must divide --batch-size {args.batch_size}")
     METHODS[args.method].check(args, samples)

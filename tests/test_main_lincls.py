@@ -204,7 +204,7 @@ BAD = {
     "another arch": (["--arch", "resnet18"], "does not cover the trunk exactly .* pass the --arch"),
     "no labels": (["--val-shards", "{images}/plain"], "--val-shards .*plain: .*needs labels"),
     "no shards": (["--train-shards", "/nowhere"], "--train-shards /nowhere: "),
-    "large batch": (["--batch-size", "64"], "--batch-size 64: larger than the training set of 40"),
+    "large batch": (["--batch-size", "64"], "--batch-size 64: larger than the data set of 40"),
     "small resize": (["--resize", "32"], "--resize 32: must lie in"),
 }
 

@@ -4,12 +4,13 @@ import os
 import random
 import re
 import signal
+import socket
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from runs import TWO, Run, metrics, pretrain, same, steps, without_clock
+from runs import TORCHRUN, TWO, Run, metrics, pretrain, same, steps, without_clock
 
 from methods import METHODS
 from utils import checkpoint
@@ -119,6 +120,23 @@ def test_main_pretrain__torchrun_starts_all_again_when_one_is_killed(images, tmp
         assert run.said().count("5 steps an epoch") == 2
     assert same(state(out), state(unbroken("moco") / "run"))
     assert without_clock(metrics(out)) == without_clock(metrics(unbroken("moco") / "run"))
+
+
+def test_main_pretrain__two_nodes_start_again_when_one_loses_a_process(images, tmp_path, unbroken):
+    """Two of torchrun's agents on this machine, as utils/env.sh starts them on two."""
+    out = tmp_path / "run"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torchrun = [*TORCHRUN, "--nnodes", 2, "--nproc_per_node", 1, "--max_restarts", 1, "--master_addr", "127.0.0.1"]
+    torchrun += ["--master_port", port, "--node_rank"]
+    command = pretrain(images, out, *SAVING)
+    with Run(tmp_path, command, [*torchrun, 0], before=SLOW) as one, Run(tmp_path, command, [*torchrun, 1]) as two:
+        one.until(lambda: len(steps(out)) >= 4)
+        os.kill(two.workers()[0], signal.SIGKILL)
+        assert one.end() == two.end() == 0, one.said() + two.said()
+        assert one.said().count("5 steps an epoch") == 2
+    assert same(state(out), state(unbroken("moco") / "run"))
 
 
 def test_main_pretrain__a_lost_process_ends_the_others(images, tmp_path):

@@ -35,7 +35,11 @@ def setup(device_flag: str, timeout: float = TIMEOUT) -> torch.device:
         torch.cuda.set_device(device)
     if "WORLD_SIZE" in os.environ and not td.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
-        td.init_process_group(backend, timeout=timedelta(seconds=timeout))
+        limit = timedelta(seconds=timeout)
+        store, rank, world = next(td.rendezvous("env://", timeout=limit))
+        # when torchrun starts all again, what was agreed before may still be in its store
+        store = td.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        td.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
     return device
 
 

@@ -8,8 +8,8 @@ import sys
 
 from torch.distributed import DistError
 
+from utils import dist
 from utils.amp import DTYPES
-from utils.dist import TIMEOUT
 
 
 class RunError(Exception):
@@ -98,7 +98,7 @@ def add_run_flags(parser: Parser, output_dir: str | None, output_help: str) -> N
     add("--save-steps", type=int, default=0, help="steps between two checkpoints, beside that of every epoch; 0 for none")
     add("--save-minutes", type=float, default=15.0, help="minutes without a checkpoint after which one is due; 0 for never")
     add("--keep", type=int, default=3, help="newest checkpoints that stay; older ones are deleted")
-    add("--dist-timeout", type=float, default=TIMEOUT, help="seconds that a process waits for another before all fail")
+    add("--dist-timeout", type=float, default=dist.TIMEOUT, help="seconds that a process waits for another before all fail")
     add("--max-bad", type=float, default=0.01, help="share of the images that may be unusable before the run stops")
     add_shard_flags(parser)
 
@@ -114,6 +114,17 @@ def add_shard_flags(parser: Parser) -> None:
 def shard_flags(args: argparse.Namespace) -> dict:
     """What add_shard_flags has added."""
     return {"cache_dir": args.cache_dir, "allow_pipe": args.allow_pipe, "verify_shards": args.verify_shards}
+
+
+def check_batch(args: argparse.Namespace, samples: int, bn_splits: int = 1) -> None:
+    """A global batch must divide evenly over processes and BatchNorm groups, and not exceed the data set."""
+    groups = dist.world() * bn_splits
+    if args.batch_size % groups:
+        over = f"{dist.world()} processes" + (f" x {bn_splits} BatchNorm groups" if bn_splits > 1 else "")
+        raise ValueError(f"--batch-size {args.batch_size}: must divide evenly over {over}; "
+                         f"{max(1, args.batch_size // groups) * groups} would do")  # fmt: skip
+    if args.batch_size > samples:
+        raise ValueError(f"--batch-size {args.batch_size}: larger than the data set of {samples} images")
 
 
 def check_run_flags(args: argparse.Namespace) -> None:
