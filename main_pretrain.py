@@ -57,9 +57,11 @@ def get_args(argv=None):
     add("--epochs", type=int, default=200, help="times every image is shown")
     add("--batch-size", type=int, default=256, help="images in a step, over all processes together")
     add("--lr", type=float, default=0.03, help="learning rate for a batch of 256; scaled once by batch size / 256")
-    add("--momentum", type=float, default=0.9, help="of SGD")
-    add("--weight-decay", type=float, default=1e-4, help="of SGD, on every parameter")
-    add("--bn-splits", type=int, default=1, help="groups of a process's batch that BatchNorm treats as separate processes")
+    add("--momentum", type=float, default=0.9, help="of SGD and LARS")
+    add("--weight-decay", type=float, default=1e-4, help="of SGD, on every parameter; of LARS, not on biases and BatchNorm")
+    add("--trust", type=float, default=0.0, help="trust coefficient of LARS, layer-wise adaptive rates; 0 is plain SGD")
+    add("--warmup-epochs", type=float, default=0.0, help="in which the learning rate rises linearly from 0, step by step")
+    add("--lr-per", choices=["epoch", "step"], default="epoch", help="after which the learning rate's cosine moves on")
     add("--lanes", type=int,
         help="ranges an epoch is cut into; default: the largest power of two up to 64 that divides the batch")  # fmt: skip
     add("--save-freq", type=int, default=10, help="epochs between two checkpoints that stay")
@@ -69,7 +71,9 @@ def get_args(argv=None):
     add_run_flags(parser, output_dir="output/run", output_help="checkpoints, metrics and configuration go here")
     METHODS[name].add_flags(parser.add_argument_group(f"--method {name}"))
     if failed:
-        flags = failed["flags"] | {"bn_splits": failed["processes"] * failed["flags"]["bn_splits"]}
+        flags = failed["flags"]
+        if "bn_splits" in flags:
+            flags |= {"bn_splits": failed["processes"] * flags["bn_splits"]}
         parser.set_defaults(**{key: value for key, value in flags.items() if key not in ("device", "replay")})
     return parser.parse_args(argv)
 
@@ -77,10 +81,14 @@ def get_args(argv=None):
 def check(args, samples: int) -> None:
     """Raise ValueError for flags that cannot work, naming flag, value and mend, before anything slow."""
     check_run_flags(args)
-    positive(["--epochs", "--batch-size", "--lr", "--bn-splits", "--save-freq"], args)
+    grouped = ["--bn-splits"] if "bn_splits" in args else []
+    positive(["--epochs", "--batch-size", "--lr", "--save-freq", *grouped], args)
+    in_range("--trust", args.trust, 0, 1)
+    if not 0 <= args.warmup_epochs < args.epochs:
+        raise ValueError(f"--warmup-epochs {args.warmup_epochs:g}: must be at least 0 and less than --epochs {args.epochs}")
     if args.dry_run is not None:
         in_range("--dry-run", args.dry_run, 1e-3, 1e9)
-    check_batch(args, samples, args.bn_splits)
+    check_batch(args, samples, getattr(args, "bn_splits", 1))
     if args.lanes and args.batch_size % args.lanes:
         raise ValueError(f"--lanes {args.lanes}: must divide --batch-size {args.batch_size}")
     METHODS[args.method].check(args, samples)
@@ -128,7 +136,7 @@ def main(argv=None):
             resume_from = dist.first_process_does(lambda: checkpoint.open_run(args.output_dir, args.resume))
         method = build(args, device)
         lr = optim.scaled_lr(args.lr, args.batch_size)
-        optimizer = optim.sgd(method.parameters(), lr, args.momentum, args.weight_decay)
+        optimizer = optim.sgd(method.parameters(), lr, args.momentum, args.weight_decay, args.trust, exclude=True)
         scaler = amp.scaler(args.amp)
         if args.dry_run is not None:
             return dry_run(args, index)
@@ -183,11 +191,12 @@ def train(args, index, model, optimizer, scaler, start, lr, device):
         Engine(args, steps, optimizer, scaler, log, device, content, args.save_freq) as engine,
     ):
         for epoch in epochs:
-            lr_now = optim.set_lr(optimizer, optim.cosine(lr, epoch / args.epochs))
             for step in log.epoch(epoch, first_step if epoch == first_epoch else 0):
+                now = Step.at(epoch * steps + step, args.epochs * steps, args.seed)
+                at = epoch + step / steps
+                lr_now = optim.set_lr(optimizer, optim.lr_at(lr, at, args.epochs, args.warmup_epochs, args.lr_per == "step"))
                 with log.waiting():
                     batch = next(batches)
-                now = Step.at(epoch * steps + step, args.epochs * steps, args.seed)
                 now.seed_torch()
                 loss, stats = model(batch.views, batch.index, now)
                 stats |= engine.update(loss, Place(epoch, step, batch))

@@ -2,5 +2,6 @@
 
 from moco.builder import MoCo
 from mosrep.builder import MosRep
+from w2ssl.builder import W2SSL
 
-METHODS = {"mosrep": MosRep, "moco": MoCo}
+METHODS = {"mosrep": MosRep, "moco": MoCo, "w2ssl": W2SSL}

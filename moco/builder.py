@@ -26,6 +26,8 @@ class MoCo(nn.Module):
 
     @staticmethod
     def add_shared_flags(group):
+        group.add_argument("--bn-splits", type=int, default=1,
+                           help="groups of a process's batch that BatchNorm treats as separate processes")  # fmt: skip
         group.add_argument("--size", type=int, default=224, help="side of a global view in pixels; local crops have half of it")
         group.add_argument("--crop-min", type=float, default=0.2, help="smallest area of a global crop, as share of the image")
         group.add_argument("--local-scale", type=float, nargs=2, default=[0.1, 0.6], metavar=("MIN", "MAX"),

@@ -21,7 +21,11 @@ from methods import METHODS
 from utils import dist
 
 TINY = ["--arch", "tiny_resnet", "--size", "64", "--moco-dim", "16", "--moco-k", "32", "--batch-size", "8"]
-SMALL = {"moco": TINY, "mosrep": [*TINY, "--shift-range", "14"]}  # flags of each method
+SMALL = {  # flags of each method
+    "moco": TINY,
+    "mosrep": [*TINY, "--shift-range", "14"],
+    "w2ssl": [*TINY[:4], "--batch-size", "8", "--moco-dim", "16", "--moco-mlp-dim", "32", "--warmup-epochs", "0.4"],
+}
 
 # timm has tiny trunks of its own (test_resnet, test_convnext), but not yet in the oldest release that requirements.txt allows
 default_cfgs = generate_default_cfgs({"tiny_resnet.x": {"classifier": "fc"}, "tiny_convnext.x": {"classifier": "head.fc"}})
@@ -69,6 +73,19 @@ def random_views(n, size=64, local_crops=4, seed=1):
     rng = torch.Generator().manual_seed(seed)
     whole = [torch.randn(n, 3, size, size, generator=rng) for _ in range(2)]
     return [*whole, torch.randn(n, local_crops, 3, size // 2, size // 2, generator=rng)] if local_crops else whole
+
+
+def uint8_views(args, seed=1):
+    """What the loader makes of --batch-size images: random pixels, and who was mirrored where a view tells it."""
+    specs, n, rng = METHODS[args.method].views(args), args.batch_size, torch.Generator().manual_seed(seed)
+    shapes = [(n, *([spec.count] if spec.count > 1 else []), 3, spec.size, spec.size) for spec in specs]
+    views = [torch.randint(0, 256, shape, generator=rng, dtype=torch.uint8) for shape in shapes]
+    return views + [torch.rand(n, spec.count, generator=rng) < 0.5 for spec in specs if spec.flips]
+
+
+def in_two(method):
+    """Flags with which one process does what two would do."""
+    return ["--bn-splits", "2"] if method != "w2ssl" else []  # its BatchNorm spans all processes
 
 
 def spawn(fn, *args, processes=2, timeout=150):

@@ -12,6 +12,7 @@ from shards_helpers import encode, write_members
 
 import main_lincls
 import main_pretrain
+from methods import METHODS
 from utils import backbones, checkpoint, optim
 from utils.bad_samples import BadSamples
 from utils.flags import RunError
@@ -48,13 +49,14 @@ def test_main_lincls__learns_and_tells(images, trained, tmp_path):
     assert result["trunk_sha256"] == checkpoint.weights_hash(trunk)  # BatchNorm statistics included
 
 
-@pytest.mark.parametrize("method", ["moco", "mosrep"])
+@pytest.mark.parametrize("method", METHODS)
 def test_main_lincls__published_protocol_is_the_default(method):
     paths = ["--pretrained", "p", "--train-shards", "t", "--val-shards", "v"]
     args = main_lincls.get_args(["--method", method, *paths])
-    assert (args.epochs, args.batch_size, args.momentum, args.weight_decay, args.trust) == (90, 4096, 0.9, 0.0, 0.001)
+    epochs, batch, trust, lr = (100, 256, 0, 0.1) if method == "w2ssl" else (90, 4096, 0.001, 3.2)
+    assert (args.epochs, args.batch_size, args.momentum, args.weight_decay, args.trust) == (epochs, batch, 0.9, 0.0, trust)
     assert (args.size, args.resize, args.crop_min) == (224, 256, 0.08)
-    assert optim.scaled_lr(args.lr, args.batch_size) == pytest.approx(3.2)
+    assert optim.scaled_lr(args.lr, args.batch_size) == pytest.approx(lr)
 
 
 def test_sgd__layer_wise_rate_is_that_of_a_slow_loop():

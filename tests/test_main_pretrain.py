@@ -13,6 +13,7 @@ from helpers import TINY, tiny
 from runs import metrics, same, without_clock
 
 import main_pretrain
+from methods import METHODS
 from utils import checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -29,16 +30,18 @@ def weights(saved):
     return {k: saved[k] for k in ("epoch", "state_dict", "optimizer", "scaler")}
 
 
-@pytest.mark.parametrize("method", ["moco", "mosrep"])
+@pytest.mark.parametrize("method", METHODS)
 def test_main_pretrain__what_a_run_writes(images, tmp_path, method, capsys):
     saved = run(images, tmp_path, "--epochs", 2, "--save-freq", 1, "--lr", 0.32, method=method)
     out = capsys.readouterr().out
     assert "learning rate 0.32 x 8 / 256 = 0.01" in out
     chance = float(re.search(r"\(chance ([0-9.]+)\)", out)[1])
-    if method == "moco":
-        assert chance == pytest.approx(math.log(1 + 32), abs=1e-3)
-    else:  # the query's loss, and that of tiles which count with their weight
-        assert math.log(8 + 32) < chance < 2 * math.log(8 + 32)
+    low, high = {
+        "moco": [math.log(1 + 32)] * 2,
+        "mosrep": (math.log(8 + 32), 2 * math.log(8 + 32)),  # the query's loss, and that of tiles which count with their weight
+        "w2ssl": [math.log(2) + 2 * math.log(4 * 8 - 1) * 0.3 / 0.07] * 2,
+    }[method]
+    assert low - 1e-3 < chance < high + 1e-3
     assert f"{tmp_path}/" in out and f"bash linear_{method}.sh" in out
 
     names = {p.name for p in tmp_path.iterdir()}
@@ -47,18 +50,20 @@ def test_main_pretrain__what_a_run_writes(images, tmp_path, method, capsys):
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(m["epoch"], m["step"]) for m in lines] == [(0, 1), (0, 3), (0, 4), (1, 1), (1, 3), (1, 4)]
     assert {"loss", "top1", "lr", "images_per_s", "data_wait"} <= lines[0].keys()
-    assert [m["lr"] for m in lines] == pytest.approx([0.01] * 3 + [0.01 * 0.5 * (1 + math.cos(math.pi / 2))] * 3)
+    if method != "w2ssl":  # whose schedule is its own
+        assert [m["lr"] for m in lines] == pytest.approx([0.01] * 3 + [0.01 * 0.5 * (1 + math.cos(math.pi / 2))] * 3)
     config = json.loads((tmp_path / "config.json").read_text())
-    assert config["flags"]["moco_k"] == 32 and len(config["index"]) == 64
+    assert config["flags"]["moco_dim"] == 16 and len(config["index"]) == 64
     assert torch.__version__.startswith(config["versions"]["torch"])
 
     assert (saved["epoch"], saved["arch"], saved["method"]) == (2, "tiny_resnet", method)
     assert all(name.startswith("module.") for name in saved["state_dict"])
-    assert saved["state_dict"]["module.queue"].shape == (16, 32)
-    assert saved["state_dict"]["module.queue_ptr"].tolist() == [2 * 40 % 32]
+    if method != "w2ssl":
+        assert saved["state_dict"]["module.queue"].shape == (16, 32)
+        assert saved["state_dict"]["module.queue_ptr"].tolist() == [2 * 40 % 32]
 
 
-@pytest.mark.parametrize("method", ["moco", "mosrep"])
+@pytest.mark.parametrize("method", METHODS)
 def test_main_pretrain__resumed_run_is_the_unbroken_run(images, tmp_path, method):
     whole = run(images, tmp_path / "whole", "--epochs", 2, "--save-freq", 1, method=method)
     part = tmp_path / "part"
@@ -126,7 +131,7 @@ def test_main_pretrain__mosaic_takes_four_images(images, tmp_path, capsys):
     assert "--batch-size 8: leaves 2 images" in line and "16 would do" in line
 
 
-@pytest.mark.parametrize("method", ["moco", "mosrep"])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_main_pretrain__continues_in_the_middle_of_an_epoch(images, tmp_path, workers, method):
@@ -159,7 +164,7 @@ def test_main_pretrain__inside_an_epoch_the_order_must_stay(images, tmp_path, ca
     assert run(images, tmp_path / "c", *end, "--epochs", 2, flag, value)["epoch"] == 2
 
 
-@pytest.mark.parametrize("method", ["moco", "mosrep"])
+@pytest.mark.parametrize("method", METHODS)
 def test_main_pretrain__photometric_changes_no_result(images, tmp_path, method):
     """Nor does what else is only of where and how."""
     saved = [

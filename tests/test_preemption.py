@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import in_two
 from runs import TORCHRUN, TWO, Run, metrics, pretrain, same, steps, without_clock
 
 from methods import METHODS
@@ -95,7 +96,7 @@ def test_main_pretrain__goes_on_with_another_number_of_processes(images, tmp_pat
     whole, folder = unbroken(method), tmp_path
     inside = sorted((whole / "run").glob("checkpoint_0002_*"))[0]
     first = 10 + int(re.search(r"_(\d+)\.", inside.name)[1])
-    argv = pretrain(images, folder / "run", *SAVING, "--resume", inside, "--bn-splits", "2", method=method)
+    argv = pretrain(images, folder / "run", *SAVING, "--resume", inside, *in_two(method), method=method)
     with Run(folder, argv, before=TELLING.format(folder=folder)) as run:
         assert run.end() == 0, run.said()
 

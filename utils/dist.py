@@ -118,6 +118,39 @@ def gather(x: torch.Tensor) -> torch.Tensor:
     return out
 
 
+# torch's differentiable collectives are called otherwise in each of the releases that we support; these are what they do
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return gather(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return total(gradient.clone(memory_format=torch.contiguous_format)).chunk(world())[rank()]
+
+
+class _Total(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return total(x.clone())
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return total(gradient.clone())
+
+
+def gather_with_gradient(x: torch.Tensor) -> torch.Tensor:
+    """As `gather`; backward sums over processes what each one's loss says of this process's rows."""
+    return _Gather.apply(x) if world() > 1 else x
+
+
+def total_with_gradient(x: torch.Tensor) -> torch.Tensor:
+    """Sum over processes, a new tensor; backward sums what each one's loss says of it."""
+    return _Total.apply(x) if world() > 1 else x
+
+
 def permute(x: torch.Tensor, permutation: np.ndarray) -> torch.Tensor:
     """This process's slice of the global batch (rank order) reordered by `permutation`, known to every process.
 

@@ -33,7 +33,7 @@ class Batch:
     it, and until then a quarter as large.
     """
 
-    views: list[torch.Tensor]
+    views: list[torch.Tensor]  # and behind them, for each spec with `flips`, which were mirrored: n x count bool
     index: torch.Tensor  # n, sample numbers
     label: torch.Tensor  # n, -1 where there is none
     bad: list[dict[str, str]]  # the unusable samples that were met: shard, key, error
@@ -92,7 +92,7 @@ class Chunks(IterableDataset):
             if found is None:
                 continue
             numbers[rows], labels[rows], views = found
-            for view, place in zip(views, [crop[rows, j] for crop in crops for j in range(crop.shape[1])], strict=True):
+            for view, place in zip(views, [place for crop in crops for place in crop[rows]], strict=True):
                 place.copy_(view)
             rows += 1
         ends = np.cumsum([s.count for s in self.specs])[:-1]
@@ -179,10 +179,13 @@ def _finished(stream, specs, workers, device, in_worker):
         crops, parameters, samples, labels, bad = zip(*parts, strict=True)
         views = []
         for i, spec in enumerate(specs):
-            view = _joined([c[i] for c in crops], device)
+            # chunks of n x count x 3 x H x W; pinned each, their sum is not
+            view = torch.cat([c[i].flatten(0, 1).to(device, non_blocking=True) for c in crops])
             if not in_worker:
                 view = photometric(view, torch.cat([p[i] for p in parameters]).view(-1, len(COLUMNS)))
             views.append(view if spec.count == 1 else view.unflatten(0, (-1, spec.count)))
+        told = [torch.cat([p[i] for p in parameters])[..., -1].bool() for i, spec in enumerate(specs) if spec.flips]
+        views += [flips.to(device, non_blocking=True) for flips in told]
         samples, labels = (torch.cat(x).to(device, non_blocking=True) for x in (samples, labels))
         yield Batch(views, samples, labels, sum(bad, []))
 
@@ -212,11 +215,6 @@ def _until_a_worker_dies(chunks):
         if chunks.num_workers:
             time.sleep(10)  # until torch's signal handler names the worker, by a RuntimeError
         raise
-
-
-def _joined(crops, device):
-    """Chunks of n x count x 3 x H x W -> all of their views, on the device."""
-    return torch.cat([crop.flatten(0, 1).to(device, non_blocking=True) for crop in crops])  # pinned each, their sum is not
 
 
 def training_batches(

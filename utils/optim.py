@@ -3,7 +3,6 @@
 import math
 
 import torch
-from timm.optim import Lars
 
 
 def scaled_lr(lr: float, batch: int) -> float:
@@ -16,15 +15,74 @@ def cosine(lr: float, progress: float) -> float:
     return lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def lr_at(lr: float, epoch: float, epochs: int, warmup: float = 0.0, every_step: bool = False) -> float:
+    """The learning rate after `epoch` epochs of `epochs`, a fraction inside one.
+
+    It rises linearly from 0 during the first `warmup` epochs, step by step, and then follows half a cosine to 0, step by step
+    or, as MoCo does, epoch by epoch.
+    """
+    if epoch < warmup:
+        return lr * epoch / warmup
+    return cosine(lr, ((epoch if every_step else max(math.floor(epoch), warmup)) - warmup) / (epochs - warmup))
+
+
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> float:
     for group in optimizer.param_groups:
         group["lr"] = lr
     return lr
 
 
-def sgd(parameters, lr: float, momentum: float, weight_decay: float, trust: float = 0.0) -> torch.optim.Optimizer:
-    """Fused SGD with momentum; with `trust` > 0 each layer's rate is also multiplied by trust |w| / |g| (LARC, no clipping)."""
+class Lars(torch.optim.SGD):
+    """Layer-wise adaptive rates (arXiv 1708.03888, eq. 6): SGD in which a tensor's rate is multiplied by
+    trust |w| / (|g| + weight_decay |w|), without clipping.
+
+    A tensor or a gradient of zeros, and a group with `trust` 0, take the plain rate.
+
+    The update itself is torch's fused one, which can be left out by the device (utils/engine.py), and nothing waits for it.
+    """
+
+    def __init__(self, groups, lr: float, momentum: float, trust: float):
+        super().__init__(groups, lr, momentum=momentum, fused=True)
+        for group in self.param_groups:
+            group.setdefault("trust", trust)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        decays = [group["weight_decay"] for group in self.param_groups]
+        for group in self.param_groups:
+            self._adapt(group, [p for p in group["params"] if p.grad is not None])
+            group["weight_decay"] = 0  # it is in the gradient, which the rate is multiplied with
+        loss = super().step(closure)
+        for group, decay in zip(self.param_groups, decays, strict=True):
+            group["weight_decay"] = decay
+        return loss
+
+    @staticmethod
+    def _adapt(group, parameters):
+        """Turn the gradients into those of plain SGD."""
+        if not parameters:
+            return
+        gradients, decay = [p.grad for p in parameters], group["weight_decay"]
+        sizes = torch.stack(torch._foreach_norm(parameters)), torch.stack(torch._foreach_norm(gradients))
+        if decay:
+            torch._foreach_add_(gradients, parameters, alpha=decay)
+        if group["trust"]:
+            w, g = sizes
+            rate = torch.where((w > 0) & (g > 0), group["trust"] * w / (g + decay * w), 1)
+            torch._foreach_mul_(gradients, list(rate.unbind()))
+
+
+def sgd(
+    parameters, lr: float, momentum: float, weight_decay: float, trust: float = 0.0, exclude: bool = False
+) -> torch.optim.Optimizer:
+    """Fused SGD with momentum; with `trust` > 0 layer-wise adaptive rates.
+
+    exclude: biases and the gains of normalisation layers have neither decay nor adaptive rates.
+    """
     parameters = [p for p in parameters if p.requires_grad]
-    if trust:
-        return Lars(parameters, lr, momentum=momentum, weight_decay=weight_decay, trust_coeff=trust, always_adapt=True)
-    return torch.optim.SGD(parameters, lr, momentum=momentum, weight_decay=weight_decay, fused=True)
+    if not trust:
+        return torch.optim.SGD(parameters, lr, momentum=momentum, weight_decay=weight_decay, fused=True)
+    layers = [p for p in parameters if p.ndim > 1 or not exclude]
+    others = [p for p in parameters if p.ndim <= 1 and exclude]
+    groups = [{"params": layers, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0, "trust": 0.0}]
+    return Lars([group for group in groups if group["params"]], lr, momentum, trust)

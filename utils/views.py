@@ -47,6 +47,8 @@ class ViewSpec:
     solarize_p: float = 0.0
     flip_p: float = 0.5
     resize: int | None = None
+    part: tuple[float, float] = (0.0, 1.0)  # of the image's width, of which the view is cut
+    flips: bool = False  # whether the batch also tells which views were mirrored
 
 
 def moco_v2_view(name: str, size: int, scale: tuple[float, float], count: int = 1) -> ViewSpec:
@@ -63,21 +65,24 @@ def draw(seed: int, epoch: int, sample: int, views: int) -> np.ndarray:
 def crop_box(spec: ViewSpec, u: np.ndarray, height: int, width: int) -> tuple[int, int, int, int]:
     """(top, left, height, width) of a random resized crop: torchvision's rule, with ten tries and its central fallback.
 
-    u: one row of `draw`.
+    Of the part of the image that the view may show. u: one row of `draw`.
     """
+    start, end = (round(share * width) for share in spec.part)
+    start = min(start, width - 1)
+    width = max(1, end - start)
     low, high = math.log(spec.ratio[0]), math.log(spec.ratio[1])
     for area, ratio in zip(u[AREA].tolist(), u[RATIO].tolist(), strict=True):
         area = height * width * (spec.scale[0] + area * (spec.scale[1] - spec.scale[0]))
         ratio = math.exp(low + ratio * (high - low))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 1 <= w <= width and 1 <= h <= height:
-            return int(u[TOP] * (height - h + 1)), int(u[LEFT] * (width - w + 1)), h, w
+            return int(u[TOP] * (height - h + 1)), start + int(u[LEFT] * (width - w + 1)), h, w
     h, w = height, width
     if width / height < spec.ratio[0]:
         h = round(width / spec.ratio[0])
     elif width / height > spec.ratio[1]:
         w = round(height * spec.ratio[1])
-    return (height - h) // 2, (width - w) // 2, h, w
+    return (height - h) // 2, start + (width - w) // 2, h, w
 
 
 def parameters_of(spec: ViewSpec, u: np.ndarray) -> np.ndarray:

@@ -1,0 +1,114 @@
+"""What holds for every method: a pure forward, no device mixed up, no wait for the GPU, no use of the global random state."""
+
+import copy
+import random
+
+import numpy as np
+import pytest
+import torch
+from helpers import build, method_args, uint8_views
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from methods import METHODS
+from utils.contrast import Step
+from utils.photometric import normalized
+
+VARIANTS = {
+    **{name: (name,) for name in METHODS},
+    "multi-crop": ("moco", "--local-crops", "4"),
+    "mosrep, dilated": ("mosrep", "--output-stride", "16"),
+    "w2ssl, flip-aware": ("w2ssl", "--flip-aware-location"),
+}
+variants = pytest.mark.parametrize("variant", VARIANTS)
+
+
+def views_of(variant):
+    return uint8_views(method_args(*VARIANTS[variant]))
+
+
+@variants
+def test_forward__neither_reads_nor_moves_the_global_random_state(variant):
+    views, losses = views_of(variant), []
+    for seed in range(2):
+        method = build(*VARIANTS[variant])
+        random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
+        before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+        losses.append(method(views, None, Step.at(0, 10, 0))[0].item())
+        assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
+    assert losses[0] == losses[1]
+
+
+@variants
+def test_forward__changes_nothing_but_statistics(variant):
+    """What it finds out, commit() does; so a step whose loss turns out bad can be left, and looked at again."""
+    method = build(*VARIANTS[variant])
+    before = copy.deepcopy(method.state_dict())
+    method(views_of(variant), None, Step.at(0, 10, 0))[0].backward()
+    changed = {name for name, value in method.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed and all(
+        name.rpartition(".")[2] in ("running_mean", "running_var", "num_batches_tracked") for name in changed
+    )
+
+
+@variants
+def test_forward__bytes_and_normalised_floats_are_the_same_views(variant):
+    views = views_of(variant)
+    floats = [normalized(view) if view.dtype == torch.uint8 else view for view in views]
+    losses = [build(*VARIANTS[variant])(v, None, Step.at(0, 10, 0))[0].item() for v in (views, floats)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@variants
+def test_stats__take_no_part_in_the_loss(variant):
+    _, stats = build(*VARIANTS[variant])(views_of(variant), None, Step.at(0, 10, 0))
+    assert len(stats) >= 1 and not any(value.requires_grad or value.ndim for value in stats.values())
+
+
+def fake_cuda():
+    try:
+        torch.empty(1, device="cuda").uniform_()
+    except RuntimeError:  # torch 2.9 built for CUDA, on a machine without its driver
+        return False
+    return True
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses what makes the host wait for the GPU: a copy there that is not asynchronous. (Fake tensors refuse to be read.)"""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if (
+            function is torch.ops.aten._to_copy.default
+            and torch.device(kwargs.get("device") or args[0].device) != args[0].device
+        ):
+            assert kwargs.get("non_blocking"), f"the host waits for a copy of {tuple(args[0].shape)} to {kwargs['device']}"
+        if function is torch.ops.aten.copy_.default and args[0].device.type != args[1].device.type:
+            assert (*args, kwargs.get("non_blocking", False))[2], f"the host waits for a copy of {tuple(args[1].shape)}"
+        return function(*args, **kwargs)
+
+
+@variants
+def test_forward__all_tensors_are_on_the_gpu_and_nothing_waits_for_it(variant):
+    """Without a GPU: fake tensors know their device and refuse to mix them. (Backward would need a real device.)"""
+    args = method_args(*VARIANTS[variant])
+    with FakeTensorMode():
+        if not fake_cuda():
+            pytest.skip("this torch has no fake CUDA")
+        with torch.device("cuda"):
+            method = METHODS[args.method](args).train()
+            views = [view.cuda() for view in uint8_views(args)]
+        with NoWaiting():
+            loss, stats = method(views, None, Step.at(0, 10, 0))
+            method.commit(Step.at(0, 10, 0))
+    assert {value.device.type for value in [loss, *stats.values(), *method.buffers()]} == {"cuda"}
+
+
+def test_no_waiting__sees_a_copy_that_waits():
+    with FakeTensorMode():
+        if not fake_cuda():
+            pytest.skip("this torch has no fake CUDA")
+        with NoWaiting():
+            torch.zeros(2).to("cuda", non_blocking=True)
+            with pytest.raises(AssertionError, match="waits"):
+                torch.zeros(2).to("cuda")

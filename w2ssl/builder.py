@@ -1,0 +1,155 @@
+"""W2SSL (Zhao et al., TCSVT 2023, doi 10.1109/TCSVT.2023.3298937): what is shown and where, from montages of half images."""
+
+import argparse
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.functional import normalize
+
+from utils import amp, backbones, checkpoint, dist
+from utils.contrast import Step, ema_, key_copy
+from utils.flags import in_range, positive
+from utils.optim import cosine
+from utils.photometric import normalized
+from utils.sync_bn import synchronized
+from utils.views import ViewSpec
+from w2ssl.losses import supervised_contrastive
+from w2ssl.montage import compose, deal, separate
+
+BASE_TEMPERATURE = 0.07  # the crop loss is multiplied by temperature / this
+
+
+def mlp(*widths: int, last_bn: bool) -> nn.Sequential:
+    """Linear layers without bias, BatchNorm and ReLU between them; `last_bn`: a BatchNorm without gain and bias at the end."""
+    a, b, c = widths
+    layers = [nn.Linear(a, b, bias=False), nn.BatchNorm1d(b), nn.ReLU(), nn.Linear(b, c, bias=False)]
+    return nn.Sequential(*layers, *([nn.BatchNorm1d(c, affine=False)] if last_bn else []))
+
+
+class W2SSL(nn.Module):
+    """Online trunk with a head for crops, a predictor and a location head; trunk and crop head have a moving average."""
+
+    PROBE = {"epochs": 100, "batch_size": 256, "lr": 0.1, "trust": 0.0}
+
+    @staticmethod
+    def add_flags(group):
+        add = group.add_argument
+        add("--size", type=int, default=224, help="side of a montage in pixels; its four crops have half of it")
+        add("--crop-min", type=float, default=0.2, help="smallest area of a crop, as a share of its half of the image")
+        add("--overlap", type=float, default=0.6, help="share of the width that the left and the right half have in common")
+        add("--moco-dim", type=int, default=256, help="dimensions of an embedding")
+        add("--moco-mlp-dim", type=int, default=4096, help="width of the heads' hidden layer")
+        add("--moco-m", type=float, default=0.99, help="momentum of the moving average, at the start")
+        add("--moco-m-cos", action=argparse.BooleanOptionalAction, default=True, help="raise --moco-m to 1 by half a cosine")
+        add("--loss-t", type=float, default=0.3, help="temperature of the crop loss")
+        add("--loss-loc", type=float, default=1.0, help="weight of the location loss")
+        add("--loss-crop", type=float, default=1.0, help="weight of the crop loss")
+        add(
+            "--flip-aware-location",
+            action="store_true",
+            help="a half that is mirrored changes its side; differs from published",
+        )
+        # the paper counts montages, of which there are half as many: this is its batch 256
+        group.set_defaults(batch_size=512, lr=0.6, weight_decay=1e-6, trust=0.001, warmup_epochs=10.0, lr_per="step")
+
+    @staticmethod
+    def check(args, samples):
+        positive(["--size", "--moco-dim", "--moco-mlp-dim", "--loss-t"], args)
+        in_range("--crop-min", args.crop_min, 1e-8, 1)
+        in_range("--overlap", args.overlap, 0, 1)
+        in_range("--moco-m", args.moco_m, 0, 1)
+        for flag, weight in (("--loss-loc", args.loss_loc), ("--loss-crop", args.loss_crop)):
+            in_range(flag, weight, 0, math.inf)
+        if args.loss_loc == args.loss_crop == 0:
+            raise ValueError("--loss-loc 0 --loss-crop 0: nothing would be learned; 1 and 1 are published")
+        if args.flip_aware_location and not args.loss_loc:
+            raise ValueError(
+                "--flip-aware-location: changes the location loss, which --loss-loc 0 leaves out; leave out one of them"
+            )
+        if args.size % 2:
+            raise ValueError(f"--size {args.size}: two crops must fill a side; {args.size + 1} would do")
+        whole = 2 * dist.world()
+        if args.batch_size % whole:
+            raise ValueError(
+                f"--batch-size {args.batch_size}: the halves of its images must fill montages of four, equally many on each of "
+                f"{dist.world()} processes; {max(1, args.batch_size // whole) * whole} would do"
+            )
+
+    @staticmethod
+    def views(args) -> list[ViewSpec]:
+        share = (1 + args.overlap) / 2
+        common = {"jitter": (0.4, 0.4, 0.2, 0.1), "jitter_p": 0.8, "gray_p": 0.2}
+        first = {"blur_p": 1.0, "flips": args.flip_aware_location}
+        return [
+            ViewSpec(f"{half} {number}", args.size // 2, (args.crop_min, 1.0), part=part, **common, **own)
+            for number, own in ((1, first), (2, {"blur_p": 0.1, "solarize_p": 0.2}))
+            for half, part in (("left", (0.0, share)), ("right", (1 - share, 1.0)))
+        ]
+
+    @staticmethod
+    def trunk(state_dict, args):
+        """MoCo-v3's checkpoints have the same names; whatever head they have is called fc..."""
+        state = checkpoint.trunk_state(state_dict)
+        return {name: value for name, value in state.items() if not name.startswith("fc")}
+
+    def __init__(self, args):
+        super().__init__()
+        self.amp, self.size, self.flip_aware = args.amp, args.size, args.flip_aware_location
+        self.m, self.m_cos, self.temperature = args.moco_m, args.moco_m_cos, args.loss_t
+        self.weights = {"loc": args.loss_loc, "crop": args.loss_crop}
+        self.base_encoder, self.momentum_encoder = (backbones.build_trunk(args) for _ in range(2))
+        width = backbones.feature_shape(self.base_encoder, args.arch, args.size, args.size // 2).channels
+        for encoder in (self.base_encoder, self.momentum_encoder):
+            encoder.fc_crop = mlp(width, args.moco_mlp_dim, args.moco_dim, last_bn=True)
+        key_copy(self.base_encoder, self.momentum_encoder)
+        self.predictor = mlp(args.moco_dim, args.moco_mlp_dim, args.moco_dim, last_bn=False)
+        self.fc_loc = nn.Linear(width, 2)
+        synchronized(self)
+
+    def encoders(self):
+        """The modules that --compile compiles."""
+        return [self.base_encoder, self.momentum_encoder]
+
+    def features(self, encoder, montages):  # n/2 x 3 x H x W -> 2n x C, a vector for each crop
+        return separate(encoder(normalized(montages.contiguous(memory_format=torch.channels_last))).float())
+
+    def chance(self, batch: int) -> float:
+        """The loss of guessing: ln 2 for the side; for each direction of the crop loss, ln of the number of candidates."""
+        crop = 2 * math.log(4 * batch - 1) * self.temperature / BASE_TEMPERATURE
+        return self.weights["loc"] * math.log(2) + self.weights["crop"] * crop
+
+    def forward(self, views, index, step: Step):
+        left_1, right_1, left_2, right_2, *flips = views  # n x 3 x h x w each; which of the first two are mirrored: n x 1 each
+        n = len(left_1)
+        order = deal(dist.world() * n, step.rng)  # 2N
+        crops = torch.stack([torch.stack([left_1, left_2], 1), torch.stack([right_1, right_2], 1)], 1)  # n x half x view x ...
+        crops = dist.permute(crops.flatten(0, 1), order)  # 2n x view x 3 x h x w, this process's montages
+        montages = [compose(view) for view in crops.unbind(1)]  # n/2 x 3 x H x W each
+        number = dist.on_device(order, crops.device)
+        image, side = number // 2, (number % 2)[dist.rank() * 2 * n :][: 2 * n]  # 2N, 2n
+        if self.flip_aware:
+            side = side ^ dist.permute(torch.cat(flips, 1).flatten().long(), order)
+
+        with amp.autocast(crops.device, self.amp):
+            f_1, f_2 = (self.features(self.base_encoder, x) for x in montages)  # 2n x C
+            online = [self.predictor(self.base_encoder.fc_crop(f)) for f in (f_1, f_2)]
+            location = self.fc_loc(f_1).float()  # 2n x 2
+            with torch.no_grad():
+                target = [self.momentum_encoder.fc_crop(self.features(self.momentum_encoder, x)) for x in montages]
+        z, k = ([normalize(x.float(), dim=1) for x in xs] for xs in (online, target))
+        (loss_12, top1), (loss_21, _) = (
+            supervised_contrastive(a, b, image, self.temperature) for a, b in ((z[0], k[1]), (z[1], k[0]))
+        )
+        loss_crop = (loss_12 + loss_21) * self.temperature / BASE_TEMPERATURE
+        loss_loc = F.cross_entropy(location, side)
+        found = (location.detach().argmax(1) == side).float().mean() * 100
+        stats = {"location": found, "top1": top1, "loss_loc": loss_loc.detach(), "loss_crop": loss_crop.detach()}
+        return self.weights["loc"] * loss_loc + self.weights["crop"] * loss_crop, stats
+
+    @torch.no_grad()
+    def commit(self, step: Step):
+        """After the optimizer's update: the averaged side follows, with the momentum of the step to come."""
+        momentum = 1 - cosine(1 - self.m, (step.number + 1) / step.steps) if self.m_cos else self.m
+        ema_([(self.base_encoder, self.momentum_encoder)], momentum)
