@@ -73,7 +73,8 @@ def test_load_trunk__our_own(method):
     trained = build(method)
     trunk = backbones.build("tiny_resnet", num_classes=0)
     checkpoint.load_trunk(trunk, METHODS[method].trunk(checkpoint.prefixed(trained), None), "fc", "--pretrained x")
-    assert all(torch.equal(v, trained.encoder_q.state_dict()[k]) for k, v in trunk.state_dict().items())
+    state = trained.encoders()[0].state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in trunk.state_dict().items())
 
 
 @pytest.mark.parametrize("spoil, message", [
