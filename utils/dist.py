@@ -114,7 +114,8 @@ def gather(x: torch.Tensor) -> torch.Tensor:
     if world() == 1:
         return x
     out = x.new_empty(world() * x.shape[0], *x.shape[1:])
-    td.all_gather_into_tensor(out, x.detach().contiguous())
+    all_gather = td.all_gather_single if hasattr(td, "all_gather_single") else td.all_gather_into_tensor  # renamed in torch 2.14
+    all_gather(out, x.detach().contiguous())
     return out
 
 

@@ -4,7 +4,6 @@ import argparse
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.functional import normalize
 
@@ -15,7 +14,7 @@ from utils.optim import cosine
 from utils.photometric import normalized
 from utils.sync_bn import synchronized
 from utils.views import ViewSpec
-from w2ssl.losses import supervised_contrastive
+from w2ssl.losses import location, supervised_contrastive
 from w2ssl.montage import compose, deal, separate
 
 BASE_TEMPERATURE = 0.07  # the crop loss is multiplied by temperature / this
@@ -49,7 +48,7 @@ class W2SSL(nn.Module):
         add(
             "--flip-aware-location",
             action="store_true",
-            help="a half that is mirrored changes its side; differs from published",
+            help="a half that is mirrored changes its side, without which the location loss may have nothing to learn",
         )
         # the paper counts montages, of which there are half as many: this is its batch 256
         group.set_defaults(batch_size=512, lr=0.6, weight_decay=1e-6, trust=0.001, warmup_epochs=10.0, lr_per="step")
@@ -135,7 +134,7 @@ class W2SSL(nn.Module):
         with amp.autocast(crops.device, self.amp):
             f_1, f_2 = (self.features(self.base_encoder, x) for x in montages)  # 2n x C
             online = [self.predictor(self.base_encoder.fc_crop(f)) for f in (f_1, f_2)]
-            location = self.fc_loc(f_1).float()  # 2n x 2
+            scores = self.fc_loc(f_1).float()  # 2n x 2
             with torch.no_grad():
                 target = [self.momentum_encoder.fc_crop(self.features(self.momentum_encoder, x)) for x in montages]
         z, k = ([normalize(x.float(), dim=1) for x in xs] for xs in (online, target))
@@ -143,8 +142,7 @@ class W2SSL(nn.Module):
             supervised_contrastive(a, b, image, self.temperature) for a, b in ((z[0], k[1]), (z[1], k[0]))
         )
         loss_crop = (loss_12 + loss_21) * self.temperature / BASE_TEMPERATURE
-        loss_loc = F.cross_entropy(location, side)
-        found = (location.detach().argmax(1) == side).float().mean() * 100
+        loss_loc, found = location(scores, side)
         stats = {"location": found, "top1": top1, "loss_loc": loss_loc.detach(), "loss_crop": loss_crop.detach()}
         return self.weights["loc"] * loss_loc + self.weights["crop"] * loss_crop, stats
 
