@@ -10,7 +10,7 @@ import torch
 from helpers import spawn, tiny
 
 import main_pretrain
-from moco.builder import MoCo
+from methods import METHODS
 from utils import amp, dist
 from utils.contrast import Step
 from utils.engine import Engine, NotFinite, Place, Votes
@@ -138,16 +138,16 @@ def train(images, out, method, *flags):
 
 def poisoned(images, out, method, *flags):
     """A run whose weights turn bad in the update of step 3: one of them becomes so large that step 4 cannot be computed."""
-    commit = MoCo.commit
+    commit = METHODS[method].commit
 
     def poison(self, step: Step):
         commit(self, step)
         if step.number == 3:
             with torch.no_grad():
-                self.encoder_q.bn1.weight.fill_(1e38)
+                next(self.encoders()[0].parameters()).fill_(1e38)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MoCo, "commit", poison)
+        patch.setattr(METHODS[method], "commit", poison)
         return train(images, out, method, *flags)
 
 
@@ -159,7 +159,7 @@ def replay(capsys, path, *flags):
     return stop.value.code, captured.out, captured.err
 
 
-@pytest.mark.parametrize("method, processes", [("moco", 1), ("mosrep", 2)])
+@pytest.mark.parametrize("method, processes", [(method, 1 if method == "moco" else 2) for method in METHODS])
 def test_replay__fails_again_in_one_process(images, tmp_path, capsys, method, processes):
     run = [poisoned(images, tmp_path, method)] if processes == 1 else spawn(poisoned, images, tmp_path, method)
     assert run == [2] * processes
@@ -171,16 +171,19 @@ def test_replay__fails_again_in_one_process(images, tmp_path, capsys, method, pr
     assert code == 0 and "the step fails again" in out and "loss nan" in out
     assert f"epoch 0, step 4, 8 images of {processes} processes" in out
     first = re.search("in the order of their calls: (.*)", out)[1]
-    assert first.startswith("encoder_q.") and "weights that are not finite: none" in out
-
     healthy = torch.load(path, weights_only=True)
-    healthy["state_dict"]["module.encoder_q.bn1.weight"].fill_(1)
+    name, weight = next((name, value) for name, value in healthy["state_dict"].items() if (value == 1e38).all())
+    encoder = name.removeprefix("module.").rpartition("conv1.weight")[0]
+    assert first.startswith(encoder) and "weights that are not finite: none" in out
+
+    weight.normal_(std=0.1)
     torch.save(healthy, tmp_path / "failed_step_mended.pth.tar")
     code, out, _ = replay(capsys, tmp_path / "failed_step_mended.pth.tar")
     assert code == 1 and "does not fail here" in out
 
 
-def test_replay__is_the_step_itself(images, tmp_path, capsys):
+@pytest.mark.parametrize("method", METHODS)
+def test_replay__is_the_step_itself(images, tmp_path, capsys, method):
     """The loss of a step that is declared bad although it is fine comes back to the bit."""
     losses, real = [], Engine.update
 
@@ -192,7 +195,7 @@ def test_replay__is_the_step_itself(images, tmp_path, capsys):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Engine, "update", declare)
-        assert train(images, tmp_path, "mosrep", "--momentum", 0.8) == 2
+        assert train(images, tmp_path, method, "--momentum", 0.8) == 2
     code, out, _ = replay(capsys, tmp_path / "failed_step_0000_000003.pth.tar")
     assert code == 1 and float(re.search(r"loss (\S+)", out)[1]) == losses[3]
 

@@ -8,10 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import TINY
+from helpers import tiny
 
 import main_lincls
 import main_pretrain
+from methods import METHODS
 from utils import flags
 from utils.flags import Parser, RunError, one_line_ends, one_line_errors
 from utils.index import load_index
@@ -70,8 +71,8 @@ def test_parser__help_shows_the_default_of_the_parser(capsys):
     assert stop.value.code == 0 and "in pixels (default: 17)" in " ".join(capsys.readouterr().out.split())
 
 
-@pytest.mark.parametrize("method", ["moco", "mosrep"])
-def test_parser__every_flag_has_help_and_the_published_default(method, capsys):
+@pytest.mark.parametrize("method", METHODS)
+def test_parser__every_flag_has_help(method, capsys):
     with pytest.raises(SystemExit):
         main_pretrain.get_args(["--method", method, "--help"])
     text = " ".join(capsys.readouterr().out.split())
@@ -79,6 +80,11 @@ def test_parser__every_flag_has_help_and_the_published_default(method, capsys):
     fixed = {"local_crops"} if method == "mosrep" else set()  # a mosaic is 2 x 2: a number, but no flag
     assert all("--" + name.replace("_", "-") in text for name in vars(args).keys() - fixed)
     assert ("--shift-range" in text) == (method == "mosrep")
+
+
+@pytest.mark.parametrize("method", ["moco", "mosrep"])
+def test_parser__published_defaults(method):
+    args = main_pretrain.get_args(["--method", method, *PRETRAIN])
     published = {"arch": "resnet50", "epochs": 200, "batch_size": 256, "lr": 0.03, "momentum": 0.9, "weight_decay": 1e-4,
                  "moco_k": 65536, "moco_m": 0.999, "moco_t": 0.2, "moco_dim": 128, "size": 224, "crop_min": 0.2,
                  "local_scale": [0.1, 0.6]}  # fmt: skip
@@ -204,10 +210,10 @@ class Recording(argparse.Namespace):
 READ = set()
 
 
-@pytest.mark.parametrize("flags", [["--method", "moco", "--local-crops", "2"], ["--method", "mosrep", "--shift-range", "14"]])
-def test_main_pretrain__every_flag_that_is_parsed_is_read(images, tmp_path, monkeypatch, flags):
+@pytest.mark.parametrize("method", METHODS)
+def test_main_pretrain__every_flag_that_is_parsed_is_read(images, tmp_path, monkeypatch, method):
     """Not only by a check: it must get where something is done with it."""
-    argv = [*flags, "--shards", f"{images}/train", "--output-dir", str(tmp_path), *TINY, "--epochs", "1", "--workers", "0"]
+    argv = [*tiny(method), "--shards", f"{images}/train", "--output-dir", str(tmp_path), "--epochs", "1", "--workers", "0"]
     args = Recording(**vars(main_pretrain.get_args([*argv, "--device", "cpu", "--amp", "fp32"])))
     monkeypatch.setattr(main_pretrain, "get_args", lambda argv: args)
     READ.clear()

@@ -13,10 +13,12 @@ import pytest
 
 import main_lincls
 import main_pretrain
+from methods import METHODS
 from utils.requirements import main as unsatisfied
 
 ROOT = Path(__file__).parent.parent
-LAUNCHERS = ["pretrain_moco.sh", "pretrain_mosrep.sh", "linear_moco.sh", "linear_mosrep.sh"]
+PRETRAIN, LINEAR = ([f"{kind}_{method}.sh" for method in METHODS] for kind in ("pretrain", "linear"))
+LAUNCHERS = PRETRAIN + LINEAR
 SCRIPTS = [*LAUNCHERS, "utils/env.sh", "tests/run.sh", ".ci/run"]
 ENTRY_POINTS = {"main_pretrain.py": main_pretrain, "main_lincls.py": main_lincls}
 
@@ -38,7 +40,7 @@ def project(tmp_path):
         env.write(DRY_RUN)
     for split in ("train", "val"):
         write(folder / f"output/sample-shards/{split}/index.json")
-    for run in ("moco", "moco-multicrop", "mosrep"):
+    for run in (*METHODS, "moco-multicrop", "w2ssl-1024"):
         write(folder / f"output/{run}/checkpoint_latest.pth.tar")
         write(folder / f"output/sample-{run}/checkpoint_latest.pth.tar")
     return folder
@@ -82,7 +84,7 @@ def test_launchers__every_flag_is_known_and_the_users_flags_win(project, launche
     assert Path(vars(args).get("shards") or args.train_shards) == Path(shards or "output/sample-shards", "train")
 
 
-@pytest.mark.parametrize("launcher", ["pretrain_moco.sh", "pretrain_mosrep.sh"])
+@pytest.mark.parametrize("launcher", PRETRAIN)
 def test_launchers__imagenet_recipe_is_the_published_default(project, launcher):
     args = dry_run(project, launcher, SHARDS="/imagenet")
     given = {"shards": "/imagenet/train", "output_dir": args.output_dir, "resume": "auto"}
@@ -90,7 +92,7 @@ def test_launchers__imagenet_recipe_is_the_published_default(project, launcher):
     assert vars(args) == {**vars(default), **given}
 
 
-@pytest.mark.parametrize("launcher", ["linear_moco.sh", "linear_mosrep.sh"])
+@pytest.mark.parametrize("launcher", LINEAR)
 def test_launchers__imagenet_probe_is_the_published_default(project, launcher):
     args = dry_run(project, launcher, SHARDS="/imagenet")
     given = {"pretrained": args.pretrained, "train_shards": "/imagenet/train", "val_shards": "/imagenet/val", "resume": "auto"}
@@ -99,17 +101,21 @@ def test_launchers__imagenet_probe_is_the_published_default(project, launcher):
 
 
 @pytest.mark.parametrize("shards, prefix", [("", "output/sample-"), ("/imagenet", "output/")])
-@pytest.mark.parametrize("method, multi_crop, run", [("moco", "", "moco"), ("moco", "0", "moco"),
-                                                     ("moco", "1", "moco-multicrop"), ("mosrep", "", "mosrep")])  # fmt: skip
-def test_launchers__probe_finds_the_run(project, method, multi_crop, run, shards, prefix):
-    pretrain = dry_run(project, f"pretrain_{method}.sh", SHARDS=shards, MULTI_CROP=multi_crop)
-    probe = dry_run(project, f"linear_{method}.sh", SHARDS=shards, MULTI_CROP=multi_crop)
+@pytest.mark.parametrize("method, variables, run", [
+    *((method, {}, method) for method in METHODS), ("moco", {"MULTI_CROP": "0"}, "moco"),
+    ("moco", {"MULTI_CROP": "1"}, "moco-multicrop"), ("w2ssl", {"BATCH": "1024"}, "w2ssl-1024"),
+])  # fmt: skip
+def test_launchers__probe_finds_the_run(project, method, variables, run, shards, prefix):
+    pretrain = dry_run(project, f"pretrain_{method}.sh", SHARDS=shards, **variables)
+    probe = dry_run(project, f"linear_{method}.sh", SHARDS=shards, **variables)
     assert Path(pretrain.output_dir) == Path(prefix + run)
     assert Path(probe.pretrained) == Path(prefix + run, "checkpoint_latest.pth.tar")
     assert Path(probe.output_dir) == Path(prefix + run, "linear")
     assert probe.size == pretrain.size
     if method == "moco":
-        assert pretrain.local_crops == (4 if multi_crop == "1" else 0)
+        assert pretrain.local_crops == (4 if run == "moco-multicrop" else 0)
+    if method == "w2ssl" and shards:  # a batch of montages, which are half as many as images
+        assert pretrain.batch_size == 2 * int(variables.get("BATCH", 256))
 
 
 def test_launchers__output_and_checkpoint_can_be_given(project):

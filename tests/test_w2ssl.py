@@ -250,7 +250,7 @@ def one_step(flags, n):
 
 @pytest.mark.parametrize("flags", [[], ["--flip-aware-location"]])
 def test_step__two_processes_are_one(monkeypatch, flags):
-    """The same loss, gradients, statistics and averages: BatchNorm and both losses span the processes, DDP counts nothing twice."""
+    """The same loss, gradients, statistics and averages: BatchNorm and losses span the processes, DDP counts nothing twice."""
     (loss, stats, gradients, state), parts = one_step(flags, 8), spawn(one_step, flags, 8)
     assert sum(part[0] for part in parts) / 2 == pytest.approx(loss, rel=1e-5)
     assert parts[0][0] != pytest.approx(parts[1][0], rel=1e-5)  # each has its own anchors
@@ -289,8 +289,9 @@ def test_commit__without_cosine_momentum_stays():
     assert torch.allclose(next(method.momentum_encoder.parameters()), 0.75 * old + 0.25 * q, atol=1e-6)
 
 
-@pytest.mark.parametrize("epoch, lr", [(0, 0), (0.5, 0.06), (5, 0.6), (9.99, 1.1988), (10, 1.2), (105, 0.6), (57.5, 0.6 * (1 + math.sqrt(0.5))),
-                                       (200, 0)])  # fmt: skip
+@pytest.mark.parametrize("epoch, lr", [
+    (0, 0), (0.5, 0.06), (5, 0.6), (9.99, 1.1988), (10, 1.2), (105, 0.6), (57.5, 0.6 * (1 + math.sqrt(0.5))), (200, 0),
+])  # fmt: skip
 def test_lr_at__of_the_published_run(epoch, lr):
     args = main_pretrain.get_args(["--method", "w2ssl", "--shards", "none"])
     top = optim.scaled_lr(args.lr, args.batch_size)

@@ -114,7 +114,8 @@ def gather(x: torch.Tensor) -> torch.Tensor:
     if world() == 1:
         return x
     out = x.new_empty(world() * x.shape[0], *x.shape[1:])
-    all_gather = td.all_gather_single if hasattr(td, "all_gather_single") else td.all_gather_into_tensor  # renamed in torch 2.14
+    renamed = hasattr(td, "all_gather_single")  # in torch 2.14
+    all_gather = td.all_gather_single if renamed else td.all_gather_into_tensor
     all_gather(out, x.detach().contiguous())
     return out
 

@@ -10,14 +10,14 @@ def location(scores: torch.Tensor, side: torch.Tensor) -> tuple[torch.Tensor, to
     """Which half a crop was cut from. scores: m x 2; side: m, 0 left, 1 right. -> (cross-entropy, accuracy in %).
 
     As published, a view is mirrored with probability 1/2 after it was cut, and its side stays. On data with mirror-symmetric
-    statistics nothing can learn that. Write m for mirroring, L and R for cutting a crop from the left and from the right part of
-    an image X; the parts are each other's mirror images, so R(X) = m L(m X). If X and m X have the same law, R(X) has that of
-    m L(X). What the network sees of a left crop then has the law (L + m L) / 2, and of a right one (R + m R) / 2 =
+    statistics nothing can learn that. Write m for mirroring, L and R for cutting a crop from the left and from the right part
+    of an image X; the parts are each other's mirror images, so R(X) = m L(m X). If X and m X have the same law, R(X) has that
+    of m L(X). What the network sees of a left crop then has the law (L + m L) / 2, and of a right one (R + m R) / 2 =
     (m L + L) / 2: the same. The posterior of either side is 1/2 whatever is seen, and no network gets below ln 2.
 
-    With --flip-aware-location a mirrored crop changes its side. Side 0 then has L and m R, which have the law of L; side 1 has R
-    and m L, with the law of m L. These differ as soon as half an image does not look like its own mirror image, so that the side
-    can be told: it is where the crop lies in the image as shown, mirrored or not.
+    With --flip-aware-location a mirrored crop changes its side. Side 0 then has L and m R, which have the law of L; side 1 has
+    R and m L, with the law of m L. These differ as soon as half an image does not look like its own mirror image, so that the
+    side can be told: it is where the crop lies in the image as shown, mirrored or not.
     """
     return F.cross_entropy(scores, side), (scores.detach().argmax(1) == side).float().mean() * 100
 

@@ -1,0 +1,44 @@
+"""A mirrored copy of a data set: the same samples in the same order, about half of them turned round."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from utils.index import load_index
+from utils.tars import local_samples
+from w2ssl import mirror
+
+
+def pixels_of(folder):
+    found = {}
+    for shard in load_index(str(folder)).shards:
+        for sample in local_samples(shard.path):
+            label, image = sample.members["cls"], sample.members[sample.image]
+            with open(shard.path, "rb") as file:
+                file.seek(image[0])
+                found[sample.key] = label, np.asarray(Image.open(io.BytesIO(file.read(image[1]))).convert("RGB"))
+    return found
+
+
+def test_mirror__every_sample_as_it_was_or_turned_round(images, tmp_path):
+    copy = tmp_path / "copy"
+    mirror.main(["--shards", f"{images}/train", str(copy)])
+    before, after = pixels_of(images / "train"), pixels_of(copy)
+    assert list(before) == list(after) and load_index(str(copy)).classes == load_index(f"{images}/train").classes
+    turned = 0
+    for key, (_, old) in before.items():
+        new = after[key][1]
+        turned += not np.array_equal(old, new)
+        assert np.array_equal(new, old) or np.array_equal(new, old[:, ::-1]), key
+    assert 8 <= turned <= 32  # of 40
+    mirror.main(["--shards", f"{images}/train", str(tmp_path / "again")])
+    assert load_index(str(tmp_path / "again")).hash == load_index(str(copy)).hash
+
+
+def test_mirror__goes_over_nothing(images, tmp_path, capsys):
+    (tmp_path / "x").write_text("")
+    with pytest.raises(SystemExit, match="2"):
+        mirror.main(["--shards", f"{images}/train", str(tmp_path)])
+    assert f"folder {tmp_path}: is not empty" in capsys.readouterr().err
