@@ -11,7 +11,7 @@ use_environment requirements.txt
 use_shards
 
 if [[ $SAMPLE ]]; then
-    recipe=(-a resnet18 --size 64 --batch-size 64 --lr 0.6 --epochs 10 --warmup-epochs 1)
+    recipe=(-a resnet18 --size 64 --batch-size 64 --lr 4.8 --epochs 10 --warmup-epochs 1)
 else
     recipe=(-a resnet50 --size 224 --batch-size $((2 * ${BATCH:-256})) --lr 0.6 --epochs 200 --warmup-epochs 10)
 fi

@@ -1,12 +1,12 @@
 """Time and memory of a training step, beside the straightforward way to write it.
 
-    python -m benchmarks.step                                    MosRep, MoCo-v2 and multi-crop: ResNet-50, 224 pixels, batch 8
+    python -m benchmarks.step                                    every method: ResNet-50, 224 pixels, batch 8
     python -m benchmarks.step --methods moco --batch-size 32     on a GPU, if there is one
 
-`plain` is fp32, contiguous, with the keys' images gathered from all processes, a copy of the queue in each step, an average and
-an optimizer that go parameter by parameter, queue and average updated before backward, and torchvision's RoIAlign. `default` is
-what main_pretrain.py does. Each form has a process of its own, which takes its turns; printed are medians. Memory is the
-process's peak beyond what Python and its libraries take, or the device's own count.
+`plain` is fp32, contiguous, with the keys' images (of W2SSL the crops) gathered from all processes, a copy of the queue in each
+step, an average and an optimizer that go parameter by parameter, queue and average updated before backward, and torchvision's
+RoIAlign. `default` is what main_pretrain.py does. Each form has a process of its own, which takes its turns; printed are
+medians. Memory is the process's peak beyond what Python and its libraries take, or the device's own count.
 """
 
 import json
@@ -16,6 +16,7 @@ import resource
 import statistics
 import sys
 import time
+from types import SimpleNamespace
 
 import torch
 from torchvision.ops import roi_align
@@ -23,6 +24,7 @@ from torchvision.ops import roi_align
 import main_pretrain
 import moco.builder
 import mosrep.builder
+import w2ssl.builder
 from methods import METHODS
 from moco.builder import MoCo
 from utils import amp, dist, optim
@@ -33,7 +35,7 @@ from utils.engine import Engine, Place
 from utils.flags import Parser, one_line_errors, positive
 from utils.photometric import normalized
 
-CASES = {"mosrep": ["mosrep"], "moco": ["moco"], "moco-multicrop": ["moco", "--local-crops", "4"]}
+CASES = {"mosrep": ["mosrep"], "moco": ["moco"], "moco-multicrop": ["moco", "--local-crops", "4"], "w2ssl": ["w2ssl"]}
 
 
 def get_args(argv=None):
@@ -81,7 +83,9 @@ def form(pipe, args, case, plain):
 
 def flags_of(args, case, amp_name, batch_size):
     """What main_pretrain.py makes of a case's flags."""
-    flags = ["--arch", args.arch, "--size", args.size, "--batch-size", batch_size, "--moco-k", args.moco_k, "--amp", amp_name]
+    flags = ["--arch", args.arch, "--size", args.size, "--batch-size", batch_size, "--amp", amp_name]
+    if case != "w2ssl":
+        flags += ["--moco-k", args.moco_k]
     if case == "mosrep":
         flags += ["--shift-range", args.size * 48 // 224]
     return main_pretrain.get_args(["--shards", "none", "--method", *CASES[case], *map(str, flags)])
@@ -101,7 +105,7 @@ def count_pixels(method):
         seen[0] += inputs[0].shape[0] * inputs[0].shape[2] * inputs[0].shape[3]
 
     for name, module in method.named_children():
-        if name.startswith("encoder_"):
+        if "encoder" in name:
             module.register_forward_pre_hook(add)
     method.register_forward_pre_hook(lambda *_: seen.__setitem__(1, seen[1] + 1))
     return seen
@@ -109,7 +113,7 @@ def count_pixels(method):
 
 def default_step(model, flags, device):
     """What main_pretrain.py does in a step."""
-    optimizer = optim.sgd(model.parameters(), 0.01, flags.momentum, flags.weight_decay)
+    optimizer = optim.sgd(model.parameters(), 0.01, flags.momentum, flags.weight_decay, flags.trust, exclude=True)
     engine = Engine(flags, 1, optimizer, amp.scaler(flags.amp), None, device, None)
 
     def step(views, now):
@@ -122,16 +126,29 @@ def default_step(model, flags, device):
 
 def plain_step(model, flags, device):
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(parameters, 0.01, flags.momentum, weight_decay=flags.weight_decay, foreach=False)
+    decay = 0 if flags.trust else flags.weight_decay
+    optimizer = torch.optim.SGD(parameters, 0.01, flags.momentum, weight_decay=decay, foreach=False)
 
     def step(views, now):
         loss, _ = model([normalized(view) for view in views], None, now)
         bare(model).commit(now)
         optimizer.zero_grad()
         loss.backward()
+        if flags.trust:
+            adapt(parameters, flags)
         optimizer.step()
 
     return step
+
+
+@torch.no_grad()
+def adapt(parameters, flags):
+    """LARS, layer by layer."""
+    for p in parameters:
+        if p.ndim > 1:
+            w, g = p.norm(), p.grad.norm()
+            rate = torch.where((w > 0) & (g > 0), flags.trust * w / (g + flags.weight_decay * w), 1)
+            p.grad = (p.grad + flags.weight_decay * p) * rate
 
 
 def straightforward():
@@ -166,9 +183,15 @@ def straightforward():
         rois = [boxes.to(features.device)] * len(features)
         return roi_align(features.float(), rois, tuple(features.shape[2:]), 1 / stride, aligned=True)
 
+    def permute(x, permutation):
+        mine = permutation.reshape(dist.world(), -1)[dist.rank()]
+        return dist.gather(x)[torch.from_numpy(mine).to(x.device)]
+
     for module in (moco.builder, mosrep.builder):
         module.shuffled_keys = shuffled_keys
-    moco.builder.ema_, mosrep.builder.cut_tiles = ema_, cut_tiles
+    moco.builder.ema_ = w2ssl.builder.ema_ = ema_
+    mosrep.builder.cut_tiles = cut_tiles
+    w2ssl.builder.dist = SimpleNamespace(**(vars(dist) | {"permute": permute}))
     for method in {MoCo, *METHODS.values()}:
         if "contrast" in vars(method):
             method.contrast = with_a_copy_of_the_queue(method.contrast)

@@ -50,7 +50,9 @@ def test_step__ends_with_a_line_of_json(capsys):
     step.main(flags)
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result.keys() == set(step.CASES)
-    assert {case: r["forwards_per_image"] for case, r in result.items()} == {"mosrep": 3, "moco": 2, "moco-multicrop": 3}
+    assert {case: r["forwards_per_image"] for case, r in result.items()} == {
+        "mosrep": 3, "moco": 2, "moco-multicrop": 3, "w2ssl": 2,
+    }  # fmt: skip
     for r in result.values():
         assert all(r[name] > 0 for name in ("plain_ms", "default_ms", "plain_mb", "default_mb"))
         assert r["ratio"] == r["default_ms"] / r["plain_ms"]

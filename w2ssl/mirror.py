@@ -2,7 +2,8 @@
 
 python -m w2ssl.mirror --shards output/sample-shards/train output/mirrored-shards/train
 
-To see what the location loss learns there: as published nothing, with --flip-aware-location something (w2ssl/losses.py, location).
+To see what the location loss learns there: as published nothing, with --flip-aware-location something. w2ssl/losses.py has the
+reason.
 """
 
 import io
