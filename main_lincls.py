@@ -1,4 +1,4 @@
-"""Linear probe: a linear classifier on the frozen trunk of a checkpoint.
+"""Linear probe: linear classifiers on layers of the frozen trunk of a checkpoint.
 
     python main_lincls.py --pretrained RUN --train-shards DIR --val-shards DIR            one process
     torchrun --nproc_per_node 8 main_lincls.py --pretrained RUN ...                       eight GPUs
@@ -13,18 +13,18 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from methods import METHODS
-from utils import amp, backbones, checkpoint, dist, optim
+from utils import amp, checkpoint, dist, optim
 from utils.bad_samples import BadSamples
 from utils.engine import Engine, Place
 from utils.files import write_json
 from utils.flags import (
     Parser,
-    RunError,
+    add_lr_steps,
     add_run_flags,
     check_batch,
+    check_lr_steps,
     check_run_flags,
     in_range,
     meaning,
@@ -34,9 +34,9 @@ from utils.flags import (
     shard_flags,
 )
 from utils.index import load_index
-from utils.loader import evaluation_batches, load, training_batches
+from utils.loader import load, training_batches
 from utils.log import Log, say, write_config
-from utils.photometric import normalized
+from utils.probe import Classifiers, Frozen, evaluate
 from utils.signals import exit_code
 from utils.views import ViewSpec
 
@@ -62,8 +62,14 @@ def get_args(argv=None):
     add("--momentum", type=float, default=0.9, help="of SGD")
     add("--weight-decay", type=float, default=0.0, help="of SGD")
     add("--trust", type=float, help="trust coefficient of the layer-wise adaptive rate; 0 is plain SGD")
+    add_lr_steps(parser)
+    add("--layer", type=int, nargs="+",
+        help="layers to probe, all in one pass: 1 to 5 of AlexNet, 6 for pooled features; default: the last")  # fmt: skip
     add_run_flags(parser, output_dir=None, output_help="default: `linear` in the folder of the checkpoint")
-    parser.set_defaults(**METHODS[first.parse_known_args(argv)[0].method].PROBE)
+    method = METHODS[first.parse_known_args(argv)[0].method]
+    if hasattr(method, "add_probe_flags"):
+        method.add_probe_flags(parser)
+    parser.set_defaults(**method.PROBE)
     args = parser.parse_args(argv)
     if args.resize is None:
         args.resize = args.size * 256 // 224
@@ -77,6 +83,7 @@ def get_args(argv=None):
 def check(args, train, val) -> None:
     """Raise ValueError for flags and data that cannot work."""
     check_run_flags(args)
+    check_lr_steps(args)
     positive(["--epochs", "--batch-size", "--lr", "--size"], args)
     in_range("--trust", args.trust, 0, 1)
     in_range("--crop-min", args.crop_min, 1e-8, 1)
@@ -89,24 +96,32 @@ def check(args, train, val) -> None:
         raise ValueError(f"--val-shards {args.val_shards}: its classes are not those of --train-shards {args.train_shards}")
 
 
-def build_trunk(args) -> tuple[nn.Module, str | None]:
-    """The frozen trunk in eval mode, with pooled features, and the sha256 of the checkpoint it comes from."""
+def build_trunk(args) -> tuple[Frozen, str | None]:
+    """The frozen trunk, and the sha256 of the checkpoint it comes from. What flags leave open is as the checkpoint says."""
+    method = METHODS[args.method]
     if args.pretrained == "random":
         args.arch, args.output_stride = args.arch or "resnet50", args.output_stride or 0
-        trunk = backbones.build(args.arch, args.output_stride, num_classes=0)
-        return backbones.try_size(trunk, args.arch, args.size).requires_grad_(False), None
+        return method.frozen(args), None
     path = Path(args.pretrained)
     path = path / checkpoint.LATEST if path.is_dir() else path
     saved = checkpoint.load(path, "--pretrained")
-    flags = saved.get("flags", {})
-    if args.arch is None:
-        args.arch = saved.get("arch", "resnet50")
-    if args.output_stride is None:
-        args.output_stride = flags.get("output_stride", 0)
-    trunk = backbones.build(args.arch, args.output_stride, num_classes=0)
-    state = METHODS[args.method].trunk(checkpoint.weights_of(saved, f"--pretrained {path}"), args)
-    checkpoint.load_trunk(trunk, state, backbones.classifier_name(trunk), f"--pretrained {path}")
-    return backbones.try_size(trunk, args.arch, args.size).requires_grad_(False), checkpoint.file_hash(path)
+    known = {"arch": "resnet50", "output_stride": 0} | saved.get("flags", {}) | {k: saved[k] for k in ("arch",) if k in saved}
+    for name in ("arch", "output_stride", "space"):
+        if getattr(args, name, "") is None:
+            setattr(args, name, known.get(name))
+    frozen = method.frozen(args)
+    state = method.trunk(checkpoint.weights_of(saved, f"--pretrained {path}"), args)
+    checkpoint.load_trunk(frozen.trunk, state, frozen.classifier, f"--pretrained {path}")
+    return frozen, checkpoint.file_hash(path)
+
+
+def choose_layers(args, frozen: Frozen) -> None:
+    """Keep the layers of --layer."""
+    chosen = args.layer or [frozen.layers[-1]]
+    if strangers := [layer for layer in chosen if layer not in frozen.layers]:
+        have = " ".join(map(str, frozen.layers))
+        raise ValueError(f"--layer {strangers[0]}: {args.arch} has {have}")
+    frozen.layers = args.layer = sorted(set(chosen))
 
 
 def main(argv=None):
@@ -118,43 +133,47 @@ def main(argv=None):
         val_index = dist.first_process_does(lambda: load_index(args.val_shards, "--val-shards", **shard_flags(args)))
         check(args, train_index, val_index)
         torch.manual_seed(args.seed)
-        trunk, source_hash = build_trunk(args)
+        frozen, source_hash = build_trunk(args)
+        choose_layers(args, frozen)
+        fc = Classifiers(frozen.widths(args.size), len(train_index.classes))
         resume_from = dist.first_process_does(lambda: checkpoint.open_run(args.output_dir, args.resume))
-        trunk.to(device, memory_format=torch.channels_last)
-        fc = nn.Linear(trunk.num_features, len(train_index.classes)).to(device)
-        nn.init.normal_(fc.weight, std=0.01)
-        nn.init.zeros_(fc.bias)
+        frozen.to(device, memory_format=torch.channels_last)
+        fc.to(device)
         lr = optim.scaled_lr(args.lr, args.batch_size)
         optimizer = optim.sgd(fc.parameters(), lr, args.momentum, args.weight_decay, args.trust)
         identity = meaning(args) | {"weights": source_hash, "train": train_index.hash, "val": val_index.hash}
-        progress = {"epoch": 0, "step": 0, "best": {"top1": -1.0}, "last": None}
+        progress = {"epoch": 0, "step": 0, "best": {layer: {"top1": -1.0} for layer in args.layer}, "last": None}
         if resume_from:
             progress |= restore(resume_from, args, identity, fc, optimizer)
 
-    frozen, folder = checkpoint.weights_hash(trunk), Path(args.output_dir)
+    trunk_hash, folder = checkpoint.weights_hash(frozen.trunk), Path(args.output_dir)
     if dist.rank() == 0:
         write_config(folder, args, train_index=train_index.hash, val_index=val_index.hash, device=str(device))
     say(f"linear probe of {args.arch} from {args.pretrained}: {train_index.total} training and {val_index.total} validation "
         f"images, batch {args.batch_size}, learning rate {args.lr} x {args.batch_size} / 256 = {lr:.4g}, "
         f"epochs {progress['epoch']} to {args.epochs}")  # fmt: skip
     with one_line_ends(PROG):
-        stopped_by = train(args, train_index, val_index, trunk, fc, optimizer, progress, identity, lr, device)
-    if checkpoint.weights_hash(trunk) != frozen:
+        stopped_by = train(args, train_index, val_index, frozen, fc, optimizer, progress, identity, lr, device)
+    if checkpoint.weights_hash(frozen.trunk) != trunk_hash:
         raise RuntimeError("the frozen trunk changed during the probe; its result would be wrong and is not written")
     if not stopped_by:
-        best, last = progress["best"], progress["last"]
+        layers = {layer: {name: progress[name][layer] for name in ("best", "last")} for layer in args.layer}
         if dist.rank() == 0:
             write_json(folder / "result.json", {
-                "best": best, "last": last, "protocol": vars(args), "checkpoint_sha256": source_hash, "trunk_sha256": frozen,
+                **layers[args.layer[-1]], **({"layers": layers} if len(layers) > 1 else {}), "protocol": vars(args),
+                "checkpoint_sha256": source_hash, "trunk_sha256": trunk_hash,
             })  # fmt: skip
-        say(f"\nTop-1 {last['top1']:.2f} %, top-5 {last['top5']:.2f} % (best {best['top1']:.2f} %, epoch {best['epoch']})")
+        say("")
+        for layer, found in layers.items():
+            best, last, at = found["best"], found["last"], f"Layer {layer}: top-1" if len(layers) > 1 else "Top-1"
+            say(f"{at} {last['top1']:.2f} %, top-5 {last['top5']:.2f} % (best {best['top1']:.2f} %, epoch {best['epoch']})")
         say(f"Results: {folder / 'result.json'}")
     dist.teardown()
     if stopped_by:
         sys.exit(exit_code(stopped_by))
 
 
-def train(args, train_index, val_index, trunk, fc, optimizer, progress, identity, lr, device):
+def train(args, train_index, val_index, frozen, fc, optimizer, progress, identity, lr, device):
     """Carries `progress` on, to the end or until a signal. -> the signal, or 0."""
     steps, folder, start = train_index.total // args.batch_size, Path(args.output_dir), (progress["epoch"], progress["step"])
     model = dist.data_parallel(fc, device)
@@ -173,60 +192,36 @@ def train(args, train_index, val_index, trunk, fc, optimizer, progress, identity
         Engine(args, steps, optimizer, amp.scaler("fp32"), log, device, content) as engine,
     ):
         for epoch in epochs:
-            lr_now = optim.set_lr(optimizer, optim.cosine(lr, epoch / args.epochs))
+            lr_now = optim.lr_at(lr, epoch, args.epochs, drops=args.lr_steps, gamma=args.lr_gamma)
+            optim.set_lr(optimizer, lr_now)
             for step in log.epoch(epoch, start[1] if epoch == start[0] else 0):
                 with log.waiting():
                     batch = next(batches)
-                logits = model(features(trunk, batch.views[0], args.amp))
-                loss = F.cross_entropy(logits, batch.label)
+                logits = model(frozen.features(batch.views[0], args.amp))
+                loss = sum(F.cross_entropy(x, batch.label) for x in logits.values())  # no layer's gradient meets another's
                 stats = engine.update(loss, Place(epoch, step))
-                stats["top1"] = (logits.argmax(1) == batch.label).float().mean() * 100
+                for layer, x in logits.items():
+                    stats[named("top1", layer, logits)] = (x.argmax(1) == batch.label).float().mean() * 100
                 log.step(step, loss, stats, lr_now, batch.bad)
                 if engine.done(epoch, step + 1):
                     return engine.stopped_by
-            result = evaluate(args, val_index, trunk, fc, device, bad, lambda epoch=epoch: engine.asked_to_stop(epoch))
+            result = evaluate(args, val_index, frozen, fc, device, bad, lambda epoch=epoch: engine.asked_to_stop(epoch))
             if result is None:
                 return engine.stopped_by
-            say(f"epoch {epoch}: validation top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %")
-            log.scalars(epoch, {f"val_{name}": value for name, value in result.items()})
-            progress["last"] = {"epoch": epoch, **result}
-            progress["best"] = max(progress["best"], progress["last"], key=lambda result: result["top1"])
+            for layer, found in result.items():
+                at = f"layer {layer} " if len(result) > 1 else ""
+                say(f"epoch {epoch}: validation {at}top-1 {found['top1']:.2f} %, top-5 {found['top5']:.2f} %")
+            log.scalars(epoch, {named(f"val_{n}", layer, result): v for layer, r in result.items() for n, v in r.items()})
+            progress["last"] = {layer: {"epoch": epoch, **found} for layer, found in result.items()}
+            better = {layer: max(progress["best"][layer], r, key=lambda r: r["top1"]) for layer, r in progress["last"].items()}
+            progress["best"] = better
             engine.save(epoch + 1, 0)
         engine.finish()
     return 0
 
 
-@torch.no_grad()
-def features(trunk, x, amp_name):  # n x 3 x H x W -> n x C, float32
-    with amp.autocast(x.device, amp_name):
-        return trunk(normalized(x)).float()
-
-
-@torch.no_grad()
-def evaluate(args, index, trunk, fc, device, bad, asked_to_stop=lambda: False) -> dict[str, float] | None:
-    """Top-1 and top-5 in % over the whole index, each image counted once over all processes, and how many could not be used.
-
-    None if `asked_to_stop()`, which all processes call equally often, says so.
-    """
-    spec = ViewSpec("test", args.size, resize=args.resize)
-    right = torch.zeros(3, dtype=torch.long, device=device)  # top-1, top-5, seen
-    met = []
-    batches = evaluation_batches(index, args.batch_size)
-    for batch in load(index, [spec], batches, args.seed, args.workers, device, args.photometric):
-        if asked_to_stop():
-            return None
-        met += batch.bad
-        top = fc(features(trunk, batch.views[0], args.amp)).topk(min(5, fc.out_features), dim=1).indices
-        hits = top == batch.label.unsqueeze(1)  # n x 5
-        right += torch.stack([hits[:, 0].sum(), hits.any(1).sum(), hits.new_tensor(len(hits), dtype=torch.long)])
-    bad.add(met)
-    unusable = sum(len(part) for part in dist.gather_objects(met))
-    top1, top5, seen = dist.total(right).tolist()
-    if seen + unusable != index.total:
-        raise RuntimeError(f"validation counted {seen} + {unusable} images, the index has {index.total}")
-    if not seen:
-        raise RunError(f"--val-shards {args.val_shards}: none of its {unusable} images can be used; pass others")
-    return {"top1": 100 * top1 / seen, "top5": 100 * top5 / seen, "unusable": unusable}
+def named(name, layer, layers):
+    return f"{name}_layer{layer}" if len(layers) > 1 else name
 
 
 def restore(path: Path, args, identity: dict, fc, optimizer) -> dict:

@@ -22,8 +22,10 @@ from utils.contrast import Step
 from utils.engine import Engine, NotFinite, Place
 from utils.flags import (
     Parser,
+    add_lr_steps,
     add_run_flags,
     check_batch,
+    check_lr_steps,
     check_run_flags,
     in_range,
     meaning,
@@ -62,6 +64,7 @@ def get_args(argv=None):
     add("--trust", type=float, default=0.0, help="trust coefficient of LARS, layer-wise adaptive rates; 0 is plain SGD")
     add("--warmup-epochs", type=float, default=0.0, help="in which the learning rate rises linearly from 0, step by step")
     add("--lr-per", choices=["epoch", "step"], default="epoch", help="after which the learning rate's cosine moves on")
+    add_lr_steps(parser)
     add("--lanes", type=int,
         help="ranges an epoch is cut into; default: the largest power of two up to 64 that divides the batch")  # fmt: skip
     add("--save-freq", type=int, default=10, help="epochs between two checkpoints that stay")
@@ -81,6 +84,9 @@ def get_args(argv=None):
 def check(args, samples: int) -> None:
     """Raise ValueError for flags that cannot work, naming flag, value and mend, before anything slow."""
     check_run_flags(args)
+    check_lr_steps(args)
+    if args.lr_steps and args.lr_per == "step":
+        raise ValueError("--lr-per step: is of the cosine, which --lr-steps replaces; leave out one of them")
     grouped = ["--bn-splits"] if "bn_splits" in args else []
     positive(["--epochs", "--batch-size", "--lr", "--save-freq", *grouped], args)
     in_range("--trust", args.trust, 0, 1)
@@ -115,7 +121,7 @@ def restore(path: Path, args, index_hash, model, optimizer, scaler) -> tuple[int
     try:
         model.load_state_dict(checkpoint.unprefixed(saved["state_dict"]))
     except RuntimeError:
-        flags = ", ".join(f"--{name.replace('_', '-')} {saved['flags'][name]}" for name in changed)
+        flags = ", ".join(f"--{name.replace('_', '-')} {saved['flags'][name]}" for name in changed) or "--shards"
         raise ValueError(f"--resume {path}: its weights have other shapes; pass its {flags}, or another --output-dir") from None
     optimizer.load_state_dict(saved["optimizer"])
     if saved["scaler"]:  # empty unless the run was in fp16
@@ -131,6 +137,7 @@ def main(argv=None):
         if args.replay:
             return compute_again(args, device)
         index = dist.first_process_does(lambda: load_index(args.shards, **shard_flags(args)))
+        args.samples = index.total  # not a flag: a memory bank has a row for each
         check(args, index.total)
         if args.dry_run is None:
             resume_from = dist.first_process_does(lambda: checkpoint.open_run(args.output_dir, args.resume))
@@ -194,7 +201,8 @@ def train(args, index, model, optimizer, scaler, start, lr, device):
             for step in log.epoch(epoch, first_step if epoch == first_epoch else 0):
                 now = Step.at(epoch * steps + step, args.epochs * steps, args.seed)
                 at = epoch + step / steps
-                lr_now = optim.set_lr(optimizer, optim.lr_at(lr, at, args.epochs, args.warmup_epochs, args.lr_per == "step"))
+                schedule = args.warmup_epochs, args.lr_per == "step", args.lr_steps, args.lr_gamma
+                lr_now = optim.set_lr(optimizer, optim.lr_at(lr, at, args.epochs, *schedule))
                 with log.waiting():
                     batch = next(batches)
                 now.seed_torch()

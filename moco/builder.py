@@ -1,16 +1,16 @@
-"""MoCo-v2 (arXiv 1911.05722, 2003.04297), with two crops or with local crops on the query side (multi-crop)."""
-
-import math
+"""MoCo-v2 (arXiv 1911.05722, 2003.04297), with two crops or with local crops on the query side (multi-crop), and MoCo-v1."""
 
 import torch
 from torch import nn
 from torch.nn.functional import normalize
 
 from utils import amp, backbones, checkpoint, dist
-from utils.contrast import Step, ema_, enqueue_, in_groups, info_nce, key_copy, shuffled_keys
+from utils.contrast import Step, ema_, enqueue_, in_groups, key_copy, shuffled_keys
+from utils.criterion import criterion
 from utils.flags import in_range, positive
 from utils.photometric import normalized
-from utils.views import ViewSpec, moco_v2_view
+from utils.probe import timm_trunk
+from utils.views import ViewSpec, moco_v1_view, moco_v2_view
 
 
 class MoCo(nn.Module):
@@ -23,6 +23,9 @@ class MoCo(nn.Module):
     def add_flags(group):
         MoCo.add_shared_flags(group)
         group.add_argument("--local-crops", type=int, default=0, help="local crops, of half the size, on the query side")
+        group.add_argument("--moco-head", choices=["mlp", "linear"], default="mlp", help="head: of MoCo-v2, or of MoCo-v1")
+        group.add_argument("--loss", choices=["softmax", "nce"], default="softmax", help="InfoNCE, or MoCo-v1's NCE")
+        group.add_argument("--aug", choices=["v2", "v1"], default="v2", help="augmentation of MoCo-v2 or of MoCo-v1")
 
     @staticmethod
     def add_shared_flags(group):
@@ -52,14 +55,21 @@ class MoCo(nn.Module):
         if args.moco_k > samples and dist.rank() == 0:
             print(f"warning: --moco-k {args.moco_k} is larger than the data set ({samples} images): "
                   "an image's own older keys are among its negatives")  # fmt: skip
+        if args.method == "moco" and args.local_crops and args.aug == "v1":
+            raise ValueError(f"--aug v1: MoCo-v1 has no local crops; leave out --local-crops {args.local_crops}")
+        if args.method == "moco" and args.local_crops and args.loss == "nce":
+            raise ValueError(f"--loss nce: has one Z for views of one kind; leave out --local-crops {args.local_crops}")
         if args.method == "moco" and args.local_crops < 0:
             raise ValueError(f"--local-crops {args.local_crops}: must be 0 or more; 4 is the published multi-crop")
 
     @staticmethod
     def views(args) -> list[ViewSpec]:
-        whole = [moco_v2_view(name, args.size, (args.crop_min, 1.0)) for name in ("query", "key")]
+        view = moco_v1_view if getattr(args, "aug", "v2") == "v1" else moco_v2_view
+        whole = [view(name, args.size, (args.crop_min, 1.0)) for name in ("query", "key")]
         local = moco_v2_view("local", args.size // 2, tuple(args.local_scale), args.local_crops)
         return [*whole, local] if args.local_crops else whole
+
+    frozen = staticmethod(timm_trunk)  # what a probe trains on
 
     @staticmethod
     def trunk(state_dict, args):
@@ -68,7 +78,8 @@ class MoCo(nn.Module):
     def __init__(self, args):
         super().__init__()
         self.amp, self.bn_splits = args.amp, args.bn_splits
-        self.momentum, self.temperature, self.local_crops = args.moco_m, args.moco_t, args.local_crops
+        self.momentum, self.local_crops = args.moco_m, args.local_crops
+        self.criterion = criterion(getattr(args, "loss", "softmax"), args.moco_t, getattr(args, "samples", 0))
         self.build_encoders(args)
         self.register_buffer("queue", normalize(torch.randn(args.moco_dim, args.moco_k), dim=0))  # C x K
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
@@ -81,8 +92,10 @@ class MoCo(nn.Module):
 
     @staticmethod
     def encoder(args):
-        """A timm model whose classifier is MoCo-v2's head: Linear - ReLU - Linear (2003.04297, table 1)."""
+        """A timm model with MoCo-v2's head as classifier, Linear - ReLU - Linear (2003.04297, table 1), or MoCo-v1's Linear."""
         model = backbones.build(args.arch, args.output_stride, num_classes=args.moco_dim)
+        if args.moco_head == "linear":
+            return model
         name = backbones.classifier_name(model)
         last = model.get_submodule(name)
         width = last.in_features
@@ -112,11 +125,11 @@ class MoCo(nn.Module):
     def contrast(self, q, k):
         """Column 0 is the positive, the others are the queue. q, k: n x C."""
         logits = torch.cat([(q * k).sum(1, keepdim=True), q @ self.queue], dim=1)  # n x (1 + K)
-        return info_nce(logits, torch.zeros(len(q), dtype=torch.long, device=q.device), self.temperature)
+        return self.criterion(logits)
 
     def chance(self, batch: int) -> float:
-        """The loss of guessing: ln of the number of candidates, for each term of the loss."""
-        return (2 if self.local_crops else 1) * math.log(1 + self.queue.shape[1])
+        """The loss of guessing, summed over the terms of the loss."""
+        return (2 if self.local_crops else 1) * self.criterion.chance(1 + self.queue.shape[1])
 
     def forward(self, views, index, step: Step):
         x_q, x_k, *local = views  # n x 3 x H x W each; local n x V x 3 x h x w
@@ -136,3 +149,4 @@ class MoCo(nn.Module):
         """After the optimizer's update: the key side follows, and the queue takes the keys, which backward was not to see."""
         ema_(self.pairs(), self.momentum)
         enqueue_(self.queue, self.queue_ptr, self.new_keys)
+        self.criterion.commit()

@@ -1,6 +1,5 @@
 """MosRep (ICLR 2023, openreview JAezPMehaUu): MoCo-v2 whose query side also sees mosaics of local crops of four images."""
 
-import math
 
 import numpy as np
 import torch
@@ -10,7 +9,7 @@ from torch.nn.functional import normalize
 from moco.builder import MoCo
 from mosrep.mosaic import compose, cut_tiles, draw_offset, shift, sources, tile_boxes, tile_weights
 from utils import amp, backbones, dist
-from utils.contrast import Step, info_nce, key_copy, shuffled_keys
+from utils.contrast import Step, key_copy, shuffled_keys
 from utils.flags import in_range, positive
 from utils.photometric import normalized
 
@@ -85,14 +84,14 @@ class MosRep(MoCo):
     def contrast(self, q, keys, target, reduction="mean"):
         """The right key among all N keys of the batch and the queue: images that share a mosaic are explicit negatives."""
         logits = torch.cat([q @ keys.T, q @ self.queue], dim=1)  # n x (N + K)
-        return info_nce(logits, target, self.temperature, reduction)
+        return self.criterion(logits, target, reduction)
 
     def chance(self, batch: int) -> float:
         # a shifted tile counts with its weight; the mean weight is that of 2,000 draws of the offset
         rng = np.random.default_rng(0)
         boxes = [tile_boxes(self.size, draw_offset(rng, **self.shift)) for _ in range(2000)]
         weight = torch.stack([tile_weights(b, self.size) for b in boxes]).mean().item()
-        return (1 + weight) * math.log(batch + self.queue.shape[1])
+        return (1 + weight) * self.criterion.chance(batch + self.queue.shape[1])
 
     def forward(self, views, index, step: Step):
         x_q, x_k, crops = views  # n x 3 x H x W, n x 3 x H x W, n x 4 x 3 x H/2 x W/2

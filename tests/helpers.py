@@ -21,9 +21,13 @@ from methods import METHODS
 from utils import dist
 
 TINY = ["--arch", "tiny_resnet", "--size", "64", "--moco-dim", "16", "--moco-k", "32", "--batch-size", "8"]
+BANK = ["--nce-dim", "16", "--nce-k", "24", "--lr", "0.03", "--lr-steps", "1"]
+IMAGES = 40  # in the data set of conftest.py
 SMALL = {  # flags of each method
     "moco": TINY,
     "mosrep": [*TINY, "--shift-range", "14"],
+    "cmc": ["--arch", "resnet18v1", "--size", "32", "--batch-size", "8", *BANK],
+    "insdis": [*TINY[:4], "--batch-size", "8", *BANK],
     "w2ssl": [*TINY[:4], "--batch-size", "8", "--moco-dim", "16", "--moco-mlp-dim", "32", "--warmup-epochs", "0.4"],
 }
 
@@ -51,7 +55,9 @@ def tiny(method):
 
 def method_args(name, *flags):
     """What main_pretrain.py makes of `--method name flags`: a tiny trunk, the CPU, no data set. Later flags win."""
-    return main_pretrain.get_args([*tiny(name), "--shards", "none", "--device", "cpu", "--amp", "fp32", *flags])
+    args = main_pretrain.get_args([*tiny(name), "--shards", "none", "--device", "cpu", "--amp", "fp32", *flags])
+    args.samples = IMAGES
+    return args
 
 
 def build(name, *flags, seed=0):

@@ -217,8 +217,9 @@ def test_main_pretrain__every_flag_that_is_parsed_is_read(images, tmp_path, monk
     args = Recording(**vars(main_pretrain.get_args([*argv, "--device", "cpu", "--amp", "fp32"])))
     monkeypatch.setattr(main_pretrain, "get_args", lambda argv: args)
     READ.clear()
+    flags = set(vars(args))
     main_pretrain.main()
-    assert set(vars(args)) - READ == set()
+    assert flags - READ == ({"output_stride"} if method == "cmc" else set())  # which check() refuses there
 
 
 def test_main_lincls__every_flag_that_is_parsed_is_read(images, tmp_path, monkeypatch):
@@ -228,7 +229,7 @@ def test_main_lincls__every_flag_that_is_parsed_is_read(images, tmp_path, monkey
     monkeypatch.setattr(main_lincls, "get_args", lambda argv: args)
     READ.clear()
     main_lincls.main()
-    assert set(vars(args)) - READ == {"method"}  # get_args itself reads it, and what is not random is read by its trunk()
+    assert set(vars(args)) - READ == set()
 
 
 @pytest.mark.parametrize("script", ["main_pretrain.py", "main_lincls.py"])

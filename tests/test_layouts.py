@@ -65,10 +65,27 @@ def test_build_trunk__published_layouts(resnets, tmp_path, layout, old_format):
     """From a file to a frozen trunk that gives the same features; MoCo's first releases were saved in torch's old format."""
     torch.save(LAYOUTS[layout](resnets), tmp_path / "c.pth.tar", _use_new_zipfile_serialization=not old_format)
     args = main_lincls.get_args(["--pretrained", str(tmp_path / "c.pth.tar"), "--arch", "tiny_resnet", *PROBE])
-    trunk, digest = main_lincls.build_trunk(args)
+    frozen, digest = main_lincls.build_trunk(args)
+    trunk = frozen.trunk
     loaded = trunk.state_dict()
     assert loaded.keys() == resnets[0].keys() and all(torch.equal(v, resnets[0][n]) for n, v in loaded.items())
     assert len(digest) == 64 and not trunk.training and not any(p.requires_grad for p in trunk.parameters())
+
+
+W2SSL = {"fc_crop.0.weight": (64, 96), "fc_crop.1.running_mean": (64,), "fc_crop.3.weight": (16, 64)}
+
+
+@pytest.mark.parametrize("head", ["w2ssl", "v3"])
+def test_build_trunk__of_w2ssl(resnets, tmp_path, head):
+    """Its crop head lies inside the encoder, where MoCo-v3 has its own, and both begin with fc."""
+    shapes = W2SSL if head == "w2ssl" else HEADS["v3"]
+    heads = {f"module.{e}_encoder.{n}": torch.randn(s) for e in ("base", "momentum") for n, s in shapes.items()}
+    rest = {"module.predictor.0.weight": torch.randn(4, 4), "module.fc_loc.weight": torch.randn(2, 96)}
+    state = named("module.base_encoder.", resnets[0]) | named("module.momentum_encoder.", resnets[1]) | heads | rest
+    torch.save({"epoch": 200, "arch": "tiny_resnet", "state_dict": state, "optimizer": {}}, tmp_path / "c.pth.tar")
+    args = main_lincls.get_args(["--method", "w2ssl", "--pretrained", str(tmp_path / "c.pth.tar"), *PROBE])
+    loaded = main_lincls.build_trunk(args)[0].trunk.state_dict()
+    assert loaded.keys() == resnets[0].keys() and all(torch.equal(v, resnets[0][n]) for n, v in loaded.items())
 
 
 def test_build_trunk__the_arch_is_the_checkpoints(resnets, tmp_path):

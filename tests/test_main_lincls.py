@@ -12,11 +12,13 @@ from shards_helpers import encode, write_members
 
 import main_lincls
 import main_pretrain
+import utils.probe
 from methods import METHODS
 from utils import backbones, checkpoint, optim
 from utils.bad_samples import BadSamples
 from utils.flags import RunError
 from utils.loader import Batches
+from utils.probe import Classifiers, evaluate
 
 FLAGS = ["--method", "moco", "--device", "cpu", "--amp", "fp32", "--workers", "0", "--size", "64", "--batch-size", "8"]
 FLAGS += ["--lr", "3.2", "--trust", "0"]
@@ -53,10 +55,14 @@ def test_main_lincls__learns_and_tells(images, trained, tmp_path):
 def test_main_lincls__published_protocol_is_the_default(method):
     paths = ["--pretrained", "p", "--train-shards", "t", "--val-shards", "v"]
     args = main_lincls.get_args(["--method", method, *paths])
-    epochs, batch, trust, lr = (100, 256, 0, 0.1) if method == "w2ssl" else (90, 4096, 0.001, 3.2)
+    banks = (60, 256, 0, 30, [30, 40, 50])
+    epochs, batch, trust, lr, steps = {"w2ssl": (100, 256, 0, 0.1, []), "cmc": banks, "insdis": banks}.get(
+        method, (90, 4096, 0.001, 3.2, [])
+    )
     assert (args.epochs, args.batch_size, args.momentum, args.weight_decay, args.trust) == (epochs, batch, 0.9, 0.0, trust)
     assert (args.size, args.resize, args.crop_min) == (224, 256, 0.08)
     assert optim.scaled_lr(args.lr, args.batch_size) == pytest.approx(lr)
+    assert args.lr_steps == steps and (not steps or args.lr_gamma == 0.2)
 
 
 def test_sgd__layer_wise_rate_is_that_of_a_slow_loop():
@@ -81,11 +87,11 @@ def evaluate_here(images, fc_state, batch, folder, max_bad=0.1):
     flags = ["--pretrained", "random", "--arch", "tiny_resnet", "--train-shards", "x", "--val-shards", "x", *FLAGS]
     args = main_lincls.get_args([*flags, "--batch-size", str(batch)])
     torch.manual_seed(5)
-    trunk, _ = main_lincls.build_trunk(args)
-    fc = torch.nn.Linear(trunk.num_features, 2)
-    fc.load_state_dict(fc_state)
+    frozen, _ = main_lincls.build_trunk(args)
+    fc = Classifiers(frozen.widths(64), 2)
+    fc.fc["6"].load_state_dict(fc_state)
     index = main_lincls.load_index(f"{images}/val")
-    return main_lincls.evaluate(args, index, trunk, fc, torch.device("cpu"), BadSamples(folder, 51, max_bad))
+    return evaluate(args, index, frozen, fc, torch.device("cpu"), BadSamples(folder, 51, max_bad))[6]
 
 
 @pytest.mark.parametrize("batch", [2, 4, 16])
@@ -140,7 +146,7 @@ def test_evaluate__nothing_but_unusable_images_is_one_line(faulty, tmp_path):
 
 def test_evaluate__lost_images_are_an_error(images, tmp_path, monkeypatch):
     short = Batches(lambda: iter([(0, [torch.arange(10).numpy()])]), replace=False)
-    monkeypatch.setattr(main_lincls, "evaluation_batches", lambda index, batch: short)
+    monkeypatch.setattr(utils.probe, "evaluation_batches", lambda index, batch: short)
     with pytest.raises(RuntimeError, match="validation counted 10 . 0 images, the index has 11"):
         evaluate_here(images, torch.nn.Linear(96, 2).state_dict(), 4, tmp_path)
 
@@ -148,10 +154,11 @@ def test_evaluate__lost_images_are_an_error(images, tmp_path, monkeypatch):
 def test_main_lincls__classifier_starts_as_published(images, trained, tmp_path, monkeypatch):
     seen = {}
 
-    def look(args, train_index, val_index, trunk, fc, optimizer, progress, *rest):
-        seen.update(weight=fc.weight.detach(), bias=fc.bias.detach(), training=trunk.training)
-        seen["grad"] = any(p.requires_grad for p in trunk.parameters())
-        progress["best"] = progress["last"] = {"epoch": 0, "top1": 1.0, "top5": 1.0}
+    def look(args, train_index, val_index, frozen, classifiers, optimizer, progress, *rest):
+        fc = classifiers.fc["6"]
+        seen.update(weight=fc.weight.detach(), bias=fc.bias.detach(), training=frozen.trunk.training)
+        seen["grad"] = any(p.requires_grad for p in frozen.parameters())
+        progress["best"] = progress["last"] = {6: {"epoch": 0, "top1": 1.0, "top5": 1.0}}
         return 0
 
     monkeypatch.setattr(main_lincls, "train", look)
@@ -162,7 +169,7 @@ def test_main_lincls__classifier_starts_as_published(images, trained, tmp_path, 
 
 def test_main_lincls__resumed_probe_is_the_unbroken_probe(images, trained, tmp_path, monkeypatch):
     whole = probe(images, trained, tmp_path / "whole", "--epochs", 3)
-    evaluate, calls = main_lincls.evaluate, []
+    calls = []
 
     def dies(*args):
         calls.append(1)
@@ -178,7 +185,7 @@ def test_main_lincls__resumed_probe_is_the_unbroken_probe(images, trained, tmp_p
     part = probe(images, trained, tmp_path / "part", "--epochs", 3, "--resume", "auto")
     assert (part["best"], part["last"]) == (whole["best"], whole["last"])
     saved = [checkpoint.load(tmp_path / name / checkpoint.LATEST, "x")["state_dict"] for name in ("whole", "part")]
-    assert torch.equal(*(state["module.weight"] for state in saved))
+    assert torch.equal(*(state["module.fc.6.weight"] for state in saved))
     again = probe(images, trained, tmp_path / "part", "--epochs", 3, "--resume", "auto")  # nothing left to do
     assert again["last"] == whole["last"]
 

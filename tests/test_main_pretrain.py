@@ -36,9 +36,12 @@ def test_main_pretrain__what_a_run_writes(images, tmp_path, method, capsys):
     out = capsys.readouterr().out
     assert "learning rate 0.32 x 8 / 256 = 0.01" in out
     chance = float(re.search(r"\(chance ([0-9.]+)\)", out)[1])
+    guess = math.log(1 + 24) + 24 * math.log(1 + 1 / 24)
     low, high = {
         "moco": [math.log(1 + 32)] * 2,
         "mosrep": (math.log(8 + 32), 2 * math.log(8 + 32)),  # the query's loss, and that of tiles which count with their weight
+        "cmc": [2 * guess] * 2,
+        "insdis": [guess] * 2,
         "w2ssl": [math.log(2) + 2 * math.log(4 * 8 - 1) * 0.3 / 0.07] * 2,
     }[method]
     assert low - 1e-3 < chance < high + 1e-3
@@ -50,15 +53,16 @@ def test_main_pretrain__what_a_run_writes(images, tmp_path, method, capsys):
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(m["epoch"], m["step"]) for m in lines] == [(0, 1), (0, 3), (0, 4), (1, 1), (1, 3), (1, 4)]
     assert {"loss", "top1", "lr", "images_per_s", "data_wait"} <= lines[0].keys()
-    if method != "w2ssl":  # whose schedule is its own
+    if method in ("moco", "mosrep"):  # the others' schedules are their own
         assert [m["lr"] for m in lines] == pytest.approx([0.01] * 3 + [0.01 * 0.5 * (1 + math.cos(math.pi / 2))] * 3)
     config = json.loads((tmp_path / "config.json").read_text())
-    assert config["flags"]["moco_dim"] == 16 and len(config["index"]) == 64
+    assert config["flags"]["moco_dim" if "moco_dim" in config["flags"] else "nce_dim"] == 16 and len(config["index"]) == 64
     assert torch.__version__.startswith(config["versions"]["torch"])
 
-    assert (saved["epoch"], saved["arch"], saved["method"]) == (2, "tiny_resnet", method)
+    assert (saved["epoch"], saved["method"]) == (2, method)
+    assert saved["arch"] == ("resnet18v1" if method == "cmc" else "tiny_resnet")
     assert all(name.startswith("module.") for name in saved["state_dict"])
-    if method != "w2ssl":
+    if method in ("moco", "mosrep"):
         assert saved["state_dict"]["module.queue"].shape == (16, 32)
         assert saved["state_dict"]["module.queue_ptr"].tolist() == [2 * 40 % 32]
 

@@ -17,6 +17,9 @@ from utils.photometric import normalized
 VARIANTS = {
     **{name: (name,) for name in METHODS},
     "multi-crop": ("moco", "--local-crops", "4"),
+    "moco-v1": ("moco", "--moco-head", "linear", "--loss", "nce", "--aug", "v1"),
+    "cmc, softmax, HSV": ("cmc", "--loss", "softmax", "--space", "HSV"),
+    "insdis, softmax": ("insdis", "--loss", "softmax"),
     "mosrep, dilated": ("mosrep", "--output-stride", "16"),
     "w2ssl, flip-aware": ("w2ssl", "--flip-aware-location"),
 }
@@ -27,6 +30,10 @@ def views_of(variant):
     return uint8_views(method_args(*VARIANTS[variant]))
 
 
+def forward(method, views):
+    return method(views, 3 + torch.arange(len(views[0]), device=views[0].device), Step.at(0, 10, 0))
+
+
 @variants
 def test_forward__neither_reads_nor_moves_the_global_random_state(variant):
     views, losses = views_of(variant), []
@@ -34,7 +41,7 @@ def test_forward__neither_reads_nor_moves_the_global_random_state(variant):
         method = build(*VARIANTS[variant])
         random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
         before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
-        losses.append(method(views, None, Step.at(0, 10, 0))[0].item())
+        losses.append(forward(method, views)[0].item())
         assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
     assert losses[0] == losses[1]
 
@@ -44,7 +51,7 @@ def test_forward__changes_nothing_but_statistics(variant):
     """What it finds out, commit() does; so a step whose loss turns out bad can be left, and looked at again."""
     method = build(*VARIANTS[variant])
     before = copy.deepcopy(method.state_dict())
-    method(views_of(variant), None, Step.at(0, 10, 0))[0].backward()
+    forward(method, views_of(variant))[0].backward()
     changed = {name for name, value in method.state_dict().items() if not torch.equal(value, before[name])}
     assert changed and all(
         name.rpartition(".")[2] in ("running_mean", "running_var", "num_batches_tracked") for name in changed
@@ -55,13 +62,13 @@ def test_forward__changes_nothing_but_statistics(variant):
 def test_forward__bytes_and_normalised_floats_are_the_same_views(variant):
     views = views_of(variant)
     floats = [normalized(view) if view.dtype == torch.uint8 else view for view in views]
-    losses = [build(*VARIANTS[variant])(v, None, Step.at(0, 10, 0))[0].item() for v in (views, floats)]
+    losses = [forward(build(*VARIANTS[variant]), v)[0].item() for v in (views, floats)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 @variants
 def test_stats__take_no_part_in_the_loss(variant):
-    _, stats = build(*VARIANTS[variant])(views_of(variant), None, Step.at(0, 10, 0))
+    _, stats = forward(build(*VARIANTS[variant]), views_of(variant))
     assert len(stats) >= 1 and not any(value.requires_grad or value.ndim for value in stats.values())
 
 
@@ -99,7 +106,7 @@ def test_forward__all_tensors_are_on_the_gpu_and_nothing_waits_for_it(variant):
             method = METHODS[args.method](args).train()
             views = [view.cuda() for view in uint8_views(args)]
         with NoWaiting():
-            loss, stats = method(views, None, Step.at(0, 10, 0))
+            loss, stats = forward(method, views)
             method.commit(Step.at(0, 10, 0))
     assert {value.device.type for value in [loss, *stats.values(), *method.buffers()]} == {"cuda"}
 

@@ -15,6 +15,7 @@ from PIL import Image
 import main_lincls
 import main_pretrain
 from utils import backbones, checkpoint, dist, loader
+from utils import probe as probe_parts
 from utils.bad_samples import BadSamples
 from utils.index import load_index
 
@@ -78,7 +79,7 @@ def by_hand(data, out):
     pixels, labels = np.load(data / "pixels.npy"), np.load(data / "labels.npy")
     for image, label in zip(pixels, labels, strict=True):
         x = (torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255 - mean) / std
-        scores = (trunk(x) @ fc["module.weight"].T + fc["module.bias"])[0].tolist()
+        scores = (trunk(x) @ fc["module.fc.6.weight"].T + fc["module.fc.6.bias"])[0].tolist()
         better = sum(s > scores[label] for s in scores)
         top1 += better < 1
         top5 += better < 5
@@ -104,20 +105,20 @@ def test_main_lincls__accuracy_is_the_one_counted_by_hand(data, tmp_path, batch)
         assert {k: two["last"][k] for k in expected} == pytest.approx(by_hand(data, tmp_path / "two"))
         assert two["trunk_sha256"] == one["trunk_sha256"]
         weights = [torch.load(tmp_path / n / checkpoint.LATEST, weights_only=True)["state_dict"] for n in ("one", "two")]
-        assert list(weights[1]) == ["module.weight", "module.bias"]
+        assert list(weights[1]) == ["module.fc.6.weight", "module.fc.6.bias"]
         torch.testing.assert_close(weights[1], weights[0], rtol=1e-4, atol=1e-5)
 
 
 def evaluate_one(data, folder):
     args = main_lincls.get_args(["--pretrained", "random", "--arch", "tiny_resnet", "--train-shards", "x", "--val-shards", "x",
                                  *FLAGS])  # fmt: skip
-    trunk, _ = main_lincls.build_trunk(args)
-    fc = torch.nn.Linear(trunk.num_features, CLASSES)
-    torch.nn.init.zeros_(fc.weight)
-    fc.bias.data = torch.arange(CLASSES).float()  # always says 6
+    frozen, _ = main_lincls.build_trunk(args)
+    fc = probe_parts.Classifiers(frozen.widths(args.size), CLASSES)
+    torch.nn.init.zeros_(fc.fc["6"].weight)
+    fc.fc["6"].bias.data = torch.arange(CLASSES).float()  # always says 6
     indices = [load_index(f"{data}/{split}") for split in ("one", "val")]
     bad = BadSamples(folder, 12, 0.01)
-    return [main_lincls.evaluate(args, index, trunk, fc, torch.device("cpu"), bad) for index in indices]
+    return [probe_parts.evaluate(args, index, frozen, fc, torch.device("cpu"), bad)[6] for index in indices]
 
 
 def test_evaluate__fewer_images_than_processes(data, tmp_path):
@@ -140,9 +141,9 @@ def test_evaluation_batches__no_image_twice_and_none_lost(data, monkeypatch, wor
 
 
 def test_evaluate__counting_images_twice_is_an_error(data, monkeypatch, tmp_path):
-    real = main_lincls.evaluation_batches
+    real = probe_parts.evaluation_batches
     twice = lambda *a: loader.Batches(lambda: [*real(*a).epochs(), *real(*a).epochs()], replace=False)  # noqa: E731
-    monkeypatch.setattr(main_lincls, "evaluation_batches", twice)
+    monkeypatch.setattr(probe_parts, "evaluation_batches", twice)
     with pytest.raises(RuntimeError, match="2.*1"):
         evaluate_one(data, tmp_path)
 
@@ -150,18 +151,19 @@ def test_evaluate__counting_images_twice_is_an_error(data, monkeypatch, tmp_path
 def test_main_lincls__training_is_the_slow_loop(data, tmp_path, monkeypatch):
     """fc after 2 epochs of 7 steps: LARC without clipping, trust .001, wd 0, momentum .9, lr x 4 / 256 on a cosine by epoch."""
     seen, start = [], {}
-    real_features, real_loss = main_lincls.features, main_lincls.F.cross_entropy
+    real_features, real_loss = probe_parts.Frozen.features, main_lincls.F.cross_entropy
     real_normal = torch.nn.init.normal_
 
     def features(*args):
-        start["last"] = real_features(*args)
-        return start["last"]
+        found = real_features(*args)
+        start["last"] = found[6]
+        return found
 
     def loss(logits, label):
         seen.append((start["last"], label))
         return real_loss(logits, label)
 
-    monkeypatch.setattr(main_lincls, "features", features)
+    monkeypatch.setattr(probe_parts.Frozen, "features", features)
     monkeypatch.setattr(main_lincls.F, "cross_entropy", loss)
 
     def normal(weight, *args, **kwargs):
@@ -182,14 +184,14 @@ def test_main_lincls__training_is_the_slow_loop(data, tmp_path, monkeypatch):
             m[i] = 0.9 * m[i] + rate * g
             p -= lr * m[i]
     saved = torch.load(tmp_path / checkpoint.LATEST, weights_only=True)
-    torch.testing.assert_close(saved["state_dict"]["module.weight"], w, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(saved["state_dict"]["module.bias"], b, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(saved["state_dict"]["module.fc.6.weight"], w, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(saved["state_dict"]["module.fc.6.bias"], b, rtol=1e-4, atol=1e-6)
     assert saved["optimizer"]["param_groups"][0]["lr"] == pytest.approx(20.0 * 4 / 256 / 2)
 
 
 def test_main_lincls__result_tells_best_and_last(data, tmp_path, monkeypatch, capsys):
     told = iter([(40.0, 60.0), (80.0, 90.0), (80.0, 95.0), (30.0, 99.0)])
-    monkeypatch.setattr(main_lincls, "evaluate", lambda *a: dict(zip(("top1", "top5"), next(told), strict=True)))
+    monkeypatch.setattr(main_lincls, "evaluate", lambda *a: {6: dict(zip(("top1", "top5"), next(told), strict=True))})
     result = probe(data, tmp_path, "--epochs", 4)
     assert result["best"] == {"epoch": 1, "top1": 80.0, "top5": 90.0}
     assert result["last"] == {"epoch": 3, "top1": 30.0, "top5": 99.0}
@@ -208,16 +210,16 @@ def test_main_lincls__trunk_stays_as_it_was(data, tmp_path):
 
 @pytest.mark.parametrize("spoil", ["statistics", "weight"])
 def test_main_lincls__a_trunk_that_moves_gives_no_result(data, tmp_path, monkeypatch, spoil):
-    real = main_lincls.features
+    real = probe_parts.Frozen.features
 
-    def features(trunk, x, name):
-        if spoil == "statistics":
-            trunk.train()
-        else:
-            next(trunk.parameters()).data[0] += 1e-3
-        return real(trunk, x, name)
+    def features(frozen, x, name):
+        if spoil == "statistics" and len(x) > 1:
+            frozen.trunk.train()
+        if spoil == "weight":
+            next(frozen.trunk.parameters()).data[0] += 1e-3
+        return real(frozen, x, name)
 
-    monkeypatch.setattr(main_lincls, "features", features)
+    monkeypatch.setattr(probe_parts.Frozen, "features", features)
     with pytest.raises(RuntimeError, match="frozen trunk changed"):
         probe(data, tmp_path)
     assert not (tmp_path / "result.json").exists()

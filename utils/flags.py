@@ -111,6 +111,21 @@ def add_shard_flags(parser: Parser) -> None:
     add("--verify-shards", action="store_true", help="compare the sha256 of every local shard with its index first")
 
 
+def add_lr_steps(parser: Parser) -> None:
+    """Steps of the learning rate, in training and probe."""
+    add = parser.add_argument
+    add("--lr-steps", type=int, nargs="*", default=[], metavar="EPOCH",
+        help="epochs after which the learning rate is multiplied by --lr-gamma; none: it follows a cosine")  # fmt: skip
+    add("--lr-gamma", type=float, default=0.1, help="factor of --lr-steps")
+
+
+def check_lr_steps(args: argparse.Namespace) -> None:
+    in_range("--lr-gamma", args.lr_gamma, 0, 1)
+    if args.lr_steps != sorted(set(args.lr_steps)) or (args.lr_steps and args.lr_steps[0] < 1):
+        steps = " ".join(map(str, args.lr_steps))
+        raise ValueError(f"--lr-steps {steps}: must be epochs above 0 in rising order, such as 120 160 200")
+
+
 def shard_flags(args: argparse.Namespace) -> dict:
     """What add_shard_flags has added."""
     return {"cache_dir": args.cache_dir, "allow_pipe": args.allow_pipe, "verify_shards": args.verify_shards}
@@ -141,7 +156,7 @@ def meaning(args: argparse.Namespace) -> dict:
     place = {"output_dir", "resume", "device", "workers", "print_freq", "save_freq", "photometric", "max_bad",
              "save_steps", "save_minutes", "keep", "dist_timeout", "compile", "replay",
              "cache_dir", "allow_pipe", "verify_shards", "dry_run"}  # fmt: skip
-    inputs = {"shards", "train_shards", "val_shards", "pretrained"}  # compared by what they hold, not by their paths
+    inputs = {"shards", "samples", "train_shards", "val_shards", "pretrained"}  # compared by what they hold, not by their paths
     return {name: value for name, value in vars(args).items() if name not in place | inputs}
 
 

@@ -15,14 +15,18 @@ def cosine(lr: float, progress: float) -> float:
     return lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def lr_at(lr: float, epoch: float, epochs: int, warmup: float = 0.0, every_step: bool = False) -> float:
+def lr_at(
+    lr: float, epoch: float, epochs: int, warmup: float = 0.0, every_step: bool = False, drops=(), gamma: float = 0.1
+) -> float:
     """The learning rate after `epoch` epochs of `epochs`, a fraction inside one.
 
-    It rises linearly from 0 during the first `warmup` epochs, step by step, and then follows half a cosine to 0, step by step
-    or, as MoCo does, epoch by epoch.
+    It rises linearly from 0 during the first `warmup` epochs, step by step. Then it is multiplied by `gamma` after each epoch
+    of `drops`; without any it follows half a cosine to 0, step by step or, as MoCo does, epoch by epoch.
     """
     if epoch < warmup:
         return lr * epoch / warmup
+    if drops:
+        return lr * gamma ** sum(epoch >= drop for drop in drops)
     return cosine(lr, ((epoch if every_step else max(math.floor(epoch), warmup)) - warmup) / (epochs - warmup))
 
 

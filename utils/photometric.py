@@ -20,9 +20,9 @@ def photometric(views: torch.Tensor, parameters: torch.Tensor) -> torch.Tensor:
     """... x 3 x H x W uint8 on any device, ... x 9 float32 on the CPU -> a new uint8 tensor of the same shape.
 
     Parameters (see views.parameters_of): factors of brightness, contrast and saturation (1 = as it is); hue shift in turns
-    [-0.5, 0.5]; order code 0..23, or -1 for no jitter; gray flag; blur sigma in pixels, or 0; solarize flag; flip flag. They
-    stay on the CPU, where which view takes which operation is known without asking the device. A view's result does not depend
-    on the views beside it.
+    [-0.5, 0.5]; order code 0..23, or -1 for no jitter; gray flag, 2 for gray before the jitter; blur sigma in pixels, or 0;
+    solarize flag; flip flag. They stay on the CPU, where which view takes which operation is known without asking the device.
+    A view's result does not depend on the views beside it.
     """
     x = views.reshape(-1, *views.shape[-3:])
     steps = [_steps(row) for row in parameters.reshape(-1, len(COLUMNS)).tolist()]
@@ -47,10 +47,12 @@ def normalized(views: torch.Tensor) -> torch.Tensor:
 
 
 def _steps(row):
-    """What is done to a view, in order: eight of (operation or None, value)."""
+    """What is done to a view, in order: nine of (operation or None, value)."""
     order = ORDERS[int(row[4])] if row[4] >= 0 else ()
     jitter = [(ADJUST[i] if row[i] != NEUTRAL[i] else None, row[i]) for i in order] or [(None, 0)] * 4
-    return jitter + [(operation if value > 0 else None, value) for operation, value in zip(LATER, row[5:], strict=True)]
+    gray, *rest = row[5:]
+    later = [(operation if value > 0 else None, value) for operation, value in zip(LATER, rest, strict=True)]
+    return [(gray_ if gray == 2 else None, 0), *jitter, (gray_ if gray == 1 else None, 0), *later]
 
 
 def _apply_(x, steps):
@@ -152,4 +154,4 @@ def flip_(x, _):
 
 
 ADJUST, NEUTRAL = (brightness_, contrast_, saturation_, hue_), (1, 1, 1, 0)
-LATER = (gray_, blur_, solarize_, flip_)
+LATER = (blur_, solarize_, flip_)

@@ -42,6 +42,7 @@ class ViewSpec:
     jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)  # brightness, contrast, saturation, hue
     jitter_p: float = 0.0
     gray_p: float = 0.0
+    gray_first: bool = False  # before the jitter, not after it
     blur: tuple[float, float] = (0.1, 2.0)  # sigma in pixels
     blur_p: float = 0.0
     solarize_p: float = 0.0
@@ -54,6 +55,11 @@ class ViewSpec:
 def moco_v2_view(name: str, size: int, scale: tuple[float, float], count: int = 1) -> ViewSpec:
     """The view of MoCo-v2 and MosRep; global and local views differ in size and scale only."""
     return ViewSpec(name, size, scale, count, jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, gray_p=0.2, blur_p=0.5)
+
+
+def moco_v1_view(name: str, size: int, scale: tuple[float, float]) -> ViewSpec:
+    """The view of MoCo-v1 and InsDis: gray before a jitter that is always made, no blur."""
+    return ViewSpec(name, size, scale, jitter=(0.4, 0.4, 0.4, 0.4), jitter_p=1.0, gray_p=0.2, gray_first=True)
 
 
 def draw(seed: int, epoch: int, sample: int, views: int) -> np.ndarray:
@@ -94,7 +100,7 @@ def parameters_of(spec: ViewSpec, u: np.ndarray) -> np.ndarray:
     out[..., 2] = max(0, 1 - s) + u[..., SATURATION] * (1 + s - max(0, 1 - s))
     out[..., 3] = h * (2 * u[..., HUE] - 1)
     out[..., 4] = np.where(u[..., JITTER] < spec.jitter_p, np.floor(24 * u[..., ORDER]), -1)
-    out[..., 5] = u[..., GRAY] < spec.gray_p
+    out[..., 5] = (u[..., GRAY] < spec.gray_p) * (2 if spec.gray_first else 1)
     out[..., 6] = np.where(u[..., BLUR] < spec.blur_p, spec.blur[0] + u[..., SIGMA] * (spec.blur[1] - spec.blur[0]), 0)
     out[..., 7] = u[..., SOLARIZE] < spec.solarize_p
     out[..., 8] = 0 if spec.resize else u[..., FLIP] < spec.flip_p

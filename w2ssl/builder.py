@@ -12,6 +12,7 @@ from utils.contrast import Step, ema_, key_copy
 from utils.flags import in_range, positive
 from utils.optim import cosine
 from utils.photometric import normalized
+from utils.probe import timm_trunk
 from utils.sync_bn import synchronized
 from utils.views import ViewSpec
 from w2ssl.losses import location, supervised_contrastive
@@ -86,6 +87,8 @@ class W2SSL(nn.Module):
             for number, own in ((1, first), (2, {"blur_p": 0.1, "solarize_p": 0.2}))
             for half, part in (("left", (0.0, share)), ("right", (1 - share, 1.0)))
         ]
+
+    frozen = staticmethod(timm_trunk)  # what a probe trains on
 
     @staticmethod
     def trunk(state_dict, args):

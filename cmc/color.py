@@ -1,0 +1,113 @@
+"""Colour spaces of CMC's views (METHODS: "CMC"), for a whole batch on any device, equal to scikit-image's conversions.
+
+Each conversion takes n x 3 x H x W RGB in [0, 1], float32, and gives the space's three channels in its customary units.
+"""
+
+import numpy as np
+import torch
+
+from utils.photometric import MEAN, STD
+
+# rows: what each channel is made of. ITU-R BT.601 and its relatives; CIE 1931 for sRGB's primaries with white D65
+XYZ = np.array([[0.412453, 0.357580, 0.180423], [0.212671, 0.715160, 0.072169], [0.019334, 0.119193, 0.950227]])
+WHITE = (0.95047, 1.0, 1.08883)
+CIE_RGB = np.array([[0.49, 0.31, 0.20], [0.17697, 0.81240, 0.01063], [0.00, 0.01, 0.99]]) / 0.17697  # to XYZ
+STAINS = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])  # haematoxylin, eosin, DAB (Ruifrok 2001)
+LINEAR = {  # space -> (matrix, offset)
+    "YCbCr": ([[65.481, 128.553, 24.966], [-37.797, -74.203, 112.0], [112.0, -93.786, -18.214]], (16, 128, 128)),
+    "YUV": (
+        [[0.299, 0.587, 0.114], [-0.14714119, -0.28886916, 0.43601035], [0.61497538, -0.51496512, -0.10001026]],
+        (0, 0, 0),
+    ),
+    "YDbDr": ([[0.299, 0.587, 0.114], [-0.45, -0.883, 1.333], [-1.333, 1.116, 0.217]], (0, 0, 0)),
+    "YPbPr": ([[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]], (0, 0, 0)),
+    "YIQ": (
+        [[0.299, 0.587, 0.114], [0.59590059, -0.27455667, -0.32134392], [0.21153661, -0.52273617, 0.31119955]],
+        (0, 0, 0),
+    ),
+    "RGB-CIE": (np.linalg.inv(CIE_RGB) @ XYZ, (0, 0, 0)),
+}
+# Middle and half of the range of each channel over all colours. Lab's is the published normalisation, and YCbCr's the published
+# mean and standard deviation; the others have none, so the rule behind Lab's is theirs too (tests/test_color.py).
+SCALES = {
+    "Lab": ((50.0, 6.025, -6.6895), (50.0, 92.208, 101.1675)),
+    "YCbCr": ((116.151, 121.080, 132.342), (109.5, 111.855, 111.964)),
+    "HSV": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "HED": ((0.939, 0.5674, 0.7868), (0.939, 0.5674, 0.7868)),
+    "LUV": ((50.0, 45.9683, -13.3491), (50.0, 129.0462, 120.7481)),
+    "YUV": ((0.5, 0.0, 0.0), (0.5, 0.436, 0.615)),
+    "XYZ": ((0.4752, 0.5, 0.5444), (0.4752, 0.5, 0.5444)),
+    "YDbDr": ((0.5, 0.0, 0.0), (0.5, 1.333, 1.333)),
+    "YPbPr": ((0.5, 0.0, 0.0), (0.5, 0.5, 0.5)),
+    "YIQ": ((0.5, 0.0, 0.0), (0.5, 0.5959, 0.5227)),
+    "RGB-CIE": ((0.0744, 0.0914, 0.0964), (0.0891, 0.0914, 0.0964)),
+}
+
+
+def linear(x: torch.Tensor, matrix, offset=(0, 0, 0)) -> torch.Tensor:
+    """Channels of n x 3 x H x W mixed by a 3 x 3 matrix, plus an offset."""
+    channels = x.unbind(1)
+    return torch.stack([sum(float(m) * c for m, c in zip(row, channels, strict=True)) + float(o)
+                        for row, o in zip(matrix, offset, strict=True)], 1)  # fmt: skip
+
+
+def xyz(x):
+    """IEC 61966-2-1: without sRGB's gamma, then to CIE XYZ."""
+    return linear(torch.where(x > 0.04045, ((x.clamp(min=0.04045) + 0.055) / 1.055) ** 2.4, x / 12.92), XYZ)
+
+
+def lab(x):
+    relative = xyz(x) / per_channel(WHITE, x)
+    f = torch.where(relative > 0.008856, relative.clamp(min=0.008856) ** (1 / 3), 7.787 * relative + 16 / 116)
+    a, b, c = f.unbind(1)
+    return torch.stack([116 * b - 16, 500 * (a - b), 200 * (b - c)], 1)
+
+
+def luv(x):
+    a, b, c = xyz(x).unbind(1)
+    light = torch.where(b > 0.008856, 116 * b.clamp(min=0.008856) ** (1 / 3) - 16, 903.3 * b)
+    whole = (a + 15 * b + 3 * c).clamp(min=torch.finfo(x.dtype).eps)
+    white = WHITE[0] + 15 * WHITE[1] + 3 * WHITE[2]
+    u, v = 13 * light * (4 * a / whole - 4 * WHITE[0] / white), 13 * light * (9 * b / whole - 9 * WHITE[1] / white)
+    return torch.stack([light, u, v], 1)
+
+
+def hsv(x):
+    """Hue, saturation and value in [0, 1]. Without colour the hue is 0."""
+    r, g, b = x.unbind(1)
+    value, low = x.amax(1), x.amin(1)
+    chroma = value - low
+    divisor = torch.where(chroma > 0, chroma, 1)
+    hue = torch.where(value == b, 4 + (r - g) / divisor, torch.where(value == g, 2 + (b - r) / divisor, (g - b) / divisor))
+    hue = torch.where(chroma > 0, hue / 6 % 1, 0)
+    return torch.stack([hue, torch.where(chroma > 0, chroma / value.clamp(min=1e-12), 0), value], 1)
+
+
+def hed(x):
+    """Optical density of the stains, by colour deconvolution (Ruifrok 2001)."""
+    density = x.clamp(min=1e-6).log() / float(np.log(1e-6))
+    return linear(density, np.linalg.inv(STAINS).T).clamp(min=0)
+
+
+CURVED = {"Lab": lab, "HSV": hsv, "HED": hed, "LUV": luv, "XYZ": xyz}
+SPACES = tuple(SCALES)
+
+
+def per_channel(values, x: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(values).view(3, 1, 1).to(x.device, non_blocking=True)
+
+
+def convert(rgb: torch.Tensor, space: str) -> torch.Tensor:
+    """n x 3 x H x W RGB in [0, 1] -> the space, in its units."""
+    return linear(rgb, *LINEAR[space]) if space in LINEAR else CURVED[space](rgb)
+
+
+def color_views(views: torch.Tensor, space: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """n x 3 x H x W, uint8 or with ImageNet's normalisation -> normalised n x 1 x H x W and n x 2 x H x W: L and ab."""
+    if views.is_floating_point():
+        rgb = (views * per_channel(STD, views) + per_channel(MEAN, views)).clamp(0, 1)
+    else:
+        rgb = views.float() / 255
+    middle, half = SCALES[space]
+    x = (convert(rgb, space) - per_channel(middle, rgb)) / per_channel(half, rgb)
+    return x[:, :1], x[:, 1:]

@@ -1,0 +1,90 @@
+"""CMC's networks: two of half the width side by side, one for L and one for ab (METHODS: "CMC")."""
+
+import torch
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+from torch import nn
+from torch.nn import functional as F
+
+CHANNELS = (48, 128, 192, 192, 128)  # of the half AlexNet
+RESNETS = {
+    "resnet18": (BasicBlock, (2, 2, 2, 2)),
+    "resnet50": (Bottleneck, (3, 4, 6, 3)),
+    "resnet101": (Bottleneck, (3, 4, 23, 3)),
+}
+WIDTHS = {"v1": 0.5, "v2": 1, "v3": 2}
+ARCHS = ("alexnet", *(name + version for name in RESNETS for version in WIDTHS))
+POOLS = {1: 10, 2: 6, 3: 5, 4: 5, 5: None}  # side of the map that a probe of an AlexNet layer sees
+
+
+class AlexNet(nn.Module):
+    """Half of an AlexNet with BatchNorm, for views of 224 pixels."""
+
+    layers = tuple(POOLS)
+
+    def __init__(self, in_channels: int, dim: int = 0):
+        super().__init__()
+        kernels = ((11, 4, 2), (5, 1, 2), (3, 1, 1), (3, 1, 1), (3, 1, 1))  # side, stride, padding
+        before = (in_channels, *CHANNELS)
+        for i, (a, b, (side, stride, padding)) in enumerate(zip(before, CHANNELS, kernels, strict=False), 1):
+            block = [nn.Conv2d(a, b, side, stride, padding, bias=False), nn.BatchNorm2d(b), nn.ReLU(inplace=True)]
+            self.add_module(f"conv_block_{i}", nn.Sequential(*block, *([nn.MaxPool2d(3, 2)] if i in (1, 2, 5) else [])))
+        if dim:
+            self.fc6, self.fc7 = (
+                nn.Sequential(nn.Linear(width, 2048), nn.BatchNorm1d(2048), nn.ReLU(inplace=True)) for width in (128 * 36, 2048)
+            )
+            self.fc8 = nn.Linear(2048, dim)
+
+    def maps(self, x) -> dict[int, torch.Tensor]:
+        """The output of each convolutional layer, after its pooling."""
+        found = {}
+        for layer in self.layers:
+            found[layer] = x = self.get_submodule(f"conv_block_{layer}")(x)
+        return found
+
+    def forward(self, x):  # n x in_channels x 224 x 224 -> n x dim
+        return self.fc8(self.fc7(self.fc6(self.maps(x)[5].flatten(1))))
+
+
+class HalfResNet(ResNet):
+    """timm's ResNet with other widths. Its stem has 64 channels whatever the width."""
+
+    layers = (6,)
+
+    def __init__(self, in_channels: int, dim: int, block, depths, width: float):
+        channels = tuple(int(c * width) for c in (64, 128, 256, 512))
+        super().__init__(block, depths, num_classes=dim, in_chans=in_channels, channels=channels)
+
+    def maps(self, x) -> dict[int, torch.Tensor]:
+        """The pooled features."""
+        return {6: self.global_pool(self.forward_features(x))}
+
+
+def half(arch: str, in_channels: int, dim: int = 0) -> nn.Module:
+    """A branch. dim 0: without its head."""
+    if arch == "alexnet":
+        return AlexNet(in_channels, dim)
+    block, depths = RESNETS[arch[:-2]]
+    return HalfResNet(in_channels, dim, block, depths, WIDTHS[arch[-2:]])
+
+
+class TwoBranches(nn.Module):
+    """A branch for the first channel of a colour space and one for the other two."""
+
+    def __init__(self, arch: str, dim: int = 0):
+        super().__init__()
+        self.l_to_ab, self.ab_to_l = half(arch, 1, dim), half(arch, 2, dim)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Numbers of the layers whose features can be probed."""
+        return self.l_to_ab.layers
+
+    def features(self, first, others) -> dict[int, torch.Tensor]:
+        """layer -> n x C for a linear probe: the maps of both branches, pooled to about 9,000 numbers and flattened."""
+        a, b = self.l_to_ab.maps(first), self.ab_to_l.maps(others)
+        joined = {layer: torch.cat([a[layer].float(), b[layer].float()], 1) for layer in self.layers}
+        return {layer: pooled(x, POOLS.get(layer)).flatten(1) for layer, x in joined.items()}
+
+
+def pooled(x, side):
+    return F.adaptive_max_pool2d(x, side) if side else x
