@@ -5,7 +5,7 @@ import collections
 import pytest
 import timm
 import torch
-from helpers import build
+from helpers import build, method_args
 
 from methods import METHODS
 from utils import backbones, checkpoint
@@ -71,10 +71,12 @@ def test_load_trunk__every_layout_in_the_wild(resnet, prefix, others):
 @pytest.mark.parametrize("method", METHODS)
 def test_load_trunk__our_own(method):
     trained = build(method)
-    trunk = backbones.build("tiny_resnet", num_classes=0)
-    checkpoint.load_trunk(trunk, METHODS[method].trunk(checkpoint.prefixed(trained), None), "fc", "--pretrained x")
-    state = trained.encoders()[0].state_dict()
-    assert all(torch.equal(value, state[name]) for name, value in trunk.state_dict().items())
+    args = method_args(method)
+    frozen = METHODS[method].frozen(args)
+    state = METHODS[method].trunk(checkpoint.prefixed(trained), args)
+    checkpoint.load_trunk(frozen.trunk, state, frozen.classifier, "--pretrained x")
+    state = (trained.encoder if method == "cmc" else trained.encoders()[0]).state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in frozen.trunk.state_dict().items())
 
 
 @pytest.mark.parametrize("spoil, message", [

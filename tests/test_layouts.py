@@ -11,6 +11,7 @@ import timm
 import torch
 
 import main_lincls
+from methods import METHODS
 from utils import checkpoint
 
 PROBE = ["--train-shards", "x", "--val-shards", "x", "--output-dir", "x"]
@@ -142,7 +143,6 @@ class Executed:
 
 
 CODE = {
-    "namespace": (lambda: argparse.Namespace(lr=1), "argparse.Namespace"),
     "numpy number": (lambda: np.float64(3), "numpy"),
     "class": (Harmless, "Harmless"),
     "call": (Executed, "mkdir"),
@@ -158,6 +158,29 @@ def test_load__names_the_type_that_it_refuses(tmp_path, monkeypatch, make, name,
     with pytest.raises(ValueError, match=rf"--pretrained c.pth.tar: .*{name}") as error:
         checkpoint.load("c.pth.tar", "--pretrained")
     assert "\n" not in str(error.value) and not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("old_format", [False, True])
+@pytest.mark.parametrize("method, prefixes", [
+    ("insdis", ["encoder.module."]), ("insdis", ["module."]),
+    ("cmc", ["encoder.module.l_to_ab.", "encoder.module.ab_to_l."]), ("cmc", ["module.l_to_ab.", "module.ab_to_l."]),
+])  # fmt: skip
+def test_build_trunk__of_cmcs_releases(tmp_path, method, prefixes, old_format):
+    """Under `model`, with the flags of the run as a Namespace."""
+    torch.manual_seed(3)
+    flags = ["--arch", "resnet18v1" if method == "cmc" else "resnet18", "--size", "64"]
+    paths = ["--method", method, "--pretrained", str(tmp_path / "c.pth"), *PROBE]
+    trained = main_lincls.get_args([*paths, "--output-stride", "0", *flags])
+    wanted = METHODS[method].frozen(trained).trunk.state_dict()
+    state = {}
+    for prefix in prefixes:
+        branch = prefix.rstrip(".").rpartition(".")[2] + "." if method == "cmc" else ""
+        state |= {prefix + n.removeprefix(branch): v for n, v in wanted.items() if n.startswith(branch)}
+    state |= {f"{prefix}fc.weight": torch.randn(128, 256) for prefix in prefixes}
+    content = {"opt": argparse.Namespace(lr=0.03, n=[1]), "model": state, "epoch": 240, "optimizer": {}}
+    torch.save(content, tmp_path / "c.pth", _use_new_zipfile_serialization=not old_format)
+    loaded = main_lincls.build_trunk(main_lincls.get_args([*paths, *flags]))[0].trunk.state_dict()
+    assert loaded.keys() == wanted.keys() and all(torch.equal(v, wanted[n]) for n, v in loaded.items())
 
 
 @pytest.mark.parametrize("old_format", [False, True])

@@ -1,5 +1,6 @@
 """Checkpoints: their names, which one to go on from, read without unpickling code, in the layouts the field uses."""
 
+import argparse
 import hashlib
 import pickle
 import re
@@ -13,7 +14,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 LATEST = "checkpoint_latest.pth.tar"
 # where published checkpoints keep the trunk (METHODS.md, last table); the first prefix that occurs decides
-PREFIXES = ("module.encoder_q.", "encoder_q.", "module.base_encoder.", "module.momentum_encoder.", "module.", "")
+PREFIXES = (
+    "module.encoder_q.", "encoder_q.", "module.base_encoder.", "module.momentum_encoder.", "module.encoder.", "encoder.module.",
+    "module.", "",
+)  # fmt: skip
+# what a checkpoint may hold beside tensors and plain data: the flags of CMC's released ones
+ALLOWED = [argparse.Namespace]
 
 
 def name_of(epoch: int, step: int) -> str:
@@ -86,7 +92,8 @@ def load(path: Path, flag: str) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"{flag} {path}: no such file; pass a checkpoint such as {LATEST}")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(ALLOWED):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL (\S+)", str(error))
         what = f"it holds a {named[1]}, which is code and not data" if named else "it is not a readable checkpoint"
