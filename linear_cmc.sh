@@ -9,7 +9,7 @@ set -euo pipefail
 cd "$(dirname "$0")"
 source utils/env.sh
 use_environment requirements.txt
-use_shards data/clipart
+use_color_shards
 OUTPUT=${OUTPUT:-output/${SAMPLE:+sample-}cmc}
 use_checkpoint "$OUTPUT" pretrain_cmc.sh
 

@@ -9,7 +9,7 @@ set -euo pipefail
 cd "$(dirname "$0")"
 source utils/env.sh
 use_environment requirements.txt
-use_shards data/clipart
+use_color_shards
 
 if [[ $SAMPLE ]]; then
     recipe=(-a resnet18v1 --size 64 --crop-min 0.2 --batch-size 64 --lr 0.24 --epochs 40 --nce-k 512 --loss softmax --lr-steps 25 35)

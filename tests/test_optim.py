@@ -90,3 +90,30 @@ def test_sgd__state_travels(trust):
     resumed.load_state_dict(optimizer.state_dict())
     go(second, resumed, slice(2, 3))
     assert torch.equal(whole, second)
+
+
+@pytest.mark.parametrize("epoch, factor", [(0, 1), (119.9, 1), (120, 0.1), (160, 0.01), (199, 0.01), (200, 0.001), (239, 0.001)])
+def test_lr_at__steps(epoch, factor):
+    assert optim.lr_at(0.03, epoch, 240, drops=[120, 160, 200]) == pytest.approx(0.03 * factor)
+
+
+def test_sgd__lars_leaves_out_biases_and_gains():
+    """METHODS, "W2SSL", 6, parameter by parameter: no decay and no adaptive rate where there is one axis."""
+    rng = torch.Generator().manual_seed(0)
+    layers = [torch.randn(4, 3, generator=rng), 3 * torch.ones(4), torch.zeros(4), torch.randn(2, 4, 3, 3, generator=rng)]
+    parameters = [nn.Parameter(p.clone()) for p in layers]
+    optimizer = optim.sgd(parameters, 0.7, 0.9, 0.1, 0.001, exclude=True)
+    weights, moving = [p.clone() for p in layers], [torch.zeros_like(p) for p in layers]
+    for lr in (0.7, 0.7, 0.2):
+        optim.set_lr(optimizer, lr)
+        for i, p in enumerate(parameters):
+            p.grad = g = torch.randn(p.shape, generator=rng)
+            if p.ndim > 1:
+                w_size, g_size = weights[i].square().sum().sqrt(), g.square().sum().sqrt()
+                g = (g + 0.1 * weights[i]) * 0.001 * w_size / (g_size + 0.1 * w_size)
+            moving[i] = 0.9 * moving[i] + g
+            weights[i] = weights[i] - lr * moving[i]
+            p.grad = p.grad.clone()
+        optimizer.step()
+    for p, w in zip(parameters, weights, strict=True):
+        torch.testing.assert_close(p.detach(), w, rtol=1e-5, atol=1e-6)

@@ -46,15 +46,21 @@ make_environment() (
     rm .venv/incomplete
 ) 9<.
 
-# use_shards [SAMPLE]: without SHARDS, train on these shards, or on the embedded sample, converted once. SAMPLE is 1 then, and
-# empty otherwise.
+# use_shards: without SHARDS, train on the embedded sample, converted once. SAMPLE is 1 then, and empty otherwise.
 use_shards() {
     SAMPLE=
     if [[ -n ${SHARDS:-} ]]; then return; fi
-    SAMPLE=1 SHARDS=${1:-output/sample-shards}
-    if [[ $# == 0 ]] && [[ ! -f $SHARDS/train/index.json || ! -f $SHARDS/val/index.json ]]; then # an index is written last
+    SAMPLE=1 SHARDS=output/sample-shards
+    if [[ ! -f $SHARDS/train/index.json || ! -f $SHARDS/val/index.json ]]; then # an index is written last
         "$PYTHON" imagenet2wds.py -i data -o "$SHARDS" --dataset FashionMNIST
     fi
+}
+
+# use_color_shards: the same with the embedded pictures in colour, which are shards already.
+use_color_shards() {
+    SAMPLE=
+    if [[ -n ${SHARDS:-} ]]; then return; fi
+    SAMPLE=1 SHARDS=data/clipart
 }
 
 # use_checkpoint FOLDER LAUNCHER: set CHECKPOINT to the newest one of the run folder that LAUNCHER fills, unless it is given.

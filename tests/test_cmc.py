@@ -1,0 +1,265 @@
+"""CMC, InsDis and the criteria against METHODS.md, "CMC": slow loops, draws, banks on several processes, layers."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from helpers import IMAGES, build, method_args, spawn, uint8_views
+from torch.nn.functional import normalize
+
+import main_pretrain
+from cmc.color import color_views
+from cmc.memory import Bank, Scores, draw_rows
+from cmc.nets import ARCHS, TwoBranches
+from methods import METHODS
+from utils import dist
+from utils.contrast import Step
+from utils.criterion import Nce, Softmax, criterion
+
+# ---- criteria
+
+
+def slow_nce(scores, t, z, n):
+    total = 0
+    for row in scores.tolist():
+        noise = (len(row) - 1) / n
+        p = [math.exp(s / t) / z for s in row]
+        total += -math.log(p[0] / (p[0] + noise)) - sum(math.log(noise / (q + noise)) for q in p[1:])
+    return total / len(scores)
+
+
+def test_nce__by_the_formula_and_z_of_the_first_batch():
+    rng = torch.Generator().manual_seed(0)
+    first, second = (torch.rand(5, 9, generator=rng, dtype=torch.double) * 2 - 1 for _ in range(2))
+    nce = Nce(0.07, 1000)
+    z = sum(math.exp(s / 0.07) for s in first.flatten().tolist()) / first.numel() * 1000
+    assert nce(first)[0].item() == pytest.approx(slow_nce(first, 0.07, z, 1000), rel=1e-6)
+    assert nce.z == 0  # until the step is done
+    nce.commit()
+    assert nce.z.dtype == torch.float32 and nce.z.item() == pytest.approx(z, rel=1e-6)
+    assert nce(second)[0].item() == pytest.approx(slow_nce(second, 0.07, z, 1000), rel=1e-6)
+    nce.commit()
+    assert nce.z.item() == pytest.approx(z, rel=1e-6)
+
+
+def test_softmax__by_the_formula():
+    scores = torch.rand(4, 6, dtype=torch.double, generator=torch.Generator().manual_seed(1))
+    wanted = sum(-math.log(math.exp(r[0] / 0.07) / sum(math.exp(s / 0.07) for s in r)) for r in scores.tolist()) / 4
+    loss, top1 = Softmax(0.07)(scores)
+    assert loss.item() == pytest.approx(wanted) and top1.item() == 100 * sum(r[0] == max(r) for r in scores.tolist()) / 4
+
+
+@pytest.mark.parametrize("loss", ["nce", "softmax"])
+def test_chance__is_the_loss_of_scores_that_are_all_equal(loss):
+    c = criterion(loss, 0.07, 500)
+    assert c(torch.full((3, 1 + 64), 0.3))[0].item() == pytest.approx(c.chance(1 + 64), rel=1e-4)
+
+
+def z_of_two(n):
+    scores = torch.rand(2 * n, 7, generator=torch.Generator().manual_seed(2))
+    nce = Nce(0.5, 100)
+    loss, _ = nce(scores[dist.rank() * n :][:n] if dist.world() > 1 else scores)
+    nce.commit()
+    return loss.item(), nce.z.item()
+
+
+def test_nce__z_is_of_all_processes():
+    (loss, z), parts = z_of_two(4), spawn(z_of_two, 4)
+    assert [part[1] for part in parts] == pytest.approx([z, z], rel=1e-6)
+    assert sum(part[0] for part in parts) / 2 == pytest.approx(loss, rel=1e-6)
+
+
+# ---- draws and banks
+
+
+def test_draw_rows__uniform_with_replacement():
+    rows = draw_rows(np.random.default_rng(0), 50, 40, 1000)
+    assert rows.shape == (40, 1000) and rows.min() == 0 and rows.max() == 49
+    counts = np.bincount(rows.ravel(), minlength=50)
+    chi = ((counts - 800) ** 2 / 800).sum()
+    assert abs(chi - 49) < 4 * math.sqrt(2 * 49)  # mean and spread of chi-square with 49 degrees of freedom
+    assert any(len(set(row)) < 1000 for row in rows.tolist())
+    assert not np.array_equal(rows, draw_rows(np.random.default_rng(1), 50, 40, 1000))
+
+
+@pytest.mark.parametrize("at_once", [1, 17, 10**6])
+def test_scores__value_and_gradient_are_those_of_all_products(monkeypatch, at_once):
+    monkeypatch.setattr("cmc.memory.ROWS_AT_ONCE", at_once)
+    rng = torch.Generator().manual_seed(0)
+    features = torch.randn(5, 4, generator=rng, dtype=torch.double, requires_grad=True)
+    bank, rows = torch.randn(30, 4, generator=rng, dtype=torch.double), torch.randint(30, (5, 8), generator=rng)
+    weights = torch.randn(5, 8, generator=rng, dtype=torch.double)
+    scores = Scores.apply(features, bank, rows)
+    (scores * weights).sum().backward()
+    for i in range(5):
+        for j in range(8):
+            assert scores[i, j].item() == pytest.approx((features[i] @ bank[rows[i, j]]).item())
+    wanted = torch.stack([sum(weights[i, j] * bank[rows[i, j]] for j in range(8)) for i in range(5)])
+    torch.testing.assert_close(features.grad, wanted)
+
+
+def test_bank__starts_uniform_with_the_published_bound():
+    torch.manual_seed(0)
+    memory = Bank(2000, 12).memory
+    bound = 1 / math.sqrt(12 / 3)
+    assert memory.abs().max() <= bound and memory.abs().max() > 0.99 * bound and abs(memory.mean()) < 0.01
+
+
+def test_bank__update_by_hand():
+    torch.manual_seed(0)
+    bank, features = Bank(9, 4), normalize(torch.randn(4, 4), dim=1)
+    before = bank.memory.clone()
+    bank.update(features, torch.tensor([7, 2, 5, 2]), 0.5)  # 2 comes twice, in the place of an unusable image
+    for row in range(9):
+        seen = {7: 0, 2: 3, 5: 2}.get(row)
+        wanted = before[row] if seen is None else normalize(0.5 * before[row] + 0.5 * features[seen], dim=0)
+        torch.testing.assert_close(bank.memory[row], wanted)
+
+
+# ---- whole steps
+
+
+def slow_step(method, args, views, index, rows):
+    """METHODS.md, "CMC": -> the loss and the rows of the banks after it."""
+    if args.method == "cmc":
+        x, y = color_views(views[0], args.space)
+        f = {"l": normalize(method.encoder.l_to_ab(x), dim=1), "ab": normalize(method.encoder.ab_to_l(y), dim=1)}
+        pairs = [("l", "ab"), ("ab", "l")]  # L queries the bank of ab
+    else:
+        f = {"image": normalize(method.encoder(views[0]), dim=1)}
+        pairs = [("image", "image")]
+    loss = 0
+    for query, bank in pairs:
+        memory = method.banks[bank].memory
+        scores = torch.stack([torch.stack([f[query][i] @ memory[r] for r in (index[i], *rows[i])]) for i in range(len(index))])
+        if args.loss == "softmax":
+            loss = loss + torch.nn.functional.cross_entropy(scores / 0.07, torch.zeros(len(index), dtype=torch.long))
+            continue
+        p = (scores / 0.07).exp()
+        p = p / (p.detach().mean() * IMAGES)
+        noise = len(rows[0]) / IMAGES
+        loss = loss + (-(p[:, 0] / (p[:, 0] + noise)).log() - (noise / (p[:, 1:] + noise)).log().sum(1)).mean()
+    after = {name: method.banks[name].memory.clone() for name in f}
+    for name, memory in after.items():
+        for i, row in enumerate(index):
+            memory[row] = normalize(0.5 * memory[row] + 0.5 * f[name][i].detach(), dim=0)
+    return loss, after
+
+
+@pytest.mark.parametrize("loss", ["nce", "softmax"])
+@pytest.mark.parametrize("name", ["cmc", "insdis"])
+def test_step__loss_gradients_and_banks_equal_a_slow_loop(name, loss):
+    args = method_args(name, "--loss", loss)
+    method = build(name, "--loss", loss)
+    reference, step = copy.deepcopy(method), Step.at(0, 10, 0)
+    views = [torch.randn(v.shape, generator=torch.Generator().manual_seed(4)) for v in uint8_views(args)]
+    index = torch.tensor([4, 39, 0, 7, 12, 13, 30, 21])
+    rows = draw_rows(Step.at(0, 10, 0).rng, IMAGES, 8, 24).tolist()
+    found, _ = method(views, index, step)
+    found.backward()
+    wanted, after = slow_step(reference, args, views, index.tolist(), rows)
+    wanted.backward()
+    assert found.item() == pytest.approx(wanted.item(), rel=1e-5)
+    for (n, p), r in zip(method.encoder.named_parameters(), reference.encoder.parameters(), strict=True):
+        assert torch.allclose(p.grad, r.grad, rtol=1e-3, atol=1e-4 * r.grad.abs().max().item() + 1e-8), n
+    method.commit(step)
+    for bank, memory in after.items():
+        torch.testing.assert_close(method.banks[bank].memory, memory, rtol=1e-4, atol=1e-5)
+
+
+def twenty_steps(name):
+    """Banks and criteria of this process after 20 steps of training, each process with its own images."""
+    method = build(name)
+    model = dist.data_parallel(method, torch.device("cpu"))
+    args = method_args(name)
+    torch.manual_seed(dist.rank())
+    optimizer = torch.optim.SGD(method.parameters(), 0.01)
+    for number in range(20):
+        step = Step.at(number, 20, 0)
+        index = torch.from_numpy(step.rng.permutation(IMAGES)[:8])
+        own = slice(dist.rank() * 8 // dist.world(), (dist.rank() + 1) * 8 // dist.world())
+        loss, _ = model([v[own] for v in uint8_views(args, seed=number)], index[own], Step.at(number, 20, 0))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        method.commit(step)
+    return {k: v for k, v in method.state_dict().items() if k.startswith(("banks", "criteria"))}
+
+
+@pytest.mark.parametrize("name", ["cmc", "insdis"])
+def test_banks__replicas_stay_identical(name):
+    first, second = spawn(twenty_steps, name)
+    assert first.keys() == second.keys() and all(torch.equal(value, second[k]) for k, value in first.items())
+    rows = [v for k, v in first.items() if "memory" in k]
+    assert all(((row.norm(dim=1) - 1).abs() < 1e-5).sum() > 30 for row in rows)  # most images were seen
+
+
+# ---- networks
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_two_branches__layer_shapes(arch):
+    with torch.device("meta"):
+        trunk = TwoBranches(arch).eval()
+        found = trunk.features(torch.empty(2, 1, 224, 224), torch.empty(2, 2, 224, 224))
+        with_head = TwoBranches(arch, 128).eval()
+        heads = [with_head.l_to_ab(torch.empty(2, 1, 224, 224)).shape, with_head.ab_to_l(torch.empty(2, 2, 224, 224)).shape]
+    if arch == "alexnet":
+        wanted = {1: 96 * 10 * 10, 2: 256 * 6 * 6, 3: 384 * 5 * 5, 4: 384 * 5 * 5, 5: 256 * 6 * 6}
+    else:
+        wanted = {6: int(2 * 512 * {"v1": 0.5, "v2": 1, "v3": 2}[arch[-2:]] * (1 if "18" in arch else 4))}
+    assert {layer: x.shape for layer, x in found.items()} == {layer: (2, width) for layer, width in wanted.items()}
+    assert heads == [(2, 128)] * 2
+    if arch != "alexnet":
+        assert trunk.l_to_ab.conv1.weight.shape == (64, 1, 7, 7) and trunk.ab_to_l.conv1.weight.shape == (64, 2, 7, 7)
+
+
+def test_alexnet__published_channels_and_maps():
+    branch = TwoBranches("alexnet", 128).l_to_ab.eval()
+    shapes = [tuple(x.shape[1:]) for x in branch.maps(torch.zeros(1, 1, 224, 224)).values()]
+    assert shapes == [(48, 27, 27), (128, 13, 13), (192, 13, 13), (192, 13, 13), (128, 6, 6)]
+    assert [branch.fc6[0].out_features, branch.fc7[0].out_features, branch.fc8.out_features] == [2048, 2048, 128]
+
+
+# ---- flags
+
+
+@pytest.mark.parametrize("name, arch", [("cmc", "resnet50v1"), ("insdis", "resnet50")])
+def test_flags__published_defaults(name, arch):
+    args = main_pretrain.get_args(["--method", name, "--shards", "x"])
+    published = {"arch": arch, "epochs": 240, "batch_size": 128, "momentum": 0.9, "weight_decay": 1e-4, "nce_k": 16384,
+                 "nce_t": 0.07, "nce_m": 0.5, "nce_dim": 128, "lr_steps": [120, 160, 200], "lr_gamma": 0.1, "size": 224,
+                 "loss": "nce", "crop_min": 0.08}  # fmt: skip
+    assert {k: getattr(args, k) for k in published} == published
+    assert args.lr * args.batch_size / 256 == pytest.approx(0.03)
+    spec, *more = METHODS[name].views(args)
+    assert not more and (spec.size, spec.scale, spec.flip_p, spec.blur_p) == (224, (0.08, 1.0), 0.5, 0)
+    jitter = ((0.4, 0.4, 0.4, 0.4), 1.0, 0.2, True) if name == "insdis" else ((0, 0, 0, 0), 0, 0, False)
+    assert (spec.jitter, spec.jitter_p, spec.gray_p, spec.gray_first) == jitter
+
+
+@pytest.mark.parametrize("name, flags, message", [
+    ("cmc", ["--arch", "resnet50"], "--arch resnet50: CMC has alexnet, resnet18v1"),
+    ("cmc", ["--arch", "alexnet"], "--size 32: AlexNet's .* 224"),
+    ("cmc", ["--output-stride", "16"], "--output-stride 16: "),
+    ("cmc", ["--nce-k", "0"], "--nce-k 0"),
+    ("insdis", ["--nce-m", "1.5"], "--nce-m 1.5"),
+    ("insdis", ["--nce-t", "0"], "--nce-t 0"),
+    ("insdis", ["--crop-min", "0"], "--crop-min 0"),
+])  # fmt: skip
+def test_check__names_the_flag(name, flags, message):
+    with pytest.raises(ValueError, match=message):
+        METHODS[name].check(method_args(name, *flags), 40)
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--lr-steps", "5", "3"], "--lr-steps 5 3: must be epochs above 0 in rising order"),
+    (["--lr-steps", "0"], "--lr-steps 0: "),
+    (["--lr-steps", "3", "--lr-per", "step"], "--lr-per step: .*--lr-steps"),
+    (["--lr-gamma", "2"], "--lr-gamma 2.0"),
+])  # fmt: skip
+def test_check__steps_of_the_learning_rate(flags, message):
+    with pytest.raises(ValueError, match=message):
+        main_pretrain.check(method_args("moco", *flags), 40)
