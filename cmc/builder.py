@@ -9,7 +9,7 @@ from torch.nn.functional import normalize
 from cmc.color import SPACES, color_views
 from cmc.memory import Bank, draw_rows
 from cmc.nets import ARCHS, TwoBranches
-from utils import amp, backbones, checkpoint, dist
+from utils import amp, backbones, checkpoint, dist, mixture
 from utils.contrast import Step, in_groups
 from utils.criterion import criterion
 from utils.flags import in_range, positive
@@ -28,10 +28,12 @@ def add_bank_flags(group):
     add("--nce-t", type=float, default=0.07, help="temperature of the scores")
     add("--nce-m", type=float, default=0.5, help="what a row of a bank keeps of itself when its image was seen")
     add("--loss", choices=["nce", "softmax"], default="nce", help="noise-contrastive estimation, or cross-entropy")
+    mixture.add_flags(group)
     group.set_defaults(batch_size=128, lr=0.06, epochs=240, lr_steps=[120, 160, 200])  # 0.06 is 0.03 for a batch of 128
 
 
 def check_bank_flags(args):
+    mixture.check(args)
     positive(["--size", "--nce-dim", "--nce-k", "--nce-t"], args)
     in_range("--crop-min", args.crop_min, 1e-8, 1)
     in_range("--nce-m", args.nce_m, 0, 1)
@@ -51,6 +53,7 @@ class MemoryBank(nn.Module):
         super().__init__()
         self.amp, self.bn_splits, self.samples = args.amp, args.bn_splits, args.samples
         self.negatives, self.momentum = args.nce_k, args.nce_m
+        self.mixture = mixture.Mixture(args)
         self.encoder = encoder
         self.banks = nn.ModuleDict({name: Bank(args.samples, args.nce_dim) for name in banks})
         self.criteria = nn.ModuleDict({name: criterion(args.loss, args.nce_t, args.samples) for name in banks})
@@ -134,7 +137,7 @@ class CMC(MemoryBank):
         return [self.encoder.l_to_ab, self.encoder.ab_to_l]
 
     def forward(self, views, index, step: Step):
-        pair = color_views(views[0], self.space)  # n x 1 x H x W, n x 2 x H x W
+        pair = color_views(*self.mixture(views, step.rng), self.space)  # n x 1 x H x W, n x 2 x H x W
         first, others = (self.embed(branch, x) for branch, x in zip(self.encoders(), pair, strict=True))  # n x C each
         self.seen, self.index = {"l": first.detach(), "ab": others.detach()}, index
         return self.contrast({"ab": first, "l": others}, index, step)
@@ -171,6 +174,6 @@ class InsDis(MemoryBank):
         return [self.encoder]
 
     def forward(self, views, index, step: Step):
-        f = self.embed(self.encoder, normalized(views[0]))  # n x C
+        f = self.embed(self.encoder, normalized(*self.mixture(views, step.rng)))  # n x C
         self.seen, self.index = {"image": f.detach()}, index
         return self.contrast({"image": f}, index, step)

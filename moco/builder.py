@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.nn.functional import normalize
 
-from utils import amp, backbones, checkpoint, dist
+from utils import amp, backbones, checkpoint, dist, mixture
 from utils.contrast import Step, ema_, enqueue_, in_groups, key_copy, shuffled_keys
 from utils.criterion import criterion
 from utils.flags import in_range, positive
@@ -25,6 +25,9 @@ class MoCo(nn.Module):
         group.add_argument("--local-crops", type=int, default=0, help="local crops, of half the size, on the query side")
         group.add_argument("--moco-head", choices=["mlp", "linear"], default="mlp", help="head: of MoCo-v2, or of MoCo-v1")
         group.add_argument("--loss", choices=["softmax", "nce"], default="softmax", help="InfoNCE, or MoCo-v1's NCE")
+        mixture.add_flags(group)
+        group.add_argument("--unmix-prob", type=float,
+                           help="Un-Mix: probability of mixup, else CutMix; published 0.5; left out: no Un-Mix")  # fmt: skip
         group.add_argument("--aug", choices=["v2", "v1"], default="v2", help="augmentation of MoCo-v2 or of MoCo-v1")
 
     @staticmethod
@@ -55,12 +58,24 @@ class MoCo(nn.Module):
         if args.moco_k > samples and dist.rank() == 0:
             print(f"warning: --moco-k {args.moco_k} is larger than the data set ({samples} images): "
                   "an image's own older keys are among its negatives")  # fmt: skip
-        if args.method == "moco" and args.local_crops and args.aug == "v1":
-            raise ValueError(f"--aug v1: MoCo-v1 has no local crops; leave out --local-crops {args.local_crops}")
-        if args.method == "moco" and args.local_crops and args.loss == "nce":
-            raise ValueError(f"--loss nce: has one Z for views of one kind; leave out --local-crops {args.local_crops}")
-        if args.method == "moco" and args.local_crops < 0:
+        if args.method == "moco":
+            MoCo.check_own(args)
+
+    @staticmethod
+    def check_own(args):
+        mixture.check(args)
+        if args.unmix_prob is not None:
+            in_range("--unmix-prob", args.unmix_prob, 0, 1)
+        if args.local_crops < 0:
             raise ValueError(f"--local-crops {args.local_crops}: must be 0 or more; 4 is the published multi-crop")
+        whole_images = {"--aug": "v1" if args.aug == "v1" else None, "--im-type": args.im_type, "--unmix-prob": args.unmix_prob}
+        one_kind = {"--local-crops": args.local_crops or None, "--unmix-prob": args.unmix_prob}
+        for flag, value in whole_images.items():
+            if args.local_crops and value is not None:
+                raise ValueError(f"{flag} {value}: is for two crops; leave out --local-crops {args.local_crops}")
+        for flag, value in one_kind.items():
+            if args.loss == "nce" and value is not None:
+                raise ValueError(f"--loss nce: has one Z, for queries of one kind; leave out {flag} {value}")
 
     @staticmethod
     def views(args) -> list[ViewSpec]:
@@ -79,6 +94,8 @@ class MoCo(nn.Module):
         super().__init__()
         self.amp, self.bn_splits = args.amp, args.bn_splits
         self.momentum, self.local_crops = args.moco_m, args.local_crops
+        self.mixture = mixture.Mixture(args) if getattr(args, "im_type", None) else None  # MosRep has no such flag
+        self.unmix_prob = getattr(args, "unmix_prob", None)
         self.criterion = criterion(getattr(args, "loss", "softmax"), args.moco_t, getattr(args, "samples", 0))
         self.build_encoders(args)
         self.register_buffer("queue", normalize(torch.randn(args.moco_dim, args.moco_k), dim=0))  # C x K
@@ -129,14 +146,24 @@ class MoCo(nn.Module):
 
     def chance(self, batch: int) -> float:
         """The loss of guessing, summed over the terms of the loss."""
-        return (2 if self.local_crops else 1) * self.criterion.chance(1 + self.queue.shape[1])
+        terms = 2 if self.local_crops or self.unmix_prob is not None else 1
+        return terms * self.criterion.chance(1 + self.queue.shape[1])
 
     def forward(self, views, index, step: Step):
         x_q, x_k, *local = views  # n x 3 x H x W each; local n x V x 3 x h x w
+        if self.mixture:
+            x_q, x_k = self.mixture([x_q, x_k], step.rng)
         self.new_keys = keys = shuffled_keys(self.embed_k, x_k, step.rng)  # N x C
         k = keys[dist.rank() * len(x_k) :][: len(x_k)]  # n x C
         loss, top1 = self.contrast(self.embed_q(x_q), k)
         stats = {"top1": top1}
+        if self.unmix_prob is not None:
+            x_mix, share = mixture.un_mix(x_q, self.unmix_prob, self.bn_splits, step.rng)
+            q_mix = self.embed_q(x_mix)
+            itself, other = (self.contrast(q, k)[0] for q in (q_mix, mixture.backwards(q_mix, self.bn_splits)))
+            loss_mix = share * itself + (1 - share) * other
+            stats |= {"loss_plain": loss.detach(), "loss_mix": loss_mix.detach()}
+            loss = loss + loss_mix
         if local:
             crops = local[0].flatten(0, 1)  # n V x 3 x h x w
             loss_local, top1_local = self.contrast(self.embed_q(crops), k.repeat_interleave(self.local_crops, 0))

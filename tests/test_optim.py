@@ -92,7 +92,7 @@ def test_sgd__state_travels(trust):
     assert torch.equal(whole, second)
 
 
-@pytest.mark.parametrize("epoch, factor", [(0, 1), (119.9, 1), (120, 0.1), (160, 0.01), (199, 0.01), (200, 0.001), (239, 0.001)])
+@pytest.mark.parametrize("epoch, factor", [(0, 1), (119.9, 1), (120, 0.1), (160, 0.01), (199, 0.01), (200, 1e-3), (239, 1e-3)])
 def test_lr_at__steps(epoch, factor):
     assert optim.lr_at(0.03, epoch, 240, drops=[120, 160, 200]) == pytest.approx(0.03 * factor)
 

@@ -1,0 +1,182 @@
+"""Image mixtures against slow loops and by their statistics."""
+
+import math
+from argparse import Namespace
+
+import numpy as np
+import pytest
+import torch
+from helpers import build, method_args, spawn, uint8_views
+
+from methods import METHODS
+from utils import dist, mixture
+from utils.contrast import Step
+from utils.mixture import Mixture, backwards, inside, un_mix
+
+LEFT_OUT = dict.fromkeys((*mixture.OF_GLOBAL, *mixture.OF_REGION))
+
+
+def mix(kind, views, seed=0, groups=1, **values):
+    return Mixture(Namespace(im_type=kind, bn_splits=groups, **(LEFT_OUT | values)))(views, np.random.default_rng(seed))
+
+
+def numbered(n, size=20, views=2):
+    """Views in one colour, their image's number; as floats, which are taken for normalised."""
+    place = torch.arange(1.0, n + 1).view(n, 1, 1, 1)
+    return [place.expand(n, 3, size, size) for _ in range(views)]
+
+
+@pytest.mark.parametrize("kind", mixture.TYPES)
+def test_mixture__both_views_of_an_image_are_mixed_alike(kind):
+    a, b = mix(kind, numbered(64), g_prob=0.5, r_prob=0.5)
+    assert torch.equal(a, b) and not torch.equal(a, numbered(64)[0])
+
+
+@pytest.mark.parametrize("kind", mixture.TYPES)
+def test_mixture__no_type_no_change_and_bytes_are_their_floats(kind):
+    views = [torch.randint(0, 256, (6, 3, 64, 64), dtype=torch.uint8) for _ in range(2)]
+    assert mix(None, views) is views
+    found = mix(kind, views, seed=3, g_prob=0.5, r_prob=0.5)
+    assert torch.equal(found[0], mix(kind, [mixture.normalized(v) for v in views], seed=3, g_prob=0.5, r_prob=0.5)[0])
+
+
+def test_global__shares_and_partners():
+    """One try at each of many images: x = share x + (1 - share) x', the share uniform (Beta(1, 1)), x' every other image."""
+    n = 4000
+    (found,) = mix("global", numbered(n, 1, 1), g_num=1, g_prob=0.3)
+    changed = (found[:, 0, 0, 0] - torch.arange(1, n + 1)).abs() > 1e-3
+    assert changed.sum().item() == pytest.approx(0.3 * n, abs=4 * math.sqrt(0.21 * n))
+    mixture_of = Mixture(Namespace(im_type="global", bn_splits=1, **(LEFT_OUT | {"g_prob": 1.0})))
+    share, partner = next(mixture_of._tries(np.random.default_rng(1), n, 1, 1.0, 1.0))
+    assert (partner != np.arange(n)).all() and np.bincount(partner, minlength=n).max() < 12
+    assert np.histogram(share, 10, (0, 1))[0] == pytest.approx([n / 10] * 10, abs=4 * math.sqrt(n / 10))
+    peaked = next(mixture_of._tries(np.random.default_rng(1), n, 1, 1.0, 8.0))[0]
+    assert peaked.std() == pytest.approx(math.sqrt(1 / (4 * 17)), rel=0.1)  # of Beta(8, 8)
+
+
+def test_global__two_tries_by_a_slow_loop():
+    n = 8
+    (found,) = mix("global", numbered(n, 2, 1), seed=5, g_prob=0.7)
+    rng, wanted = np.random.default_rng(5), [float(i + 1) for i in range(n)]
+    for _ in range(2):
+        made, share, step = rng.random(n) < 0.7, rng.beta(1, 1, n), rng.integers(1, n, n)
+        for i in range(n):
+            if made[i]:
+                wanted[i] = share[i] * wanted[i] + (1 - share[i]) * ((i + step[i]) % n + 1)
+    torch.testing.assert_close(found[:, 0, 0, 0], torch.tensor(wanted, dtype=torch.float32), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("decay", [1.0, 0.5])
+def test_region__boxes_by_a_slow_loop(decay):
+    n, side = 12, 30
+    (found,) = mix("region", numbered(n, side, 1), seed=2, r_prob=0.6, r_pixel_decay=decay)
+    rng, wanted = np.random.default_rng(2), numbered(n, side, 1)[0].clone()
+    first = [True] * n
+    for _ in range(2):
+        made, share, step = rng.random(n) < 0.6, rng.beta(1, 1, n), rng.integers(1, n, n)
+        centre = rng.random((n, 2))
+        for i in range(n):
+            if not made[i]:
+                continue
+            if first[i]:
+                wanted[i] *= decay
+            first[i] = False
+            half = math.sqrt(1 - share[i]) / 2
+            for y in range(side):
+                for x in range(side):
+                    at = (y + 0.5) / side, (x + 0.5) / side
+                    if all(c - half <= p < c + half for c, p in zip(centre[i], at, strict=True)):
+                        wanted[i, :, y, x] = (i + step[i]) % n + 1
+    assert (found - wanted).abs().max() < 1e-5
+
+
+def test_cutout__a_square_of_fifty_pixels():
+    (found,) = mix("cutout", [torch.ones(2000, 1, 112, 112)])
+    holes = (found == 0)[:, 0]
+    area = holes.flatten(1).sum(1)
+    assert (area > 0).sum().item() == pytest.approx(200, abs=4 * math.sqrt(180))
+    assert area.max() == 2500 and area[area > 0].min() >= 24 * 24  # clipped at the border: at least a quarter stays
+    for hole in holes[area == 2500][:5]:
+        assert hole.any(0).sum() == hole.any(1).sum() == 50
+
+
+def test_random_erasing__areas_and_ratios():
+    (found,) = mix("random-erasing", [torch.ones(3000, 1, 100, 100)])
+    holes = (found == 0)[:, 0]
+    heights, widths = holes.any(2).sum(1).float(), holes.any(1).sum(1).float()
+    hit = heights > 0
+    assert hit.sum().item() == pytest.approx(300, abs=4 * math.sqrt(270))
+    area, ratio = (heights * widths / 1e4)[hit], (heights / widths)[hit]
+    assert area.min() > 0.01 and area.max() < 0.43 and abs(area.mean() - 0.21) < 0.03
+    assert ratio.min() > 0.25 and ratio.max() < 4 and abs(ratio.log().mean()) < 0.15
+
+
+def test_inside__the_middle_of_a_pixel_decides():
+    box = np.array([[0.25, -1, 0.75, 0.5], [0, 0, 0, 0]])
+    assert inside(box, torch.empty(2, 3, 4, 4))[:, 0].int().tolist() == [
+        [[0, 0, 0, 0], [1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0]], [[0] * 4] * 4,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("probability", [0.0, 1.0])
+def test_un_mix__batch_reversed_and_the_share_that_is_seen(probability):
+    x = numbered(6, 40, 1)[0]
+    shares = []
+    for seed in range(40):
+        mixed, share = un_mix(x, probability, 1, np.random.default_rng(seed))
+        wanted = share * x + (1 - share) * x.flip(0)
+        shares.append(share)
+        torch.testing.assert_close(mixed.mean((1, 2, 3)), wanted.mean((1, 2, 3)), rtol=1e-4, atol=1e-4)
+        if probability == 0:
+            assert ((mixed == x) | (mixed == x.flip(0))).all()
+        else:
+            torch.testing.assert_close(mixed, wanted)
+    assert 0.2 < np.mean(shares) < 0.9 and np.std(shares) > 0.15
+    assert backwards(torch.arange(6), 2).tolist() == [2, 1, 0, 5, 4, 3]
+
+
+def first_loss(name, flags):
+    method, args = build(name, *flags), method_args(name, *flags)
+    views, index = uint8_views(args), torch.arange(8)
+    n = 8 // dist.world()
+    own = slice(dist.rank() * n, (dist.rank() + 1) * n)
+    return method([view[own] for view in views], index[own], Step.at(2, 10, 0))[0].item()
+
+
+@pytest.mark.parametrize("name, flags", [
+    ("moco", ["--im-type", "IM", "--g-prob", "0.6", "--r-prob", "0.6"]), ("moco", ["--unmix-prob", "0.5"]),
+    ("cmc", ["--im-type", "random-erasing"]),
+])  # fmt: skip
+def test_mixture__two_processes_are_two_groups(name, flags):
+    alone = first_loss(name, [*flags, "--bn-splits", "2"])
+    assert sum(spawn(first_loss, name, flags)) / 2 == pytest.approx(alone, rel=1e-5)
+
+
+def test_unmix__loss_is_that_of_its_three_terms(monkeypatch):
+    """L(q, k) + share L(q_mix, k) + (1 - share) L(q_mix reversed, k)."""
+    method = build("moco", "--unmix-prob", "1").eval()
+    views = [torch.randn(8, 3, 64, 64, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    monkeypatch.setattr(mixture, "un_mix", lambda x, *_: (0.3 * x + 0.7 * x.flip(0), 0.3))
+    with torch.no_grad():
+        loss, _ = method(views, None, Step.at(0, 10, 0))
+        k = method.embed_k(views[1])
+        q, q_mix = method.embed_q(views[0]), method.embed_q(0.3 * views[0] + 0.7 * views[0].flip(0))
+        terms = [method.contrast(x, k)[0] for x in (q, q_mix, q_mix.flip(0))]
+    assert loss.item() == pytest.approx((terms[0] + 0.3 * terms[1] + 0.7 * terms[2]).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--g-prob", "0.2"], "--g-prob 0.2: does nothing without --im-type IM or global"),
+    (["--im-type", "global", "--r-num", "3"], "--r-num 3: does nothing without --im-type IM or region"),
+    (["--im-type", "IM", "--g-prob", "2"], "--g-prob 2.0: "),
+    (["--im-type", "IM", "--r-beta", "0"], "--r-beta 0.0: "),
+    (["--im-type", "IM", "--local-crops", "4"], "--im-type IM: .*--local-crops 4"),
+    (["--unmix-prob", "0.5", "--local-crops", "4"], "--unmix-prob 0.5: .*--local-crops 4"),
+    (["--unmix-prob", "0.5", "--loss", "nce"], "--loss nce: .*--unmix-prob 0.5"),
+    (["--aug", "v1", "--local-crops", "4"], "--aug v1: .*--local-crops 4"),
+    (["--unmix-prob", "2"], "--unmix-prob 2.0: "),
+    (["--im-type", "cutout", "--bn-splits", "8"], "--batch-size 8: leaves one image .*; 16 would do"),
+])  # fmt: skip
+def test_check__names_the_flag(flags, message):
+    with pytest.raises(ValueError, match=message):
+        METHODS["moco"].check(method_args("moco", *flags), 40)
