@@ -1,6 +1,7 @@
 """Images -> webdataset shards with an index.
 
     python imagenet2wds.py -i /data/imagenet -o /data/imagenet-shards      folders train/ and val/, or the ILSVRC tars
+    python imagenet2wds.py -i /data/imagenet -o /data/imagenet100-shards --imagenet-subset classes.txt
     python imagenet2wds.py -i photos -o photo-shards                       a folder of classes, or of images without labels
     python imagenet2wds.py -i data -o sample-shards --dataset FashionMNIST any data set of torchvision
 
@@ -41,6 +42,7 @@ def get_args(argv=None):
     add("-i", "--input", required=True, metavar="SRC", help="folder of images, or the root of a torchvision data set")
     add("-o", "--output", required=True, metavar="DST", help="folder for the shards: DST/train, DST/val")
     add("--dataset", metavar="NAME", help="a data set of torchvision, such as FashionMNIST, instead of image files")
+    add("--imagenet-subset", metavar="FILE", help="convert only these classes: a class folder's name (n01440764) on each line")
     add("--download", action="store_true", help="let torchvision download that data set into SRC")
     add("--shard-size", type=int, default=1000, help="images in a shard")
     add("--seed", type=int, default=0, help="decides the order of the images")

@@ -86,7 +86,7 @@ def check(args, samples: int) -> None:
     check_run_flags(args)
     check_lr_steps(args)
     if args.lr_steps and args.lr_per == "step":
-        raise ValueError("--lr-per step: is of the cosine, which --lr-steps replaces; leave out one of them")
+        raise ValueError("--lr-per step: is of the cosine, which --lr-steps replaces; pass --lr-per epoch, or no --lr-steps")
     grouped = ["--bn-splits"] if "bn_splits" in args else []
     positive(["--epochs", "--batch-size", "--lr", "--save-freq", *grouped], args)
     in_range("--trust", args.trust, 0, 1)

@@ -8,7 +8,9 @@ import webdataset
 from PIL import Image
 from test_imagenet2wds import convert, draw, flat, refused, samples  # noqa: F401
 
+import imagenet2wds
 from utils.index import load_index
+from utils.reader import Reader
 
 
 def test_find_splits__class_called_train(tmp_path, capsys):
@@ -81,3 +83,39 @@ def test_imagenet2wds__full_disk_names_the_flag(flat, tmp_path, capsys, monkeypa
 
     monkeypatch.setattr(webdataset.TarWriter, "write", full)
     assert "-o " in refused(capsys, "-i", flat, "-o", tmp_path / "out", "-j", 1)
+
+
+def two_splits(folder):
+    for split, each in (("train", 3), ("val", 2)):
+        for c, name in enumerate(("n01", "n02", "n03", "n04")):
+            (folder / split / name).mkdir(parents=True)
+            for i in range(each):
+                Image.new("RGB", (8, 8), (40 * c, i, 0)).save(folder / split / name / f"{i}.png")
+    return folder
+
+
+def test_imagenet_subset__only_these_classes_numbered_anew(tmp_path):
+    source, chosen = two_splits(tmp_path / "source"), tmp_path / "classes.txt"
+    chosen.write_text("# a comment\n\nn04 and what it means\nn02\n")
+    imagenet2wds.main(["-i", str(source), "-o", str(tmp_path / "out"), "-j", "1", "--imagenet-subset", str(chosen)])
+    for split, each in (("train", 3), ("val", 2)):
+        index = load_index(str(tmp_path / "out" / split))
+        assert index.classes == ("n02", "n04") and index.total == 2 * each
+        found = sorted((int(f.label), Image.open(io.BytesIO(f.image)).getpixel((0, 0))[0])
+                       for f in (Reader(index)(i, False) for i in range(index.total)))  # fmt: skip
+        assert found == [(0, 40)] * each + [(1, 120)] * each
+
+
+@pytest.mark.parametrize("text, more, message", [
+    ("n02\nn77\n", [], "n77: train has no such class"), ("# nothing\n", [], "names no class"),
+    (None, [], "cannot be read"), ("n02", ["--dataset", "CIFAR10"], "is for class folders; leave out --dataset CIFAR10"),
+])  # fmt: skip
+def test_imagenet_subset__bad_input_is_one_line(tmp_path, capsys, text, more, message):
+    source, chosen = two_splits(tmp_path / "source"), tmp_path / "classes.txt"
+    if text is not None:
+        chosen.write_text(text)
+    with pytest.raises(SystemExit, match="2"):
+        imagenet2wds.main(["-i", str(source), "-o", str(tmp_path / "out"), "--imagenet-subset", str(chosen), *more])
+    error = capsys.readouterr().err.splitlines()
+    assert len(error) == 1 and f"--imagenet-subset {chosen}" in error[0] and message in error[0]
+    assert not (tmp_path / "out").exists()

@@ -113,8 +113,40 @@ def from_folder(folder: Path, name: str, classes: list[str] | None) -> Split:
     return Split(name, Files(folder, names), [number[n.split(os.sep)[0]] for n in names], classes)
 
 
+def read_subset(path: str) -> set[str]:
+    """The class names of a list: the first word of each line, # for comments."""
+    try:
+        lines = Path(path).read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--imagenet-subset {path}: cannot be read ({error}); pass a file with a class on each line") from None
+    chosen = {line.split()[0] for line in lines if line.split("#")[0].strip()}
+    if not chosen:
+        raise ValueError(f"--imagenet-subset {path}: names no class; pass a file with a class on each line")
+    return chosen
+
+
+def subset(split: Split, chosen: set[str], flag: str) -> Split:
+    """The images of these classes, numbered anew in the order they had."""
+    if missing := sorted(chosen - set(split.classes or ())):
+        raise ValueError(f"{flag}: {', '.join(missing[:5])}: {split.name} has no such class; each line names a class folder")
+    classes = [name for name in split.classes if name in chosen]
+    number = {split.classes.index(name): i for i, name in enumerate(classes)}
+    kept = [i for i, label in enumerate(split.labels) if label in number]
+    source = Files(split.source.folder, [split.source.names[i] for i in kept])
+    return Split(split.name, source, [number[split.labels[i]] for i in kept], classes)
+
+
 def find_splits(args) -> list[Split]:
     """What there is to convert."""
+    if not args.imagenet_subset:
+        return all_images(args)
+    if args.dataset:
+        raise ValueError(f"--imagenet-subset {args.imagenet_subset}: is for class folders; leave out --dataset {args.dataset}")
+    chosen = read_subset(args.imagenet_subset)
+    return [subset(split, chosen, f"--imagenet-subset {args.imagenet_subset}") for split in all_images(args)]
+
+
+def all_images(args) -> list[Split]:
     source = Path(args.input)
     if args.download and not args.dataset:
         raise ValueError("--download: needs --dataset NAME, a data set of torchvision; pass that, or leave --download out")
