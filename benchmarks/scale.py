@@ -35,6 +35,8 @@ def get_args(argv=None):
     add("--size", type=int, default=224, help="side of a view in pixels")
     add("--batch-size", type=int, default=32, help="images of one process in a step")
     add("--moco-k", type=int, default=65536, help="keys in the queue")
+    add("--nce-k", type=int, default=16384, help="rows of a memory bank that an image is contrasted with")
+    add("--samples", type=int, default=1281167, help="rows of a memory bank")
     return parser.parse_args(argv)
 
 

@@ -4,9 +4,10 @@
     python -m benchmarks.step --methods moco --batch-size 32     on a GPU, if there is one
 
 `plain` is fp32, contiguous, with the keys' images (of W2SSL the crops) gathered from all processes, a copy of the queue in each
-step, an average and an optimizer that go parameter by parameter, queue and average updated before backward, and torchvision's
-RoIAlign. `default` is what main_pretrain.py does. Each form has a process of its own, which takes its turns; printed are
-medians. Memory is the process's peak beyond what Python and its libraries take, or the device's own count.
+step, all rows of a memory bank copied out at once, an average and an optimizer that go parameter by parameter, queue and
+average updated before backward, and torchvision's RoIAlign. `default` is what main_pretrain.py does. Each form has a process of
+its own, which takes its turns; printed are medians. Memory is the process's peak beyond what Python and its libraries take, or
+the device's own count.
 """
 
 import json
@@ -21,6 +22,7 @@ from types import SimpleNamespace
 import torch
 from torchvision.ops import roi_align
 
+import cmc.memory
 import main_pretrain
 import moco.builder
 import mosrep.builder
@@ -35,7 +37,10 @@ from utils.engine import Engine, Place
 from utils.flags import Parser, one_line_errors, positive
 from utils.photometric import normalized
 
-CASES = {"mosrep": ["mosrep"], "moco": ["moco"], "moco-multicrop": ["moco", "--local-crops", "4"], "w2ssl": ["w2ssl"]}
+CASES = {
+    "mosrep": ["mosrep"], "moco": ["moco"], "moco-multicrop": ["moco", "--local-crops", "4"], "w2ssl": ["w2ssl"],
+    "cmc": ["cmc"], "insdis": ["insdis"],
+}  # fmt: skip
 
 
 def get_args(argv=None):
@@ -46,6 +51,8 @@ def get_args(argv=None):
     add("--size", type=int, default=224, help="side of a view in pixels")
     add("--batch-size", type=int, default=8, help="images in a step")
     add("--moco-k", type=int, default=65536, help="keys in the queue")
+    add("--nce-k", type=int, default=16384, help="rows of a memory bank that an image is contrasted with")
+    add("--samples", type=int, default=100_000, help="rows of a memory bank; ImageNet has 1281167 images")
     add("--rounds", type=int, default=7, help="turns of each form, after two that warm up")
     add("--device", default="auto", choices=["auto", "cuda", "cpu"], help="where to compute")
     add("--amp", default="auto", choices=["auto", *amp.DTYPES], help="dtype of the default form's encoders")
@@ -83,18 +90,29 @@ def form(pipe, args, case, plain):
 
 def flags_of(args, case, amp_name, batch_size):
     """What main_pretrain.py makes of a case's flags."""
-    flags = ["--arch", args.arch, "--size", args.size, "--batch-size", batch_size, "--amp", amp_name]
-    if case != "w2ssl":
+    arch = f"{args.arch}v1" if case == "cmc" else args.arch
+    flags = ["--arch", arch, "--size", args.size, "--batch-size", batch_size, "--amp", amp_name]
+    if case in ("cmc", "insdis"):
+        flags += ["--nce-k", args.nce_k]
+    elif case != "w2ssl":
         flags += ["--moco-k", args.moco_k]
     if case == "mosrep":
         flags += ["--shift-range", args.size * 48 // 224]
-    return main_pretrain.get_args(["--shards", "none", "--method", *CASES[case], *map(str, flags)])
+    found = main_pretrain.get_args(["--shards", "none", "--method", *CASES[case], *map(str, flags)])
+    found.samples = args.samples
+    return found
 
 
 def random_views(specs, n, device):
     rng = torch.Generator().manual_seed(0)
     shapes = [(n, *([s.count] if s.count > 1 else []), 3, s.size, s.size) for s in specs]
     return [torch.randint(0, 256, shape, generator=rng, dtype=torch.uint8).to(device) for shape in shapes]
+
+
+def rows_of(views):
+    """Sample numbers: this process's images of the global batch."""
+    n = len(views[0])
+    return torch.arange(dist.rank() * n, (dist.rank() + 1) * n, device=views[0].device)
 
 
 def count_pixels(method):
@@ -104,8 +122,8 @@ def count_pixels(method):
     def add(module, inputs):
         seen[0] += inputs[0].shape[0] * inputs[0].shape[2] * inputs[0].shape[3]
 
-    for name, module in method.named_children():
-        if "encoder" in name:
+    for module in method.encoders():
+        if not isinstance(module, mosrep.builder.Projector):
             module.register_forward_pre_hook(add)
     method.register_forward_pre_hook(lambda *_: seen.__setitem__(1, seen[1] + 1))
     return seen
@@ -117,7 +135,7 @@ def default_step(model, flags, device):
     engine = Engine(flags, 1, optimizer, amp.scaler(flags.amp), None, device, None)
 
     def step(views, now):
-        loss, _ = model(views, None, now)
+        loss, _ = model(views, rows_of(views), now)
         engine.update(loss, Place(0, now.number))
         bare(model).commit(now)
 
@@ -130,7 +148,7 @@ def plain_step(model, flags, device):
     optimizer = torch.optim.SGD(parameters, 0.01, flags.momentum, weight_decay=decay, foreach=False)
 
     def step(views, now):
-        loss, _ = model([normalized(view) for view in views], None, now)
+        loss, _ = model([normalized(view) for view in views], rows_of(views), now)
         bare(model).commit(now)
         optimizer.zero_grad()
         loss.backward()
@@ -187,6 +205,11 @@ def straightforward():
         mine = permutation.reshape(dist.world(), -1)[dist.rank()]
         return dist.gather(x)[torch.from_numpy(mine).to(x.device)]
 
+    def scores(self, features, index, negatives):
+        rows = self.memory[torch.cat([index.unsqueeze(1), negatives], 1)]  # n x (1 + K) x C
+        return torch.einsum("nc,nmc->nm", features, rows)
+
+    cmc.memory.Bank.forward = scores
     for module in (moco.builder, mosrep.builder):
         module.shuffled_keys = shuffled_keys
     moco.builder.ema_ = w2ssl.builder.ema_ = ema_
