@@ -1,12 +1,17 @@
-"""The embedded sample, against its description and the loader that it is laid out for."""
+"""The embedded samples, against their description and what reads them."""
 
 import hashlib
+import io
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torchvision
+from PIL import Image
+
+from utils.index import load_index
+from utils.reader import Reader
 
 DATA = Path(__file__).parent.parent / "data"
 RAW = DATA / "FashionMNIST" / "raw"
@@ -47,9 +52,39 @@ def test_data__checksums_and_licence_are_as_in_the_readme():
         cells = [cell.strip(" `") for cell in line.strip("|").split("|")]
         if len(cells) == 2 and len(cells[0]) == 64:
             stated[cells[1]] = cells[0]
-    assert stated == {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in RAW.iterdir()}
-    assert len(stated) == 4
+    files = [*RAW.iterdir(), *DATA.glob("clipart/*/*.tar")]
+    names = [path.name if path.parent == RAW else str(path.relative_to(DATA)) for path in files]
+    assert stated == {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in zip(names, files, strict=True)}
+    assert len(stated) == 6 and "Creative Commons Public Domain Dedication" in text
     assert "MIT License" in text and "Copyright © 2017 Zalando SE" in text
     notice = " ".join(text.split())
     assert "The above copyright notice and this permission notice shall be included in all copies" in notice
     assert "WITHOUT WARRANTY OF ANY KIND" in notice and "dataset-fashion-mnist" in notice
+
+
+CLIPART = {"train": 1507, "val": 376}
+
+
+@pytest.mark.parametrize("split", CLIPART)
+def test_clipart__shards_in_colour_with_their_index(split):
+    index = load_index(str(DATA / "clipart" / split), verify_shards=True)
+    assert index.classes == ("animals", "food", "people", "games", "flags", "tools", "transportation")
+    assert index.total == CLIPART[split]
+    reader, labels, coloured = Reader(index), [], 0
+    for i in range(0, index.total, 3):
+        found = reader(i, True)
+        with Image.open(io.BytesIO(found.image)) as image:
+            assert (image.size, image.mode) == ((64, 64), "RGB")
+            coloured += (np.ptp(np.asarray(image).astype(int), axis=2) > 30).mean() > 0.01
+        labels.append(found.label)
+    assert set(labels) == set(range(7)) and coloured > 0.8 * len(labels)
+
+
+def test_clipart__no_picture_in_both_splits():
+    seen = []
+    for split in CLIPART:
+        index = load_index(str(DATA / "clipart" / split))
+        reader = Reader(index)
+        seen.append({reader(i, True).image for i in range(index.total)})
+        assert len(seen[-1]) == index.total
+    assert not seen[0] & seen[1]

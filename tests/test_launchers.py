@@ -81,7 +81,9 @@ def test_launchers__every_flag_is_known_and_the_users_flags_win(project, launche
     args = dry_run(project, launcher, "--epochs", "3", "--lr", "7", SHARDS=shards)
     assert (args.method, args.epochs, args.lr) == (re.search("_(.*).sh", launcher)[1], 3, 7)
     assert args.resume == "auto"
-    assert Path(vars(args).get("shards") or args.train_shards) == Path(shards or "output/sample-shards", "train")
+    assert Path(vars(args).get("shards") or args.train_shards) == Path(
+        shards or ("data/clipart" if args.method == "cmc" else "output/sample-shards"), "train"
+    )
 
 
 @pytest.mark.parametrize("launcher", PRETRAIN)

@@ -193,21 +193,21 @@ def order_of(code):
 
 @pytest.mark.parametrize("name", PHOTOGRAPHS)
 def test_photometric__chain_agrees_with_a_loop_over_pil_images(name):
-    """Jitter in the drawn order, then gray, blur, solarize, each only if drawn: as the released transforms do."""
+    """Jitter in the drawn order, gray behind it (1) or before it (2), blur, solarize, each only if drawn."""
     image = photo(name)
     codes = (3, 8, 14, 21)
     rows = random_rows(8, seed=4)
     rows[:, 4] = torch.tensor([*codes, *codes])
-    rows[:, 5] = torch.tensor([0, 0, 0, 1, 0, 0, 0, 1])
+    rows[:, 5] = torch.tensor([0, 2, 0, 1, 0, 0, 2, 1])
     rows[:, 6] = torch.tensor([0, 1.2, 0, 0.8, 2, 0, 0.6, 0])
     rows[:, 7] = torch.tensor([0, 0, 0, 0, 0, 1, 0, 0])
     ours = seen(to_tensor(image).repeat(8, 1, 1, 1), rows)
     orders = {code: order_of(code) for code in codes}
     for view, values in zip(ours, rows.tolist(), strict=True):
-        x = image
+        x = T.rgb_to_grayscale(image, 3) if values[5] == 2 else image
         for operation in orders[values[4]]:
             x = JITTER[operation](x, values[operation])
-        x = T.rgb_to_grayscale(x, 3) if values[5] else x
+        x = T.rgb_to_grayscale(x, 3) if values[5] == 1 else x
         x = x.filter(ImageFilter.GaussianBlur(values[6])) if values[6] else x
         x = T.solarize(x, 128) if values[7] else x
         x = T.hflip(x) if values[8] else x
