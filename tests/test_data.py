@@ -77,7 +77,7 @@ def test_clipart__shards_in_colour_with_their_index(split):
             assert (image.size, image.mode) == ((64, 64), "RGB")
             coloured += (np.ptp(np.asarray(image).astype(int), axis=2) > 30).mean() > 0.01
         labels.append(found.label)
-    assert set(labels) == set(range(7)) and coloured > 0.8 * len(labels)
+    assert set(labels) == set(range(7)) and coloured > 0.7 * len(labels)
 
 
 def test_clipart__no_picture_in_both_splits():
