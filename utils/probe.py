@@ -50,8 +50,9 @@ class Classifiers(nn.Module):
 
     def __init__(self, widths: dict[int, int], classes: int):
         super().__init__()
-        self.fc = nn.ModuleDict({str(layer): nn.Linear(width, classes) for layer, width in widths.items()})
-        for fc in self.fc.values():
+        self.fc = nn.ModuleDict()
+        for layer, width in widths.items():
+            self.fc[str(layer)] = fc = nn.Linear(width, classes)
             nn.init.normal_(fc.weight, std=0.01)
             nn.init.zeros_(fc.bias)
 
