@@ -94,7 +94,7 @@ class MoCo(nn.Module):
         super().__init__()
         self.amp, self.bn_splits = args.amp, args.bn_splits
         self.momentum, self.local_crops = args.moco_m, args.local_crops
-        self.mixture = mixture.Mixture(args) if getattr(args, "im_type", None) else None  # MosRep has no such flag
+        self.mixture = mixture.Mixture(args) if "im_type" in args else None  # MosRep has no such flag
         self.unmix_prob = getattr(args, "unmix_prob", None)
         self.criterion = criterion(getattr(args, "loss", "softmax"), args.moco_t, getattr(args, "samples", 0))
         self.build_encoders(args)
