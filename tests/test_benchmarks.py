@@ -57,19 +57,22 @@ def test_step__ends_with_a_line_of_json(capsys):
         assert r["ratio"] == r["default_ms"] / r["plain_ms"]
 
 
-def two_forms(case, plain):
-    """Loss of a first and of a fifth step."""
+def five_losses(plain):
+    """case -> the losses of five steps, in one form."""
     warnings.simplefilter("error")
     flags = step.get_args(["-a", "resnet18", "--size", "64", "--batch-size", "4", "--moco-k", "64", "--amp", "fp32",
                            "--nce-k", "64", "--samples", "100"])  # fmt: skip
-    here, there = multiprocessing.Pipe()
-    losses = []
+    found, losses = {}, []
     for module in set(METHODS.values()):
         module.forward = recording(module.forward, losses)
-    for number in (*range(5), None):
-        here.send(number)
-    step.form(there, flags, case, plain)
-    return losses
+    for case in step.CASES:
+        here, there = multiprocessing.Pipe()
+        for number in (*range(5), None):
+            here.send(number)
+        step.form(there, flags, case, plain)
+        found[case] = losses[:]
+        losses.clear()
+    return found
 
 
 def recording(forward, losses):
@@ -81,11 +84,16 @@ def recording(forward, losses):
     return recorded
 
 
+@pytest.fixture(scope="module")
+def both_forms():
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
+        return list(pool.map(five_losses, [True, False]))
+
+
 @pytest.mark.parametrize("case", step.CASES)
-def test_step__both_forms_compute_the_same(case):
+def test_step__both_forms_compute_the_same(both_forms, case):
     """In fp32 they differ by rounding alone, or the comparison would mean nothing."""
-    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
-        plain, default = pool.map(two_forms, [case] * 2, [True, False])
+    plain, default = (form[case] for form in both_forms)
     assert len(plain) == len(default) == 5 and plain[0] != plain[4]
     assert default == pytest.approx(plain, rel=2e-3) and default[0] == pytest.approx(plain[0], rel=1e-5)
 
