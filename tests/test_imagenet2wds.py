@@ -423,13 +423,6 @@ def test_imagenet2wds__says_where_what_and_what_next(sample):
     ]
 
 
-def test_data__is_what_its_readme_says():
-    rows = [row.split("`") for row in (SAMPLE / "README.md").read_text().splitlines() if row.startswith("| `")]
-    stated = {row[3]: row[1] for row in rows}
-    raw = SAMPLE / "FashionMNIST" / "raw"
-    assert {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in raw.iterdir()} == stated
-
-
 class Coloured:
     """A data set of arrays as some of torchvision's are: splits by name, labels under a name of its own."""
 
