@@ -105,7 +105,7 @@ def build_trunk(args) -> tuple[Frozen, str | None]:
     path = Path(args.pretrained)
     path = path / checkpoint.LATEST if path.is_dir() else path
     saved = checkpoint.load(path, "--pretrained")
-    known = {"arch": "resnet50", "output_stride": 0} | saved.get("flags", {}) | {k: saved[k] for k in ("arch",) if k in saved}
+    known = {"arch": saved.get("arch", "resnet50"), "output_stride": 0} | saved.get("flags", {})
     for name in ("arch", "output_stride", "space"):
         if getattr(args, name, "") is None:
             setattr(args, name, known.get(name))

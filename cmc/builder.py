@@ -4,39 +4,16 @@ import re
 
 import torch
 from torch import nn
-from torch.nn.functional import normalize
 
 from cmc.color import SPACES, color_views
 from cmc.memory import Bank, draw_rows
 from cmc.nets import ARCHS, TwoBranches
-from utils import amp, backbones, checkpoint, dist, mixture
-from utils.contrast import Step, in_groups
+from utils import backbones, checkpoint, dist, mixture
+from utils.contrast import Step, embed
 from utils.criterion import criterion
 from utils.flags import in_range, positive
-from utils.photometric import normalized
 from utils.probe import Frozen, timm_trunk
 from utils.views import ViewSpec, moco_v1_view
-
-
-def add_bank_flags(group):
-    add = group.add_argument
-    add("--bn-splits", type=int, default=1, help="groups of a process's batch that BatchNorm treats as separate processes")
-    add("--size", type=int, default=224, help="side of a view in pixels")
-    add("--crop-min", type=float, default=0.08, help="smallest area of a crop, as a share of the image")
-    add("--nce-dim", type=int, default=128, help="dimensions of an embedding")
-    add("--nce-k", type=int, default=16384, help="rows of a bank that an image is contrasted with, drawn at random")
-    add("--nce-t", type=float, default=0.07, help="temperature of the scores")
-    add("--nce-m", type=float, default=0.5, help="what a row of a bank keeps of itself when its image was seen")
-    add("--loss", choices=["nce", "softmax"], default="nce", help="noise-contrastive estimation, or cross-entropy")
-    mixture.add_flags(group)
-    group.set_defaults(batch_size=128, lr=0.06, epochs=240, lr_steps=[120, 160, 200])  # 0.06 is 0.03 for a batch of 128
-
-
-def check_bank_flags(args):
-    mixture.check(args)
-    positive(["--size", "--nce-dim", "--nce-k", "--nce-t"], args)
-    in_range("--crop-min", args.crop_min, 1e-8, 1)
-    in_range("--nce-m", args.nce_m, 0, 1)
 
 
 def check_arch(args):
@@ -49,6 +26,30 @@ def check_arch(args):
 class MemoryBank(nn.Module):
     """What CMC and InsDis share: an encoder whose embeddings are contrasted with rows of banks."""
 
+    # 60 epochs in steps; lr 30 is for ResNets, of CMC for v1 and v2; 50 for v3, 0.1 for AlexNet
+    PROBE = {"epochs": 60, "batch_size": 256, "lr": 30.0, "trust": 0.0, "lr_steps": [30, 40, 50], "lr_gamma": 0.2}
+
+    @staticmethod
+    def add_flags(group):
+        add = group.add_argument
+        add("--bn-splits", type=int, default=1, help="groups of a process's batch that BatchNorm treats as separate processes")
+        add("--size", type=int, default=224, help="side of a view in pixels")
+        add("--crop-min", type=float, default=0.08, help="smallest area of a crop, as a share of the image")
+        add("--nce-dim", type=int, default=128, help="dimensions of an embedding")
+        add("--nce-k", type=int, default=16384, help="rows of a bank that an image is contrasted with, drawn at random")
+        add("--nce-t", type=float, default=0.07, help="temperature of the scores")
+        add("--nce-m", type=float, default=0.5, help="what a row of a bank keeps of itself when its image was seen")
+        add("--loss", choices=["nce", "softmax"], default="nce", help="noise-contrastive estimation, or cross-entropy")
+        mixture.add_flags(group)
+        group.set_defaults(batch_size=128, lr=0.06, epochs=240, lr_steps=[120, 160, 200])  # 0.06 is 0.03 for a batch of 128
+
+    @staticmethod
+    def check(args, samples):
+        mixture.check(args)
+        positive(["--size", "--nce-dim", "--nce-k", "--nce-t"], args)
+        in_range("--crop-min", args.crop_min, 1e-8, 1)
+        in_range("--nce-m", args.nce_m, 0, 1)
+
     def __init__(self, args, encoder, banks: list[str]):
         super().__init__()
         self.amp, self.bn_splits, self.samples = args.amp, args.bn_splits, args.samples
@@ -59,10 +60,7 @@ class MemoryBank(nn.Module):
         self.criteria = nn.ModuleDict({name: criterion(args.loss, args.nce_t, args.samples) for name in banks})
 
     def embed(self, encoder, x):  # n x channels x H x W -> n x C
-        x = x.contiguous(memory_format=torch.channels_last)
-        with amp.autocast(x.device, self.amp):
-            z = in_groups(encoder, self.bn_splits, x)
-        return normalize(z.float(), dim=1)
+        return embed(encoder, x, self.amp, self.bn_splits)
 
     def chance(self, batch: int) -> float:
         """The loss of guessing, summed over the banks."""
@@ -71,7 +69,7 @@ class MemoryBank(nn.Module):
     def contrast(self, features: dict[str, torch.Tensor], index, step: Step):
         """features: bank -> n x C, what is contrasted with that bank's rows. -> (loss, stats)."""
         n = len(index)
-        rows = draw_rows(step.rng, self.samples, dist.world() * n, self.negatives)[dist.rank() * n :][:n]
+        rows = dist.own(draw_rows(step.rng, self.samples, dist.world() * n, self.negatives), n)
         negatives = dist.on_device(rows, index.device).long()
         found = {name: self.criteria[name](self.banks[name](f, index, negatives)) for name, f in features.items()}
         stats = {f"top1_{name}": top1 for name, (_, top1) in found.items()} if len(found) > 1 else {}
@@ -89,18 +87,15 @@ class MemoryBank(nn.Module):
 class CMC(MemoryBank):
     """L is contrasted with the bank of ab, ab with the bank of L."""
 
-    # 60 epochs in steps; lr 30 is for ResNets v1 and v2, 50 for v3, 0.1 for AlexNet
-    PROBE = {"epochs": 60, "batch_size": 256, "lr": 30.0, "trust": 0.0, "lr_steps": [30, 40, 50], "lr_gamma": 0.2}
-
     @staticmethod
     def add_flags(group):
-        add_bank_flags(group)
+        MemoryBank.add_flags(group)
         group.add_argument("--space", choices=SPACES, default="Lab", help="colour space: its first channel, and the other two")
         group.set_defaults(arch="resnet50v1")
 
     @staticmethod
     def check(args, samples):
-        check_bank_flags(args)
+        MemoryBank.check(args, samples)
         check_arch(args)
         if args.output_stride:
             raise ValueError(f"--output-stride {args.output_stride}: CMC's networks have their own; pass 0")
@@ -146,16 +141,7 @@ class CMC(MemoryBank):
 class InsDis(MemoryBank):
     """One encoder and one bank: an image against what it looked like before."""
 
-    PROBE = CMC.PROBE
     frozen = staticmethod(timm_trunk)
-
-    @staticmethod
-    def add_flags(group):
-        add_bank_flags(group)
-
-    @staticmethod
-    def check(args, samples):
-        check_bank_flags(args)
 
     @staticmethod
     def views(args) -> list[ViewSpec]:
@@ -174,6 +160,6 @@ class InsDis(MemoryBank):
         return [self.encoder]
 
     def forward(self, views, index, step: Step):
-        f = self.embed(self.encoder, normalized(*self.mixture(views, step.rng)))  # n x C
+        f = self.embed(self.encoder, *self.mixture(views, step.rng))  # n x C
         self.seen, self.index = {"image": f.detach()}, index
         return self.contrast({"image": f}, index, step)

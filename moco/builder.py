@@ -4,11 +4,10 @@ import torch
 from torch import nn
 from torch.nn.functional import normalize
 
-from utils import amp, backbones, checkpoint, dist, mixture
-from utils.contrast import Step, ema_, enqueue_, in_groups, key_copy, shuffled_keys
+from utils import backbones, checkpoint, dist, mixture
+from utils.contrast import Step, ema_, embed, enqueue_, key_copy, shuffled_keys
 from utils.criterion import criterion
 from utils.flags import in_range, positive
-from utils.photometric import normalized
 from utils.probe import timm_trunk
 from utils.views import ViewSpec, moco_v1_view, moco_v2_view
 
@@ -134,10 +133,7 @@ class MoCo(nn.Module):
         return self.embed(self.encoder_k, x)
 
     def embed(self, encoder, x):
-        x = normalized(x.contiguous(memory_format=torch.channels_last))
-        with amp.autocast(x.device, self.amp):
-            z = in_groups(encoder, self.bn_splits, x)
-        return normalize(z.float(), dim=1)
+        return embed(encoder, x, self.amp, self.bn_splits)
 
     def contrast(self, q, k):
         """Column 0 is the positive, the others are the queue. q, k: n x C."""
@@ -154,7 +150,7 @@ class MoCo(nn.Module):
         if self.mixture:
             x_q, x_k = self.mixture([x_q, x_k], step.rng)
         self.new_keys = keys = shuffled_keys(self.embed_k, x_k, step.rng)  # N x C
-        k = keys[dist.rank() * len(x_k) :][: len(x_k)]  # n x C
+        k = dist.own(keys, len(x_k))  # n x C
         loss, top1 = self.contrast(self.embed_q(x_q), k)
         stats = {"top1": top1}
         if self.unmix_prob is not None:

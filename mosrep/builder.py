@@ -1,6 +1,5 @@
 """MosRep (ICLR 2023, openreview JAezPMehaUu): MoCo-v2 whose query side also sees mosaics of local crops of four images."""
 
-
 import numpy as np
 import torch
 from torch import nn
@@ -101,7 +100,7 @@ class MosRep(MoCo):
         loss_query, top1 = self.contrast(self.embed_q(x_q), keys, images.to(keys.device, non_blocking=True))
 
         offsets = [draw_offset(step.rng, **self.shift) for _ in range(dist.world() * self.bn_splits)]
-        offsets = offsets[dist.rank() * self.bn_splits :][: self.bn_splits]
+        offsets = dist.own(offsets, self.bn_splits)
         parts = [self.embed_tiles(part, o) for part, o in zip(crops.chunk(self.bn_splits), offsets, strict=True)]
         q, weights = (torch.cat(p) for p in zip(*parts, strict=True))  # 4n x C, 4n
         target = torch.cat([part[sources(len(part))].flatten() for part in images.chunk(self.bn_splits)])

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from utils import dist
+from utils import amp, dist
+from utils.photometric import normalized
 
 
 @dataclass
@@ -80,6 +81,14 @@ def enqueue_(queue: torch.Tensor, pointer: torch.Tensor, keys: torch.Tensor) -> 
     columns = (pointer + torch.arange(len(keys), device=queue.device)) % queue.shape[1]
     queue.index_copy_(1, columns, keys.T.to(queue.dtype))
     pointer.add_(len(keys)).remainder_(queue.shape[1])
+
+
+def embed(encoder: nn.Module, x: torch.Tensor, amp_name: str, groups: int) -> torch.Tensor:
+    """Views, n x channels x H x W, uint8 or normalised -> their embeddings of length 1: n x C, float32."""
+    x = normalized(x.contiguous(memory_format=torch.channels_last))
+    with amp.autocast(x.device, amp_name):
+        z = in_groups(encoder, groups, x)
+    return F.normalize(z.float(), dim=1)
 
 
 def in_groups(forward: Callable, groups: int, x: torch.Tensor) -> torch.Tensor:

@@ -13,19 +13,24 @@ TYPES = ("IM", "global", "region", "cutout", "random-erasing")
 CUTOUT_SIDE = 50  # pixels
 PROBABILITY = 0.1  # of cutout and of random erasing
 ERASED_AREA, ERASED_RATIO = (0.02, 0.4), 0.3  # share of the image; height / width lies in [0.3, 1 / 0.3]
-OF_GLOBAL, OF_REGION = ("g_alpha", "g_num", "g_prob"), ("r_beta", "r_num", "r_prob", "r_pixel_decay")
+OF_GLOBAL = {"g_alpha": 1.0, "g_num": 2, "g_prob": 0.1}  # defaults, which count where --im-type has a use for them
+OF_REGION = {"r_beta": 1.0, "r_num": 2, "r_prob": 0.1, "r_pixel_decay": 1.0}
 
 
 def add_flags(group) -> None:
     add = group.add_argument
     add("--im-type", choices=TYPES, help="mix each image with others of its batch, or blot out a part; IM: global, then region")
-    add("--g-alpha", type=float, help="global: both parameters of the Beta law of the image's share (default: 1)")
-    add("--g-num", type=int, help="global: how often it is tried (default: 2)")
-    add("--g-prob", type=float, help="global: probability of each try (default: 0.1)")
-    add("--r-beta", type=float, help="region: both parameters of the Beta law of what stays of the image (default: 1)")
-    add("--r-num", type=int, help="region: how often it is tried (default: 2)")
-    add("--r-prob", type=float, help="region: probability of each try (default: 0.1)")
-    add("--r-pixel-decay", type=float, help="region: factor of the image before the first paste (default: 1)")
+    helps = {
+        "g_alpha": "global: both parameters of the Beta law of the image's share",
+        "g_num": "global: how often it is tried",
+        "g_prob": "global: probability of each try",
+        "r_beta": "region: both parameters of the Beta law of what stays of the image",
+        "r_num": "region: how often it is tried",
+        "r_prob": "region: probability of each try",
+        "r_pixel_decay": "region: factor of the image before the first paste",
+    }
+    for name, default in (OF_GLOBAL | OF_REGION).items():  # None tells that a flag was not given
+        add(f"--{name.replace('_', '-')}", type=type(default), help=f"{helps[name]} (default: {default:g})")
 
 
 def check(args) -> None:
@@ -51,8 +56,7 @@ class Mixture:
 
     def __init__(self, args):
         self.type, self.groups = args.im_type, args.bn_splits
-        of = {"g_alpha": 1.0, "g_num": 2, "g_prob": 0.1, "r_beta": 1.0, "r_num": 2, "r_prob": 0.1, "r_pixel_decay": 1.0}
-        for name, default in of.items():
+        for name, default in (OF_GLOBAL | OF_REGION).items():
             setattr(self, name, default if getattr(args, name) is None else getattr(args, name))
 
     def __call__(self, views: list[torch.Tensor], rng: np.random.Generator) -> list[torch.Tensor]:
@@ -81,17 +85,13 @@ class Mixture:
             mixed = [y.masked_fill(inside(boxes, y), 0) for y in mixed]  # 0 is the mean colour
         return mixed
 
-    def _own(self, drawn, n):
-        """Of numbers for each image of the global batch those of this process."""
-        return drawn[dist.rank() * n :][:n]
-
     def _tries(self, rng, n, times, probability, beta):
         """times x (share of the image itself: 1 where the try is not made; place of the partner), n each."""
         size, place = n // self.groups, np.arange(n)
         for _ in range(times):
             whole = dist.world() * n
             made, share, step = rng.random(whole) < probability, rng.beta(beta, beta, whole), rng.integers(1, size, whole)
-            made, share, step = (self._own(x, n) for x in (made, share, step))
+            made, share, step = (dist.own(x, n) for x in (made, share, step))
             partner = place // size * size + (place + step) % size
             yield np.where(made, share, 1.0), partner
 
@@ -101,7 +101,7 @@ class Mixture:
         A box has sides sqrt(1 - share) and its centre anywhere, and is clipped.
         """
         for share, partner in self._tries(rng, n, self.r_num, self.r_prob, self.r_beta):
-            centre = self._own(rng.random((dist.world() * n, 2)), n)
+            centre = dist.own(rng.random((dist.world() * n, 2)), n)
             half = np.sqrt(1 - share)[:, None] / 2
             yield partner, np.concatenate([centre - half, centre + half], 1), share < 1
 
@@ -116,7 +116,7 @@ class Mixture:
         else:
             sides = np.minimum(np.sqrt(np.stack([area * ratio, area / ratio], 1)), 1)
             low = centre * (1 - sides)
-        return self._own(np.concatenate([low, low + sides * made[:, None]], 1), n)
+        return dist.own(np.concatenate([low, low + sides * made[:, None]], 1), n)
 
 
 def on(values: np.ndarray, x: torch.Tensor) -> torch.Tensor:

@@ -130,7 +130,7 @@ class W2SSL(nn.Module):
         crops = dist.permute(crops.flatten(0, 1), order)  # 2n x view x 3 x h x w, this process's montages
         montages = [compose(view) for view in crops.unbind(1)]  # n/2 x 3 x H x W each
         number = dist.on_device(order, crops.device)
-        image, side = number // 2, (number % 2)[dist.rank() * 2 * n :][: 2 * n]  # 2N, 2n
+        image, side = number // 2, dist.own(number % 2, 2 * n)  # 2N, 2n
         if self.flip_aware:
             side = side ^ dist.permute(torch.cat(flips, 1).flatten().long(), order)
 
