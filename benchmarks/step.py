@@ -13,10 +13,12 @@ the device's own count.
 import json
 import multiprocessing
 import platform
+import re
 import resource
 import statistics
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -62,7 +64,7 @@ def get_args(argv=None):
 
 def form(pipe, args, case, plain):
     """One form's process: builds the method, says so, then computes a step for each number that it is sent."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_memory()
     device = dist.setup(args.device)
     flags = flags_of(args, case, "fp32" if plain else amp.resolve(args.amp, device), args.batch_size)
     flags.compile = args.compile and not plain
@@ -81,11 +83,18 @@ def form(pipe, args, case, plain):
         if device.type == "cuda":
             torch.cuda.synchronize()
         pipe.send(1e3 * (time.perf_counter() - start))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    peak *= 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes elsewhere
+    peak = peak_memory() - before
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated()
     pipe.send((peak / 1e6, pixels[0] / (args.batch_size * args.size**2 * pixels[1])))
+
+
+def peak_memory() -> int:
+    """The most bytes that this process has held."""
+    if sys.platform == "linux":  # where getrusage's number may be the parent's, which a process that it starts takes over
+        found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
+        return 1024 * int(found[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def flags_of(args, case, amp_name, batch_size):
