@@ -3,7 +3,10 @@
 import argparse
 import json
 import math
+import os
 import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -211,3 +214,13 @@ def test_write_config__flags_versions_commit_and_facts(tmp_path):
     assert config["versions"]["python"] == platform.python_version()
     assert torch.__version__.startswith(config["versions"]["torch"])  # it may add +cpu or +cu132
     assert {"torchvision", "timm", "webdataset"} <= config["versions"].keys() and "commit" in config
+
+
+def test_say__a_line_is_in_the_file_at_once(tmp_path):
+    """A job's output is followed while it runs."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    program = "import os; from utils.log import say; say('a line'); os._exit(0)"  # which flushes nothing
+    with open(tmp_path / "out", "w") as out:
+        root = Path(log.__file__).parent.parent
+        subprocess.run([sys.executable, "-c", program], stdout=out, cwd=root, env=environment, check=True)
+    assert (tmp_path / "out").read_text() == "a line\n"

@@ -4,6 +4,7 @@ import json
 import math
 import platform
 import subprocess
+import sys
 import time
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -24,6 +25,7 @@ def say(*words) -> None:
     """Print on the first process only, without tearing its progress bar."""
     if dist.rank() == 0:
         tqdm.write(" ".join(str(w) for w in words))
+        sys.stdout.flush()  # into a file too, which Python would otherwise write in large pieces
 
 
 def write_config(folder: Path, args, **facts) -> None:
