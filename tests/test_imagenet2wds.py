@@ -529,6 +529,40 @@ def test_imagenet2wds__archives_without_kit(archives, tmp_path, monkeypatch, cap
     assert not (archives / "train").exists() and not (archives / "val").exists() and not (tmp_path / "out").exists()
 
 
+def test_imagenet2wds__subset_of_the_archives(archives, tmp_path):
+    (tmp_path / "classes.txt").write_text("dog a hound\nbird\n")
+    convert(archives, tmp_path / "out", "--imagenet-subset", tmp_path / "classes.txt")
+    os.truncate(archives / "ILSVRC2012_img_train.tar", 0)  # no more needed: train/ is there
+    convert(archives, tmp_path / "out", "--imagenet-subset", tmp_path / "classes.txt")
+    assert load_index(str(tmp_path / "out" / "train")).classes == ("bird", "dog")
+    for split, counts in (("train", {0: 4, 1: 5}), ("val", {0: 1, 1: 2})):
+        assert Counter(label for _, _, label in samples(tmp_path / "out" / split)) == counts
+
+
+@pytest.mark.parametrize("unpacked", ["", "train", "val"])
+@pytest.mark.parametrize(
+    "text, message", [("dog\nwolf", "wolf: -i {s} has no such class"), ("", "names no class"), (None, "cannot be read")]
+)
+def test_imagenet2wds__subset_is_checked_before_unpacking(archives, tree, tmp_path, capsys, unpacked, text, message):
+    if unpacked:
+        (tree / unpacked).rename(archives / unpacked)
+    if text is not None:
+        (tmp_path / "classes.txt").write_text(text)
+    before = files(archives)
+    line = refused(capsys, "-i", archives, "-o", tmp_path / "out", "--imagenet-subset", tmp_path / "classes.txt")
+    assert f"--imagenet-subset {tmp_path / 'classes.txt'}: " in line and message.format(s=archives) in line
+    assert files(archives) == before and not list(archives.glob("*.partial"))
+
+
+@pytest.mark.parametrize("size", [0, 700, 5000])
+def test_imagenet2wds__subset_of_a_damaged_archive(archives, tmp_path, capsys, size):
+    (tmp_path / "classes.txt").write_text("dog")
+    os.truncate(archives / "ILSVRC2012_img_train.tar", size)
+    line = refused(capsys, "-i", archives, "-o", tmp_path / "out", "--imagenet-subset", tmp_path / "classes.txt")
+    assert f"-i {archives}: ILSVRC2012_img_train.tar is damaged (" in line and line.endswith("; download it again")
+    assert not (archives / "val").exists()
+
+
 def empty(tree):
     (tree / "empty").mkdir()
 

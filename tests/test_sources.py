@@ -1,6 +1,7 @@
 """Sources and targets that could be taken for something else."""
 
 import io
+import shutil
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from test_imagenet2wds import convert, draw, flat, refused, samples  # noqa: F40
 import imagenet2wds
 from utils.index import load_index
 from utils.reader import Reader
+from utils.sources import read_subset
 
 
 def test_find_splits__class_called_train(tmp_path, capsys):
@@ -107,15 +109,65 @@ def test_imagenet_subset__only_these_classes_numbered_anew(tmp_path):
 
 
 @pytest.mark.parametrize("text, more, message", [
-    ("n02\nn77\n", [], "n77: train has no such class"), ("# nothing\n", [], "names no class"),
-    (None, [], "cannot be read"), ("n02", ["--dataset", "CIFAR10"], "is for class folders; leave out --dataset CIFAR10"),
+    ("n02\nn77\n", [], "n77: -i {s} has no such class; each line names a class folder, such as n01"),
+    ("n02\nn05", [], "n05: no images in {s}/train; leave out the class"), ("# nothing\n \n", [], "names no class"),
+    (None, [], "cannot be read"), ("n02".encode("utf-16"), [], "cannot be read"),
+    ("n02", ["--dataset", "CIFAR10"], "is for class folders; leave out --dataset CIFAR10"),
 ])  # fmt: skip
 def test_imagenet_subset__bad_input_is_one_line(tmp_path, capsys, text, more, message):
     source, chosen = two_splits(tmp_path / "source"), tmp_path / "classes.txt"
+    (source / "train" / "n05").mkdir()
     if text is not None:
-        chosen.write_text(text)
+        chosen.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(SystemExit, match="2"):
         imagenet2wds.main(["-i", str(source), "-o", str(tmp_path / "out"), "--imagenet-subset", str(chosen), *more])
     error = capsys.readouterr().err.splitlines()
-    assert len(error) == 1 and f"--imagenet-subset {chosen}" in error[0] and message in error[0]
+    assert len(error) == 1 and f"--imagenet-subset {chosen}" in error[0] and message.format(s=source) in error[0]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("n01440764 tench, Tinca tinca\n", {"n01440764"}), ("n01440764# tench\n#great\n", {"n01440764"}),
+    ("\ufeffn01440764\r\n\r\ngreat white\r\n", {"n01440764", "great white"}), ("\tgreat white # a shark", {"great white"}),
+    ("great white shark", {"great"}), ("great\ngreat\n", {"great"}), ("h\u00e9ron", {"h\u00e9ron"}),
+])  # fmt: skip
+def test_read_subset__a_line_is_a_class_or_begins_with_one(tmp_path, text, expected):
+    for name in ("n01440764", "great", "great white", "h\u00e9ron"):
+        (tmp_path / "source" / "train" / name).mkdir(parents=True)
+    (tmp_path / "classes.txt").write_bytes(text.encode())
+    assert read_subset(str(tmp_path / "classes.txt"), tmp_path / "source") == expected
+
+
+@pytest.mark.parametrize("flat_splits, line", [(["test"], "test left out"), (["test", "val"], "val and test left out")])
+def test_find_splits__subset_leaves_out_splits_without_labels(tmp_path, capsys, flat_splits, line):
+    """As the Kaggle layout has it: test/ holds images alone."""
+    source, chosen = two_splits(tmp_path / "source"), tmp_path / "classes.txt"
+    for name in flat_splits:
+        shutil.rmtree(source / name, ignore_errors=True)
+        draw(source / name / "0.jpg")
+    chosen.write_text("n01\nn03\n")
+    convert(source, tmp_path / "out", "--imagenet-subset", chosen)
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"train", "val"} - set(flat_splits)
+    assert load_index(str(tmp_path / "out" / "train")).total == 6
+    printed = [text for text in capsys.readouterr().out.splitlines() if "left out" in text]
+    assert printed == [f"--imagenet-subset {chosen}: {line}, for want of class folders"]
+
+
+def test_find_splits__subset_of_a_train_split_without_labels(flat, tmp_path, capsys):  # noqa: F811
+    (flat / "n01").mkdir()  # holds nothing, so the images stay unlabelled
+    (tmp_path / "classes.txt").write_text("n01\n")
+    error = refused(capsys, "-i", flat, "-o", tmp_path / "out", "--imagenet-subset", tmp_path / "classes.txt")
+    assert f"n01: no images in {flat}" in error and not (tmp_path / "out").exists()
+
+
+def test_subset__labelled_split_left_with_no_image(tmp_path, capsys):
+    source, chosen = two_splits(tmp_path / "source"), tmp_path / "classes.txt"
+    for name in ("n02", "n04"):
+        shutil.rmtree(source / "val" / name)
+    chosen.write_text("n01\nn02\n")  # val has one of them
+    convert(source, tmp_path / "both", "--imagenet-subset", chosen)
+    assert load_index(str(tmp_path / "both" / "val")).total == 2
+    chosen.write_text("n02\nn04\n")
+    error = refused(capsys, "-i", source, "-o", tmp_path / "out", "--imagenet-subset", chosen)
+    assert f"--imagenet-subset {chosen}: {source / 'val'} has no image of these; name a class that it has" in error
     assert not (tmp_path / "out").exists()

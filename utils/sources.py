@@ -113,47 +113,72 @@ def from_folder(folder: Path, name: str, classes: list[str] | None) -> Split:
     return Split(name, Files(folder, names), [number[n.split(os.sep)[0]] for n in names], classes)
 
 
-def read_subset(path: str) -> set[str]:
-    """The class names of a list: the first word of each line, # for comments."""
+def class_names(source: Path) -> set[str]:
+    """Names of class folders, known before anything is unpacked; raises ValueError for a damaged training archive."""
+    train, archive = source / "train", source / "ILSVRC2012_img_train.tar"
+    if not archive.exists() or train.is_dir():
+        return {path.name for path in (train if train.is_dir() else source).iterdir() if path.is_dir()}
     try:
-        lines = Path(path).read_text().splitlines()
+        with tarfile.open(archive, "r:") as tar:  # a tar for each class; their names are read by seeking
+            return {Path(name).stem for name in tar.getnames()}
+    except tarfile.TarError as error:
+        raise ValueError(f"-i {source}: {archive.name} is damaged ({error}); download it again") from None
+
+
+def read_subset(path: str, source: Path) -> set[str]:
+    """The classes that a list names: a line is one, or its first word is; # begins a comment.
+
+    Raises ValueError for a list that cannot be read, that names no class, or a class that the source has not.
+    """
+    try:
+        lines = [line.partition("#")[0].strip() for line in Path(path).read_text("utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--imagenet-subset {path}: cannot be read ({error}); pass a file with a class on each line") from None
-    chosen = {line.split()[0] for line in lines if line.split("#")[0].strip()}
+    known = class_names(source)
+    chosen = {line if line in known else line.split()[0] for line in lines if line}
     if not chosen:
         raise ValueError(f"--imagenet-subset {path}: names no class; pass a file with a class on each line")
+    if unknown := ", ".join(sorted(chosen - known)[:5]):
+        mend = f"each line names a class folder, such as {min(known, default='n01440764')}"
+        raise ValueError(f"--imagenet-subset {path}: {unknown}: -i {source} has no such class; {mend}")
     return chosen
 
 
 def subset(split: Split, chosen: set[str], flag: str) -> Split:
-    """The images of these classes, numbered anew in the order they had."""
-    if missing := sorted(chosen - set(split.classes or ())):
-        raise ValueError(f"{flag}: {', '.join(missing[:5])}: {split.name} has no such class; each line names a class folder")
+    """The images of these classes, numbered anew in the order they had; raises ValueError where there are none."""
+    if missing := ", ".join(sorted(chosen - set(split.classes or ()))[:5]):
+        raise ValueError(f"{flag}: {missing}: no images in {split.source.folder}; leave out the class, or add its images")
     classes = [name for name in split.classes if name in chosen]
     number = {split.classes.index(name): i for i, name in enumerate(classes)}
     kept = [i for i, label in enumerate(split.labels) if label in number]
+    if not kept:
+        raise ValueError(f"{flag}: {split.source.folder} has no image of these; name a class that it has, or move it away")
     source = Files(split.source.folder, [split.source.names[i] for i in kept])
     return Split(split.name, source, [number[split.labels[i]] for i in kept], classes)
 
 
 def find_splits(args) -> list[Split]:
-    """What there is to convert."""
-    if not args.imagenet_subset:
-        return all_images(args)
-    if args.dataset:
-        raise ValueError(f"--imagenet-subset {args.imagenet_subset}: is for class folders; leave out --dataset {args.dataset}")
-    chosen = read_subset(args.imagenet_subset)
-    return [subset(split, chosen, f"--imagenet-subset {args.imagenet_subset}") for split in all_images(args)]
-
-
-def all_images(args) -> list[Split]:
-    source = Path(args.input)
+    """What there is to convert; raises ValueError for what cannot be."""
+    source, flag = Path(args.input), f"--imagenet-subset {args.imagenet_subset}"
     if args.download and not args.dataset:
         raise ValueError("--download: needs --dataset NAME, a data set of torchvision; pass that, or leave --download out")
+    if args.dataset and args.imagenet_subset:
+        raise ValueError(f"{flag}: is for class folders; leave out --dataset {args.dataset}")
     if not source.is_dir() and not args.download:
         raise ValueError(f"-i {source}: no such folder; pass the one that holds the images, or train/ and val/")
     if args.dataset:
         return from_torchvision(args)
+    if not args.imagenet_subset:
+        return from_folders(source)
+    chosen = read_subset(args.imagenet_subset, source)  # before the hours that unpacking takes
+    train, *others = from_folders(source)
+    if unlabelled := [split.name for split in others if split.labels is None]:
+        print(f"{flag}: {' and '.join(unlabelled)} left out, for want of class folders")
+    return [subset(split, chosen, flag) for split in (train, *others) if split.name not in unlabelled]
+
+
+def from_folders(source: Path) -> list[Split]:
+    """The splits of a folder, or the folder as `train`; unpacks the ILSVRC archives in it."""
     for split in ("val", "train"):  # val first: a missing kit shows before the hours that train takes
         if (source / f"ILSVRC2012_img_{split}.tar").exists() and not (source / split).is_dir():
             extract_imagenet(source, split)
