@@ -13,11 +13,16 @@ from utils import dist, mixture
 from utils.contrast import Step
 from utils.mixture import Mixture, backwards, inside, un_mix
 
-LEFT_OUT = dict.fromkeys((*mixture.OF_GLOBAL, *mixture.OF_REGION))
+PUBLISHED = {"g_alpha": 1.0, "g_num": 2, "g_prob": 0.1, "r_beta": 1.0, "r_num": 2, "r_prob": 0.1, "r_pixel_decay": 1.0}
+KINDS = ["IM", "global", "region", "cutout", "random-erasing"]
+
+
+def mixture_of(kind, groups=1, **values):
+    return Mixture(Namespace(im_type=kind, bn_splits=groups, **(PUBLISHED | values)))
 
 
 def mix(kind, views, seed=0, groups=1, **values):
-    return Mixture(Namespace(im_type=kind, bn_splits=groups, **(LEFT_OUT | values)))(views, np.random.default_rng(seed))
+    return mixture_of(kind, groups, **values)(views, np.random.default_rng(seed))
 
 
 def numbered(n, size=20, views=2):
@@ -26,18 +31,47 @@ def numbered(n, size=20, views=2):
     return [place.expand(n, 3, size, size) for _ in range(views)]
 
 
-@pytest.mark.parametrize("kind", mixture.TYPES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_mixture__both_views_of_an_image_are_mixed_alike(kind):
     a, b = mix(kind, numbered(64), g_prob=0.5, r_prob=0.5)
     assert torch.equal(a, b) and not torch.equal(a, numbered(64)[0])
 
 
-@pytest.mark.parametrize("kind", mixture.TYPES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_mixture__no_type_no_change_and_bytes_are_their_floats(kind):
     views = [torch.randint(0, 256, (6, 3, 64, 64), dtype=torch.uint8) for _ in range(2)]
     assert mix(None, views) is views
     found = mix(kind, views, seed=3, g_prob=0.5, r_prob=0.5)
     assert torch.equal(found[0], mix(kind, [mixture.normalized(v) for v in views], seed=3, g_prob=0.5, r_prob=0.5)[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_mixture__views_stay_as_they_are_and_draws_do_not_depend_on_hits(monkeypatch, kind):
+    views = [torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    given, ends = [view.clone() for view in views], []
+    for probability in (0.0, 0.5, 1.0):
+        monkeypatch.setattr(mixture, "PROBABILITY", probability)
+        rng = np.random.default_rng(0)
+        found = mixture_of(kind, g_prob=probability, r_prob=probability)(views, rng)
+        assert all(torch.equal(a, b) for a, b in zip(views, given, strict=True))
+        assert (probability == 0) == torch.equal(found[0], views[0])
+        ends.append(rng.random())
+    assert len(set(ends)) == 1
+
+
+def test_edit__touches_the_images_that_are_hit_alone():
+    seen, view = [], numbered(5, 2, 1)[0].clone()
+
+    def swapped(x, y, factor):
+        seen.append([v[:, 0, 0, 0].tolist() for v in (x, y)])
+        return y * mixture.on(factor, y)
+
+    def at(*places):
+        return np.array(places, dtype=np.int64)
+
+    edits = [(at(1, 3), at(0, 1), np.array([10, 20])), (at(), at(), at()), (at(3), at(1), np.array([1]))]
+    mixture.edit_([view], iter(edits), swapped)
+    assert seen == [[[2, 4], [1, 2]], [[40], [2]]] and view[:, 0, 0, 0].tolist() == [1, 10, 3, 2, 5]
 
 
 def test_global__shares_and_partners():
@@ -46,11 +80,10 @@ def test_global__shares_and_partners():
     (found,) = mix("global", numbered(n, 1, 1), g_num=1, g_prob=0.3)
     changed = (found[:, 0, 0, 0] - torch.arange(1, n + 1)).abs() > 1e-3
     assert changed.sum().item() == pytest.approx(0.3 * n, abs=4 * math.sqrt(0.21 * n))
-    mixture_of = Mixture(Namespace(im_type="global", bn_splits=1, **(LEFT_OUT | {"g_prob": 1.0})))
-    share, partner = next(mixture_of._tries(np.random.default_rng(1), n, 1, 1.0, 1.0))
+    _, partner, share = next(mixture_of("global")._tries(np.random.default_rng(1), n, 1, 1.0, 1.0))
     assert (partner != np.arange(n)).all() and np.bincount(partner, minlength=n).max() < 12
     assert np.histogram(share, 10, (0, 1))[0] == pytest.approx([n / 10] * 10, abs=4 * math.sqrt(n / 10))
-    peaked = next(mixture_of._tries(np.random.default_rng(1), n, 1, 1.0, 8.0))[0]
+    peaked = next(mixture_of("global")._tries(np.random.default_rng(1), n, 1, 1.0, 8.0))[2]
     assert peaked.std() == pytest.approx(math.sqrt(1 / (4 * 17)), rel=0.1)  # of Beta(8, 8)
 
 
@@ -88,6 +121,43 @@ def test_region__boxes_by_a_slow_loop(decay):
                     if all(c - half <= p < c + half for c, p in zip(centre[i], at, strict=True)):
                         wanted[i, :, y, x] = (i + step[i]) % n + 1
     assert (found - wanted).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_im__global_and_then_region_by_a_slow_loop(groups):
+    """Each kind takes its partners from the batch as it was when the kind began: region from what global has left."""
+    n, side, decay = 8, 12, 0.5
+    size = n // groups
+    images = torch.rand(n, 3, side, side, generator=torch.Generator().manual_seed(0))
+    (found,) = mix("IM", [images], seed=4, groups=groups, g_prob=0.7, r_prob=0.7, r_pixel_decay=decay)
+    rng, wanted = np.random.default_rng(4), images.clone()
+
+    def draw():
+        made, share, step = rng.random(n) < 0.7, rng.beta(1, 1, n), rng.integers(1, size, n)
+        return made, share, [i // size * size + (i % size + step[i]) % size for i in range(n)]
+
+    began = wanted.clone()
+    for _ in range(2):
+        made, share, partner = draw()
+        for i in range(n):
+            if made[i]:
+                wanted[i] = share[i] * wanted[i] + (1 - share[i]) * began[partner[i]]
+    began, pasted = wanted.clone(), set()
+    for _ in range(2):
+        made, share, partner = draw()
+        centre = rng.random((n, 2))
+        for i in range(n):
+            if not made[i]:
+                continue
+            if i not in pasted:
+                wanted[i] *= decay
+            pasted.add(i)
+            half = math.sqrt(1 - share[i]) / 2
+            for y in range(side):
+                for x in range(side):
+                    if abs((y + 0.5) / side - centre[i, 0]) < half and abs((x + 0.5) / side - centre[i, 1]) < half:
+                        wanted[i, :, y, x] = began[partner[i], :, y, x]
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_cutout__a_square_of_fifty_pixels():
@@ -165,6 +235,15 @@ def test_unmix__loss_is_that_of_its_three_terms(monkeypatch):
     assert loss.item() == pytest.approx((terms[0] + 0.3 * terms[1] + 0.7 * terms[2]).item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("name", ["moco", "cmc", "insdis"])
+def test_add_flags__defaults_are_the_published_values(name):
+    """In the flags themselves, which config.json and checkpoints record."""
+    for flags in ([], ["--im-type", "IM"], ["--g-prob", "0.1", "--r-num", "2"]):  # a default that is typed changes nothing
+        args = method_args(name, *flags)
+        assert {flag: getattr(args, flag) for flag in PUBLISHED} == PUBLISHED
+        METHODS[name].check(args, 40)
+
+
 @pytest.mark.parametrize("flags, message", [
     (["--g-prob", "0.2"], "--g-prob 0.2: does nothing without --im-type IM or global"),
     (["--im-type", "global", "--r-num", "3"], "--r-num 3: does nothing without --im-type IM or region"),
@@ -175,8 +254,15 @@ def test_unmix__loss_is_that_of_its_three_terms(monkeypatch):
     (["--unmix-prob", "0.5", "--loss", "nce"], "--loss nce: .*--unmix-prob 0.5"),
     (["--aug", "v1", "--local-crops", "4"], "--aug v1: .*--local-crops 4"),
     (["--unmix-prob", "2"], "--unmix-prob 2.0: "),
-    (["--im-type", "cutout", "--bn-splits", "8"], "--batch-size 8: leaves one image .*; 16 would do"),
+    (["--im-type", "region", "--bn-splits", "8"], "--batch-size 8: leaves one image .* --im-type region mixes .*; 16 would do"),
+    (["--unmix-prob", "0", "--bn-splits", "8"], "--batch-size 8: leaves one image .* --unmix-prob 0.0 mixes .*; 16 would do"),
 ])  # fmt: skip
 def test_check__names_the_flag(flags, message):
     with pytest.raises(ValueError, match=message):
         METHODS["moco"].check(method_args("moco", *flags), 40)
+
+
+@pytest.mark.parametrize("kind", ["cutout", "random-erasing"])
+def test_check__one_image_a_group_is_enough_to_blot_out(kind):
+    METHODS["moco"].check(method_args("moco", "--im-type", kind, "--bn-splits", "8"), 40)
+    assert len(mix(kind, uint8_views(method_args("moco")), groups=8)) == 2

@@ -9,104 +9,90 @@ from utils import dist
 from utils.flags import in_range, positive
 from utils.photometric import normalized
 
-TYPES = ("IM", "global", "region", "cutout", "random-erasing")
+GLOBAL, REGION, HOLES = ("IM", "global"), ("IM", "region"), ("cutout", "random-erasing")  # of --im-type; HOLES mix nothing
 CUTOUT_SIDE = 50  # pixels
 PROBABILITY = 0.1  # of cutout and of random erasing
 ERASED_AREA, ERASED_RATIO = (0.02, 0.4), 0.3  # share of the image; height / width lies in [0.3, 1 / 0.3]
-OF_GLOBAL = {"g_alpha": 1.0, "g_num": 2, "g_prob": 0.1}  # defaults, which count where --im-type has a use for them
-OF_REGION = {"r_beta": 1.0, "r_num": 2, "r_prob": 0.1, "r_pixel_decay": 1.0}
+FLAGS = {  # flag: (types that have a use for it, default, help)
+    "--g-alpha": (GLOBAL, 1.0, "global: both parameters of the Beta law of the image's share"),
+    "--g-num": (GLOBAL, 2, "global: how often it is tried"),
+    "--g-prob": (GLOBAL, 0.1, "global: probability of each try"),
+    "--r-beta": (REGION, 1.0, "region: both parameters of the Beta law of what stays of the image"),
+    "--r-num": (REGION, 2, "region: how often it is tried"),
+    "--r-prob": (REGION, 0.1, "region: probability of each try"),
+    "--r-pixel-decay": (REGION, 1.0, "region: factor of the image before the first paste"),
+}
 
 
 def add_flags(group) -> None:
-    add = group.add_argument
-    add("--im-type", choices=TYPES, help="mix each image with others of its batch, or blot out a part; IM: global, then region")
-    helps = {
-        "g_alpha": "global: both parameters of the Beta law of the image's share",
-        "g_num": "global: how often it is tried",
-        "g_prob": "global: probability of each try",
-        "r_beta": "region: both parameters of the Beta law of what stays of the image",
-        "r_num": "region: how often it is tried",
-        "r_prob": "region: probability of each try",
-        "r_pixel_decay": "region: factor of the image before the first paste",
-    }
-    for name, default in (OF_GLOBAL | OF_REGION).items():  # None tells that a flag was not given
-        add(f"--{name.replace('_', '-')}", type=type(default), help=f"{helps[name]} (default: {default:g})")
+    group.add_argument("--im-type", choices=("IM", "global", "region", *HOLES),
+                       help="mix each image with others of its batch, or blot out a part; IM: global, then region")  # fmt: skip
+    for flag, (_, default, text) in FLAGS.items():
+        group.add_argument(flag, type=type(default), default=default, help=text)
 
 
 def check(args) -> None:
     """Raise ValueError for values that cannot work, and for flags that --im-type leaves without effect."""
-    for names, types in ((OF_GLOBAL, ("IM", "global")), (OF_REGION, ("IM", "region"))):
-        for name in names:
-            flag, value = f"--{name.replace('_', '-')}", getattr(args, name)
-            if value is None:
-                continue
-            if args.im_type not in types:
-                raise ValueError(f"{flag} {value}: does nothing without --im-type {' or '.join(types)}; leave it out")
-            if name.endswith("prob") or name == "r_pixel_decay":
-                in_range(flag, value, 0, 1)
-            else:
-                positive([flag], args)
-    if args.im_type and args.batch_size // dist.world() // args.bn_splits < 2:
-        raise ValueError(f"--batch-size {args.batch_size}: leaves one image for each process and BatchNorm group, and "
-                         f"--im-type mixes two; {2 * dist.world() * args.bn_splits} would do")  # fmt: skip
+    for flag, (types, default, _) in FLAGS.items():
+        value = getattr(args, flag[2:].replace("-", "_"))
+        if value != default and args.im_type not in types:
+            raise ValueError(f"{flag} {value}: does nothing without --im-type {' or '.join(types)}; leave it out")
+        if flag in ("--g-prob", "--r-prob", "--r-pixel-decay"):
+            in_range(flag, value, 0, 1)
+        else:
+            positive([flag], args)
+    groups = dist.world() * args.bn_splits
+    for flag, value in (("--im-type", args.im_type), ("--unmix-prob", getattr(args, "unmix_prob", None))):
+        if value not in (None, *HOLES) and args.batch_size // groups < 2:
+            raise ValueError(f"--batch-size {args.batch_size}: leaves one image for each process and BatchNorm group, and "
+                             f"{flag} {value} mixes two; {2 * groups} would do")  # fmt: skip
 
 
 class Mixture:
     """What --im-type does to views. groups: parts of a process's batch that are mixed each for itself, as processes are."""
 
     def __init__(self, args):
-        self.type, self.groups = args.im_type, args.bn_splits
-        for name, default in (OF_GLOBAL | OF_REGION).items():
-            setattr(self, name, default if getattr(args, name) is None else getattr(args, name))
+        self.type, self.groups, self.decay = args.im_type, args.bn_splits, args.r_pixel_decay
+        self.of_global = args.g_num, args.g_prob, args.g_alpha
+        self.of_region = args.r_num, args.r_prob, args.r_beta
 
     def __call__(self, views: list[torch.Tensor], rng: np.random.Generator) -> list[torch.Tensor]:
         """n x 3 x H x W each, views of the same images -> normalised floats, all views of an image mixed alike.
 
-        Partners are other images of the process's batch, as they were before. rng: equal on all processes.
+        Partners are other images of the process's batch as it was when that kind of mixture began: IM's region pastes from
+        what global has left. rng: equal on all processes; what is drawn is the same however many they are and whoever is hit.
         """
         if self.type is None:
             return views
-        n, originals = len(views[0]), [normalized(view) for view in views]
-        mixed = originals
-        if self.type in ("IM", "global"):
-            for share, partner in self._tries(rng, n, self.g_num, self.g_prob, self.g_alpha):
-                share = on(share, mixed[0])
-                there = dist.on_device(partner, mixed[0].device)
-                mixed = [torch.lerp(x[there], y, share) for x, y in zip(originals, mixed, strict=True)]
-        if self.type in ("IM", "region"):
-            pasted = np.zeros(n, bool)
-            for partner, boxes, hit in self._pastes(rng, n):
-                there = dist.on_device(partner, mixed[0].device)
-                decay = on(np.where(hit & ~pasted, self.r_pixel_decay, 1.0), mixed[0])
-                pasted |= hit
-                mixed = [torch.where(inside(boxes, y), x[there], y * decay) for x, y in zip(originals, mixed, strict=True)]
-        if self.type in ("cutout", "random-erasing"):
-            boxes = self._holes(rng, n, views[0].shape[-2:])
-            mixed = [y.masked_fill(inside(boxes, y), 0) for y in mixed]  # 0 is the mean colour
-        return mixed
+        n, _, *size = views[0].shape
+        views = [view.clone() if view.is_floating_point() else normalized(view) for view in views]  # ours to change
+        if self.type in GLOBAL:
+            edit_(views, self._tries(rng, n, *self.of_global), lambda x, y, share: torch.lerp(y, x, on(share, x)))
+        if self.type in REGION:
+            edit_(views, self._pastes(rng, n), lambda x, y, box, scale: torch.where(inside(box, x), y, x * on(scale, x)))
+        if self.type in HOLES:  # 0 is the mean colour
+            edit_(views, self._holes(rng, n, size), lambda x, _, box: x.masked_fill(inside(box, x), 0))
+        return views
 
     def _tries(self, rng, n, times, probability, beta):
-        """times x (share of the image itself: 1 where the try is not made; place of the partner), n each."""
-        size, place = n // self.groups, np.arange(n)
+        """times x (places of the images that are hit, places of their partners, shares of the images themselves), h each."""
+        size, whole = n // self.groups, dist.world() * n
         for _ in range(times):
-            whole = dist.world() * n
             made, share, step = rng.random(whole) < probability, rng.beta(beta, beta, whole), rng.integers(1, size, whole)
             made, share, step = (dist.own(x, n) for x in (made, share, step))
-            partner = place // size * size + (place + step) % size
-            yield np.where(made, share, 1.0), partner
+            hit = np.flatnonzero(made)
+            yield hit, hit // size * size + (hit + step[hit]) % size, share[hit]
 
     def _pastes(self, rng, n):
-        """times x (place of the partner, box in shares of height and width, whether it is pasted), n each.
-
-        A box has sides sqrt(1 - share) and its centre anywhere, and is clipped.
-        """
-        for share, partner in self._tries(rng, n, self.r_num, self.r_prob, self.r_beta):
-            centre = dist.own(rng.random((dist.world() * n, 2)), n)
-            half = np.sqrt(1 - share)[:, None] / 2
-            yield partner, np.concatenate([centre - half, centre + half], 1), share < 1
+        """times x (places, places of partners, boxes, factors of the images): sides sqrt(1 - share), centres anywhere."""
+        scale = np.full(n, self.decay)
+        for hit, partner, share in self._tries(rng, n, *self.of_region):
+            centre, half = dist.own(rng.random((dist.world() * n, 2)), n)[hit], np.sqrt(1 - share)[:, None] / 2
+            yield hit, partner, np.concatenate([centre - half, centre + half], 1), scale[hit]
+            scale[hit] = 1  # only before an image's first paste
 
     def _holes(self, rng, n, size):
-        """Boxes in shares of height and width, n x (top, left, bottom, right); empty where nothing is blotted out."""
+        """1 x (places, no partners, boxes). A box: (top, left, bottom, right) in shares of height and width, clipped later."""
         whole = dist.world() * n
         made, centre = rng.random(whole) < PROBABILITY, rng.random((whole, 2))
         area, ratio = rng.uniform(*ERASED_AREA, whole), ERASED_RATIO ** rng.uniform(-1, 1, whole)
@@ -116,7 +102,21 @@ class Mixture:
         else:
             sides = np.minimum(np.sqrt(np.stack([area * ratio, area / ratio], 1)), 1)
             low = centre * (1 - sides)
-        return dist.own(np.concatenate([low, low + sides * made[:, None]], 1), n)
+        hit = np.flatnonzero(dist.own(made, n))
+        yield hit, hit[:0], dist.own(np.concatenate([low, low + sides], 1), n)[hit]
+
+
+def edit_(views: list[torch.Tensor], edits, formula) -> None:
+    """Edits are (places of h images, places of their partners, parameters, h each ...), drawn on the host: nothing waits.
+
+    Each of these images becomes formula(x, y, parameters), x its pixels, y its partner's before all edits: h x 3 x H x W each.
+    """
+    edits = [edit for edit in edits if len(edit[0])]
+    for x in views:
+        others = [x.index_select(0, dist.on_device(edit[1], x.device)) for edit in edits]
+        for (hit, _, *parameters), other in zip(edits, others, strict=True):
+            there = dist.on_device(hit, x.device)
+            x.index_copy_(0, there, formula(x.index_select(0, there), other, *parameters))
 
 
 def on(values: np.ndarray, x: torch.Tensor) -> torch.Tensor:
