@@ -1,6 +1,8 @@
 """What several test files share: a method built from real flags, its inputs, and functions run on several processes."""
 
+import functools
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import pickle
 import tempfile
@@ -8,6 +10,7 @@ import time
 import warnings
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as td
@@ -94,6 +97,21 @@ def in_two(method):
     return ["--bn-splits", "2"] if method != "w2ssl" else []  # its BatchNorm spans all processes
 
 
+@functools.cache
+def forkserver():
+    """Starts processes that have imported what is slow. (Of Python 3.11 it knows no sys.path but this.)"""
+    multiprocessing.set_forkserver_preload(["runs", "pytest", "torch.utils.tensorboard"])
+    here = Path(__file__).parent
+    with mock.patch.dict(os.environ, PYTHONPATH=f"{here}:{here.parent}", OMP_NUM_THREADS="1"):
+        multiprocessing.forkserver.ensure_running()
+    return multiprocessing.get_context("forkserver")
+
+
+def default_start_method():
+    """Of Python, which a process of the fork server has not: loader workers would come from one more server."""
+    multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
+
+
 def spawn(fn, *args, processes=2, timeout=150):
     """[fn(*args) of process 0, of process 1, ...], in processes that gloo joins as torchrun would. fn: from a test module.
 
@@ -101,8 +119,7 @@ def spawn(fn, *args, processes=2, timeout=150):
     """
     # as torchrun's agent does, the store is ours and takes a port that is free
     store = td.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    # the fork server imports the slow libraries once for all tests
-    multiprocessing.set_forkserver_preload(["torch", "torchvision", "timm", "pytest", "torch.utils.tensorboard"])
+    forkserver()
     start = partial(mp.start_processes, nprocs=processes, join=False, start_method="forkserver")
     with tempfile.TemporaryDirectory() as folder:
         running, end = start(_process, (processes, store.port, folder, fn, args)), time.monotonic() + timeout
@@ -118,6 +135,7 @@ def spawn(fn, *args, processes=2, timeout=150):
 
 def _process(rank, processes, port, folder, fn, args):
     warnings.simplefilter("error")
+    default_start_method()
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}

@@ -1,48 +1,49 @@
-"""Real command lines of main_pretrain.py and main_lincls.py, in processes that tests may kill."""
+"""Real command lines of main_pretrain.py and main_lincls.py, by themselves or under torchrun, in processes that tests may kill.
 
+They are forked where torch and timm are imported already, which takes a new interpreter five seconds. Otherwise they are what a
+command makes: a process with its own session, signals and exit code, or torchrun's agent and the processes that it starts.
+"""
+
+import atexit
 import contextlib
+import ctypes
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import traceback
+import warnings
 from pathlib import Path
 
 import torch
-from helpers import tiny
+from helpers import default_start_method, forkserver, tiny
+from torch.distributed import run as torchrun
+from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
+
+import main_lincls
+import main_pretrain
 
 ROOT = Path(__file__).parent.parent
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'tests'}:{ROOT}"}
 FLAGS = ["--device", "cpu", "--amp", "fp32", "--workers", "0", "--print-freq", "1"]
-TORCHRUN = ["-m", "torch.distributed.run"]
-TWO = [*TORCHRUN, "--standalone", "--nproc_per_node", "2"]
-# tiny trunks exist in tests only; `before` may change what runs
-SCRIPT = """
-import sys
-import helpers, main_lincls, main_pretrain
-{before}
-{{"pretrain": main_pretrain, "lincls": main_lincls}}[sys.argv.pop(1)].main()
-"""
+TWO = ["--standalone", "--nproc_per_node", "2"]  # torchrun's flags
+SCRIPT = "script"  # stands where torchrun takes a file
+MAINS = {"pretrain": main_pretrain.main, "lincls": main_lincls.main}
 
 
 class Run:
-    """A command under way, and its output."""
+    """A command under way, and its output.
 
-    def __init__(self, folder, command, launch=(), prefix=(), before="", **environment):
-        script = folder / "script.py"
-        script.write_text(SCRIPT.format(before=before))
+    launch: torchrun's flags, none without it. before: code that each training process runs first. host: the network namespace.
+    """
+
+    def __init__(self, folder, command, launch=(), before="", host=None, **environment):
         self.out = folder / f"output-{time.monotonic_ns()}"
-        with open(self.out, "w") as out:
-            whole = [*prefix, sys.executable, *launch, script, *command]
-            self.process = subprocess.Popen(
-                [str(part) for part in whole],
-                cwd=ROOT,
-                env=ENVIRONMENT | environment,
-                stdout=out,
-                stderr=out,
-                start_new_session=True,
-            )
+        self.out.touch()
+        words = [[str(word) for word in part] for part in (launch, command)]
+        self.process = forkserver().Process(target=_command, args=(self.out, *words, before, host, environment))
+        self.process.start()
 
     def __enter__(self):
         return self
@@ -68,23 +69,78 @@ class Run:
         for pid in self.pids():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        self.process.wait()
+        self.process.join()
 
     def until(self, condition, timeout=90):
         """Wait for it, while the command runs."""
         end = time.monotonic() + timeout
         while not condition():
-            assert self.process.poll() is None, f"it ended: {self.said()}"
+            assert self.process.exitcode is None, f"it ended: {self.said()}"
             assert time.monotonic() < end, f"nothing in {timeout} s: {self.said()}"
             time.sleep(0.005)
         return self
 
     def end(self, timeout=90):
         """Its exit code."""
-        try:
-            return self.process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            raise AssertionError(f"not done in {timeout} s: {self.said()}") from None
+        self.process.join(timeout)
+        assert self.process.exitcode is not None, f"not done in {timeout} s: {self.said()}"
+        return self.process.exitcode
+
+
+def _command(out, launch, command, before, host, environment):
+    """In a new process: what a shell would start."""
+    default_start_method()
+    os.environ |= environment
+    os.chdir(ROOT)
+    with open(out, "ab") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    if host:
+        with open(f"/run/netns/{host}") as file:
+            assert ctypes.CDLL(None).setns(file.fileno(), 0) == 0
+    if launch:
+        Forked.before = before
+        subprocess_handler.Popen = Forked
+        _leave(torchrun.main, [*launch, SCRIPT, *command])
+    else:
+        _leave(_train, command, before)
+
+
+def _train(command, before):
+    torch.set_num_threads(1)
+    warnings.simplefilter("error")
+    exec(before, {"main_pretrain": main_pretrain})
+    MAINS[command[0]](command[1:])
+
+
+def _leave(main, *args):
+    """Run it as an interpreter runs a script, which ends with an exit code."""
+    code = 0
+    try:
+        os.setsid()
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):  # torchrun's agent has handlers of its own
+            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        main(*args)
+    except SystemExit as end:
+        code = end.code or 0
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    os._exit(code)
+
+
+class Forked(subprocess.Popen):
+    """A training process of torchrun's agent, which starts a new interpreter otherwise."""
+
+    def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *_):
+        self.pid, self._child_created = os.fork(), True
+        if self.pid == 0:
+            os.environ |= env
+            atexit._clear()
+            _leave(_train, args[args.index(SCRIPT) + 1 :], self.before)
 
 
 def children():

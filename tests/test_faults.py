@@ -1,6 +1,5 @@
 """Runs on shards with faults, and with workers that die: what a user sees, and what is left behind."""
 
-import contextlib
 import json
 import os
 import re
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from helpers import TINY, spawn
+from runs import TWO, Run, children, metrics
 from shards_helpers import one_color, write_shards
 
 import main_lincls
@@ -167,28 +167,20 @@ def test_main_lincls__unusable_validation_images_are_left_out_and_told(tmp_path)
 # on a real command line
 
 
-@contextlib.contextmanager
-def launched(shards, out, *flags, processes=1):
-    """A run as a user starts it, by itself or under torchrun. Ended with the test."""
-    launch = (
-        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes] if processes > 1 else ["-W", "error"]
-    )
+def launched(shards, out, *flags, launch=("-W", "error")):
+    """A run as a user starts it, in new interpreters. -> (exit code, stdout, stderr)."""
     command = [sys.executable, *launch, "main_pretrain.py", *FLAGS, "--arch", "resnet18", "--size", "32", "--shards", shards,
                "--output-dir", out, *flags]  # fmt: skip
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen([*map(str, command)], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes) as run:
-        try:
-            yield run
-        finally:
-            run.kill()
+    done = subprocess.run([*map(str, command)], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True,
+                          text=True, timeout=150)  # fmt: skip
+    return done.returncode, done.stdout, done.stderr
 
 
 def test_main_pretrain__a_command_passes_over_an_unusable_image(tmp_path):
     """It says so, ends well, and the image is one for both epochs."""
     write_shards(tmp_path / "x", (80, 80), image_or_not({100}))
-    with launched(tmp_path / "x", tmp_path / "run", "--epochs", "2", "--workers", "1") as run:
-        out, error = run.communicate(timeout=120)
-    assert run.returncode == 0 and error == "" and "unusable images 1" in out and "Results: " in out
+    code, out, error = launched(tmp_path / "x", tmp_path / "run", "--epochs", "2", "--workers", "1")
+    assert code == 0 and error == "" and "unusable images 1" in out and "Results: " in out
     assert [line["key"] for line in lines_of(tmp_path / "run" / "bad_samples.jsonl")] == ["00100"]
     assert lines_of(tmp_path / "run" / "metrics.jsonl")[-1]["bad"] == 1
 
@@ -197,9 +189,8 @@ def test_main_pretrain__a_command_on_two_processes_stops_at_max_bad(tmp_path):
     """Each process says it in one line that names the flag and the file, and torchrun fails."""
     write_shards(tmp_path / "x", (40, 40), image_or_not({7, 50, 61}))
     flags = ["--epochs", "9", "--workers", "1", "--print-freq", "1", "--max-bad", "0.03"]  # two of them
-    with launched(tmp_path / "x", tmp_path / "run", *flags, processes=2) as run:
-        error = run.communicate(timeout=120)[1]
-    assert run.returncode != 0 and not list((tmp_path / "run").glob("checkpoint*"))
+    code, _, error = launched(tmp_path / "x", tmp_path / "run", *flags, launch=["-m", "torch.distributed.run", *TWO])
+    assert code == 1 and not list((tmp_path / "run").glob("checkpoint*"))
     told = [line for line in error.splitlines() if "main_pretrain.py: error: " in line]
     assert told and len(told) == len(set(told)) <= 2
     for line in told:
@@ -212,11 +203,6 @@ def test_main_pretrain__a_command_on_two_processes_stops_at_max_bad(tmp_path):
 # a worker that dies
 
 
-def children(pid):
-    """The processes that a process has started."""
-    return [int(p) for task in Path(f"/proc/{pid}/task").iterdir() for p in (task / "children").read_text().split()]
-
-
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in /proc")
 @pytest.mark.parametrize("processes", [1, 2])
 def test_main_pretrain__a_killed_worker_ends_the_run_and_is_named(tmp_path, processes):
@@ -224,32 +210,27 @@ def test_main_pretrain__a_killed_worker_ends_the_run_and_is_named(tmp_path, proc
     slow = [one_color(number, (2500, 2500)) for number in range(4)]  # so that a batch is waited for when the worker dies
     write_shards(tmp_path / "x", (80,), lambda number: slow[number % 4])
     flags = ["--workers", "2", "--epochs", "1000", "--print-freq", "1"]
-    metrics, killed = tmp_path / "run" / "metrics.jsonl", 0
-    with launched(tmp_path / "x", tmp_path / "run", *flags, processes=processes) as run:
-        end = time.monotonic() + 120
-        while not (metrics.exists() and metrics.read_text()):
-            assert run.poll() is None and time.monotonic() < end
-            time.sleep(0.1)
-        trainers = [run.pid] if processes == 1 else children(run.pid)
-        workers = [worker for trainer in trainers for worker in children(trainer)]
+    out, process = tmp_path / "run", "" if processes == 1 else r"\[process 1\] "
+    command = ["pretrain", *FLAGS, "--shards", tmp_path / "x", "--output-dir", out, *flags]
+    with Run(tmp_path, command, TWO if processes == 2 else ()) as run:
+        run.until(lambda: metrics(out))
+        trainers = run.workers() if processes == 2 else [run.process.pid]
+        workers = [worker for trainer in trainers for worker in children().get(trainer, [])]
         assert len(trainers) == processes and len(workers) == 2 * processes
         os.kill(workers[-1], signal.SIGKILL)
-        killed = time.monotonic()
-        error = run.communicate(timeout=60)[1]
-    assert run.returncode != 0 and time.monotonic() - killed < 30
-    process = "" if processes == 1 else r"\[process 1\] "
-    line = rf"^{process}main_pretrain.py: error: DataLoader worker .*{workers[-1]}.* (killed|exited) .*--workers$"
-    assert len(re.findall(line, error, re.MULTILINE)) == 1, error
-    assert processes == 2 or (run.returncode == 2 and len(error.strip().splitlines()) == 1), error
-    gone = time.monotonic() + 20
-    while alive := [pid for pid in (*trainers, *workers) if Path(f"/proc/{pid}/exe").exists()]:
-        assert time.monotonic() < gone, alive
-        time.sleep(0.1)
+        assert run.end(30) == (1 if processes == 2 else 2)
+        line = rf"^{process}main_pretrain.py: error: DataLoader worker .*{workers[-1]}.* (killed|exited) .*--workers$"
+        assert len(re.findall(line, run.said(), re.MULTILINE)) == 1, run.said()
+        assert processes == 2 or "Traceback" not in run.said()
+        gone = time.monotonic() + 20
+        while alive := [pid for pid in (*trainers, *workers) if Path(f"/proc/{pid}/exe").exists()]:
+            assert time.monotonic() < gone, alive
+            time.sleep(0.1)
 
 
 BREAKING = """
-import functools, multiprocessing, os, pathlib, signal, sys, threading, torch, main_pretrain
-rebuild, metrics = torch.multiprocessing.reductions.rebuild_storage_fd, pathlib.Path(sys.argv.pop(1))
+import functools, multiprocessing, os, pathlib, signal, threading, torch
+rebuild, metrics = torch.multiprocessing.reductions.rebuild_storage_fd, pathlib.Path({metrics!r})
 
 @functools.wraps(rebuild)
 def breaking(*args):
@@ -261,29 +242,14 @@ def breaking(*args):
     raise ConnectionResetError(104, "Connection reset by peer")
 
 torch.multiprocessing.reductions.rebuild_storage_fd = breaking
-main_pretrain.main()
 """
 
 
 def test_main_pretrain__a_worker_that_is_killed_while_it_hands_over_a_batch(images, tmp_path):
     """The kernel closes its connections first, and tells of its death a moment later."""
-    flags = [
-        *FLAGS,
-        "--arch",
-        "resnet18",
-        "--size",
-        "32",
-        "--shards",
-        images / "train",
-        "--output-dir",
-        tmp_path,
-        "--workers",
-        1,
-    ]
-    command = [sys.executable, "-c", BREAKING, tmp_path / "metrics.jsonl", *flags, "--epochs", 9, "--print-freq", 1]
-    done = subprocess.run([*map(str, command)], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True,
-                          text=True, timeout=120)  # fmt: skip
-    worker = re.search(r"^worker (\d+)$", done.stdout, re.MULTILINE)[1]
+    flags = ["--shards", images / "train", "--output-dir", tmp_path, "--workers", 1, "--epochs", 9, "--print-freq", 1]
+    with Run(tmp_path, ["pretrain", *FLAGS, *flags], before=BREAKING.format(metrics=str(tmp_path / "metrics.jsonl"))) as run:
+        assert run.end() == 2
+    worker = re.search(r"^worker (\d+)$", run.said(), re.MULTILINE)[1]
     line = f"^main_pretrain.py: error: DataLoader worker .*{worker}.*--workers$"
-    assert re.search(line, done.stderr, re.MULTILINE) and "Traceback" not in done.stderr, done.stderr
-    assert done.returncode == 2
+    assert re.search(line, run.said(), re.MULTILINE) and "Traceback" not in run.said(), run.said()

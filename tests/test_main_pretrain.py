@@ -3,14 +3,12 @@
 import json
 import math
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import TINY, tiny
-from runs import metrics, same, without_clock
+from runs import TWO, Run, metrics, same, without_clock
 
 import main_pretrain
 from methods import METHODS
@@ -220,9 +218,7 @@ def test_main_pretrain__underscores_are_dashes():
     (["--lr", "1e30", "--epochs", "3"], "main_pretrain.py: error: the loss or its gradient is not finite in epoch 0, step "),
 ])  # fmt: skip
 def test_main_pretrain__failure_on_two_processes_exits_non_zero(images, tmp_path, flags, message):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "main_pretrain.py"]
-    command += ["--method", "moco", "--shards", images / "train", "--output-dir", tmp_path / "run", *FLAGS]
-    command += ["--arch", "resnet18", "--size", "32", *flags]
-    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=170)
-    assert done.returncode != 0 and message in done.stderr, done.stderr
+    command = ["pretrain", *tiny("moco"), *COMMON, "--shards", images / "train", "--output-dir", tmp_path / "run", *flags]
+    with Run(tmp_path, command, TWO) as run:
+        assert run.end() == 1 and message in run.said(), run.said()
     assert not (tmp_path / "run" / checkpoint.LATEST).exists()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import in_two
-from runs import TORCHRUN, TWO, Run, metrics, pretrain, same, steps, without_clock
+from runs import TWO, Run, metrics, pretrain, same, steps, without_clock
 
 from methods import METHODS
 from utils import checkpoint
@@ -131,7 +131,7 @@ def test_main_pretrain__two_nodes_start_again_when_one_loses_a_process(images, t
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    torchrun = [*TORCHRUN, "--nnodes", 2, "--nproc_per_node", 1, "--max_restarts", 1, "--master_addr", "127.0.0.1"]
+    torchrun = ["--nnodes", 2, "--nproc_per_node", 1, "--max_restarts", 1, "--master_addr", "127.0.0.1"]
     torchrun += ["--master_port", port, "--node_rank"]
     command = pretrain(images, out, *SAVING)
     with Run(tmp_path, command, [*torchrun, 0], before=SLOW) as one, Run(tmp_path, command, [*torchrun, 1]) as two:

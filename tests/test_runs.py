@@ -3,10 +3,8 @@
 import io
 import json
 import math
-import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +13,7 @@ import torch
 import webdataset
 from helpers import in_two, spawn, tiny
 from PIL import Image
+from runs import TWO, Run
 
 import main_lincls
 import main_pretrain
@@ -322,16 +321,14 @@ def test_main_pretrain__corrupt_image_is_not_skipped_in_silence(corrupt, tmp_pat
     assert not (tmp_path / checkpoint.LATEST).exists() and not list(tmp_path.glob("checkpoint*"))
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_main_pretrain__failure_in_the_middle_exits_non_zero(corrupt, tmp_path, processes):
-    """On a real command line, the process with the corrupt image takes the other with it."""
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if processes == 2 else ["-W", "error"]
-    flags = [*flags_of("moco"), "--arch", "resnet18", "--size", "32", "--workers", "1", "--moco-k", "16", "--batch-size", "8"]
-    command = [sys.executable, *launch, "main_pretrain.py", *flags, "--shards", corrupt, "--output-dir", tmp_path]
-    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=170,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
-    assert done.returncode != 0 and not list(tmp_path.glob("checkpoint*"))
-    assert "error: --max-bad 0.01: 1 of" in done.stderr and "Warning" not in done.stderr, done.stderr[-3000:]
+@pytest.mark.parametrize("launch", [(), TWO])
+def test_main_pretrain__failure_in_the_middle_exits_non_zero(corrupt, tmp_path, launch):
+    """The process with the corrupt image takes the other with it."""
+    command = ["pretrain", *flags_of("moco"), "--workers", "1", "--shards", corrupt, "--output-dir", tmp_path]
+    with Run(tmp_path, command, launch) as run:
+        assert run.end() == (1 if launch else 2)
+    assert not list(tmp_path.glob("checkpoint*"))
+    assert "error: --max-bad 0.01: 1 of" in run.said() and "Warning" not in run.said(), run.said()
 
 
 def test_main_pretrain__a_run_that_diverged_keeps_its_last_good_checkpoint(images, tmp_path, capsys):

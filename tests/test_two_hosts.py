@@ -6,14 +6,14 @@ import subprocess
 import time
 
 import pytest
-from runs import TORCHRUN, Run, pretrain, steps
+from runs import Run, pretrain, steps
 
 HOSTS = {"10.77.33.1": "one", "10.77.33.2": "two"}
 
 
 @pytest.fixture
 def hosts():
-    """Prefixes of commands that run on either host."""
+    """The names of two hosts."""
     if os.geteuid() or not shutil.which("ip"):
         pytest.skip("needs root and the command ip (iproute2)")
     names = [f"test-{os.getpid()}-{name}" for name in HOSTS.values()]
@@ -41,10 +41,9 @@ def test_two_hosts__a_link_that_breaks_ends_both_and_the_run_goes_on_later(image
     flags = ["--epochs", epochs, "--save-steps", 2, "--dist-timeout", 8]
 
     def start(rank):
-        torchrun = [*TORCHRUN, "--nnodes", 2, "--node_rank", rank, "--nproc_per_node", 1]
+        torchrun = ["--nnodes", 2, "--node_rank", rank, "--nproc_per_node", 1]
         torchrun += ["--master_addr", "10.77.33.1", "--master_port", 29511]
-        on_host = ["ip", "netns", "exec", hosts[rank]]
-        return Run(tmp_path, pretrain(images, out, *flags), torchrun, on_host, GLOO_SOCKET_IFNAME="cable")
+        return Run(tmp_path, pretrain(images, out, *flags), torchrun, host=hosts[rank], GLOO_SOCKET_IFNAME="cable")
 
     with start(0) as one, start(1) as two:
         one.until(lambda: len(steps(out)) >= 7)
