@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Linear probe of the frozen trunk that pretrain_cmc.sh trained.
 #   bash linear_cmc.sh                           the embedded pictures in colour: whole, batch 64, SGD lr 1.2 per 256, 60 epochs
-#   SHARDS=/imagenet-shards bash linear_cmc.sh             ImageNet: batch 256, SGD lr 30 (v3: --lr 50), 60 epochs
-#   SHARDS=/imagenet-shards bash linear_cmc.sh --layer 1 2 3 4 5 --lr 0.1      all layers of an AlexNet in one pass
+#   SHARDS=/imagenet-shards bash linear_cmc.sh             ImageNet: batch 256, SGD, lr by the arch (v1: 30), 60 epochs
+#   SHARDS=/imagenet-shards bash linear_cmc.sh --layer 1 2 3 4 5        all layers of an AlexNet in one pass
 # Expected with ImageNet-100: top-1 75.8 after --loss softmax --space YCbCr; the authors' figure.
 # Any flag can be added or overridden. Settings by variable: SHARDS OUTPUT (the run's folder) CHECKPOINT NPROC.
 set -euo pipefail
@@ -17,7 +17,7 @@ if [[ $SAMPLE ]]; then
     # differs from the published protocol: because a crop of 8 % of 64 pixels shows little, and 1,507 images are few steps
     recipe=(--size 64 --resize 64 --crop-min 1 --batch-size 64 --lr 1.2 --epochs 60)
 else
-    recipe=(--size 224 --batch-size 256 --lr 30 --epochs 60)
+    recipe=(--size 224 --batch-size 256 --epochs 60)
 fi
 
 launch main_lincls.py --method cmc --pretrained "$CHECKPOINT" --resume auto \

@@ -52,13 +52,12 @@ def get_args(argv=None):
     add("--train-shards", required=True, metavar="DIR", help="folder of labelled training shards, a glob or a brace pattern")
     add("--val-shards", required=True, metavar="DIR", help="the same for validation; every image counts exactly once")
     add("-a", "--arch", help="timm trunk; default: the checkpoint's")
-    add("--output-stride", type=int, help="of the trunk, in pixels, 0 for its own; default: the checkpoint's")
     add("--size", type=int, default=224, help="side of a view in pixels")
     add("--resize", type=int, help="test images: shorter side in pixels before the centre is cut; default: 8/7 of --size")
     add("--crop-min", type=float, default=0.08, help="smallest area of a training crop, as a share of the image")
     add("--epochs", type=int, help="times every training image is shown")
     add("--batch-size", type=int, help="images in a step, over all processes together")
-    add("--lr", type=float, help="learning rate for a batch of 256; scaled once by batch size / 256")
+    add("--lr", type=float, help="learning rate for a batch of 256; scaled once by batch size / 256; CMC's follows the arch")
     add("--momentum", type=float, default=0.9, help="of SGD")
     add("--weight-decay", type=float, default=0.0, help="of SGD")
     add("--trust", type=float, help="trust coefficient of the layer-wise adaptive rate; 0 is plain SGD")
@@ -67,8 +66,7 @@ def get_args(argv=None):
         help="layers to probe, all in one pass: 1 to 5 of AlexNet, 6 for pooled features; default: the last")  # fmt: skip
     add_run_flags(parser, output_dir=None, output_help="default: `linear` in the folder of the checkpoint")
     method = METHODS[first.parse_known_args(argv)[0].method]
-    if hasattr(method, "add_probe_flags"):
-        method.add_probe_flags(parser)
+    method.add_probe_flags(parser)
     parser.set_defaults(**method.PROBE)
     args = parser.parse_args(argv)
     if args.resize is None:
@@ -84,7 +82,7 @@ def check(args, train, val) -> None:
     """Raise ValueError for flags and data that cannot work."""
     check_run_flags(args)
     check_lr_steps(args)
-    positive(["--epochs", "--batch-size", "--lr", "--size"], args)
+    positive(["--epochs", "--batch-size", "--size", *([] if args.lr is None else ["--lr"])], args)
     in_range("--trust", args.trust, 0, 1)
     in_range("--crop-min", args.crop_min, 1e-8, 1)
     in_range("--resize", args.resize, args.size, math.inf)
@@ -98,18 +96,18 @@ def check(args, train, val) -> None:
 
 def build_trunk(args) -> tuple[Frozen, str | None]:
     """The frozen trunk, and the sha256 of the checkpoint it comes from. What flags leave open is as the checkpoint says."""
-    method = METHODS[args.method]
-    if args.pretrained == "random":
-        args.arch, args.output_stride = args.arch or "resnet50", args.output_stride or 0
-        return method.frozen(args), None
-    path = Path(args.pretrained)
-    path = path / checkpoint.LATEST if path.is_dir() else path
-    saved = checkpoint.load(path, "--pretrained")
-    known = {"arch": saved.get("arch", "resnet50"), "output_stride": 0} | saved.get("flags", {})
+    method, path, saved = METHODS[args.method], Path(args.pretrained), None
+    known = {"arch": getattr(method, "ARCH", "resnet50"), "output_stride": 0}
+    if args.pretrained != "random":
+        path = path / checkpoint.LATEST if path.is_dir() else path
+        saved = checkpoint.load(path, "--pretrained")
+        known |= {"arch": saved.get("arch", known["arch"])} | saved.get("flags", {})
     for name in ("arch", "output_stride", "space"):
         if getattr(args, name, "") is None:
             setattr(args, name, known.get(name))
     frozen = method.frozen(args)
+    if saved is None:
+        return frozen, None
     state = method.trunk(checkpoint.weights_of(saved, f"--pretrained {path}"), args)
     checkpoint.load_trunk(frozen.trunk, state, frozen.classifier, f"--pretrained {path}")
     return frozen, checkpoint.file_hash(path)
@@ -135,7 +133,7 @@ def main(argv=None):
         torch.manual_seed(args.seed)
         frozen, source_hash = build_trunk(args)
         choose_layers(args, frozen)
-        fc = Classifiers(frozen.widths(args.size), len(train_index.classes))
+        fc = Classifiers(frozen.widths(args.size), len(train_index.classes), args.seed)
         resume_from = dist.first_process_does(lambda: checkpoint.open_run(args.output_dir, args.resume))
         frozen.to(device, memory_format=torch.channels_last)
         fc.to(device)

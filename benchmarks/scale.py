@@ -9,7 +9,6 @@ bytes against those of real processes.
 """
 
 import json
-import multiprocessing
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -92,8 +91,7 @@ def main(argv=None):
         positive(["--size", "--batch-size", "--moco-k"], args)
         if min(args.processes) < 2:
             raise ValueError(f"--processes {min(args.processes)}: one process has nobody to talk to; pass 2 or more")
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(2, context, max_tasks_per_child=1) as pool:
+        with ProcessPoolExecutor(2, step.processes(), max_tasks_per_child=1) as pool:
             plain, default = pool.map(simulate, [args, args], [True, False])
         results = {
             n: {case: {"plain": plain[n][case], "default": default[n][case]} for case in args.methods} for n in args.processes

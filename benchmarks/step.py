@@ -13,18 +13,15 @@ the device's own count.
 import json
 import multiprocessing
 import platform
-import re
-import resource
 import statistics
 import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 from torchvision.ops import roi_align
 
-import cmc.memory
+import cmc.builder
 import main_pretrain
 import moco.builder
 import mosrep.builder
@@ -34,7 +31,7 @@ from moco.builder import MoCo
 from utils import amp, dist, optim
 from utils.checkpoint import bare
 from utils.contrast import Step
-from utils.cpu import keep_freed_memory
+from utils.cpu import keep_freed_memory, peak_memory
 from utils.engine import Engine, Place
 from utils.flags import Parser, one_line_errors, positive
 from utils.photometric import normalized
@@ -87,14 +84,6 @@ def form(pipe, args, case, plain):
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated()
     pipe.send((peak / 1e6, pixels[0] / (args.batch_size * args.size**2 * pixels[1])))
-
-
-def peak_memory() -> int:
-    """The most bytes that this process has held."""
-    if sys.platform == "linux":  # where getrusage's number may be the parent's, which a process that it starts takes over
-        found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
-        return 1024 * int(found[1])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def flags_of(args, case, amp_name, batch_size):
@@ -214,11 +203,10 @@ def straightforward():
         mine = permutation.reshape(dist.world(), -1)[dist.rank()]
         return dist.gather(x)[torch.from_numpy(mine).to(x.device)]
 
-    def scores(self, features, index, negatives):
-        rows = self.memory[torch.cat([index.unsqueeze(1), negatives], 1)]  # n x (1 + K) x C
-        return torch.einsum("nc,nmc->nm", features, rows)
+    def scores(features, bank, rows):
+        return torch.einsum("nc,nmc->nm", features, bank[rows])  # n x (1 + K) x C are copied
 
-    cmc.memory.Bank.forward = scores
+    cmc.builder.Scores = SimpleNamespace(apply=scores)
     for module in (moco.builder, mosrep.builder):
         module.shuffled_keys = shuffled_keys
     moco.builder.ema_ = w2ssl.builder.ema_ = ema_
@@ -229,8 +217,14 @@ def straightforward():
             method.contrast = with_a_copy_of_the_queue(method.contrast)
 
 
+def processes():
+    """Where each form gets a process of its own, with what is slow to import: of a server, where there is one."""
+    multiprocessing.set_forkserver_preload(["benchmarks.step"])
+    return multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
+
+
 def measure(args, case) -> dict[str, float]:
-    context, forms = multiprocessing.get_context("spawn"), {}
+    context, forms = processes(), {}
     for name in ("plain", "default"):
         here, there = context.Pipe()
         process = context.Process(target=form, args=(there, args, case, name == "plain"), daemon=True)

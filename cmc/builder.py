@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from cmc.color import SPACES, color_views
-from cmc.memory import Bank, draw_rows
+from cmc.memory import Bank, Scores, draw_rows, last_places
 from cmc.nets import ARCHS, TwoBranches
 from utils import backbones, checkpoint, dist, mixture
 from utils.contrast import Step, embed
@@ -26,7 +26,8 @@ def check_arch(args):
 class MemoryBank(nn.Module):
     """What CMC and InsDis share: an encoder whose embeddings are contrasted with rows of banks."""
 
-    # 60 epochs in steps; lr 30 is for ResNets, of CMC for v1 and v2; 50 for v3, 0.1 for AlexNet
+    PER_IMAGE = True  # its state belongs to the images of one data set, in their order
+    # differs from the published probe: because its lr is not scaled by the batch, and ours is, as every --lr; at 256 they agree
     PROBE = {"epochs": 60, "batch_size": 256, "lr": 30.0, "trust": 0.0, "lr_steps": [30, 40, 50], "lr_gamma": 0.2}
 
     @staticmethod
@@ -69,9 +70,10 @@ class MemoryBank(nn.Module):
     def contrast(self, features: dict[str, torch.Tensor], index, step: Step):
         """features: bank -> n x C, what is contrasted with that bank's rows. -> (loss, stats)."""
         n = len(index)
-        rows = dist.own(draw_rows(step.rng, self.samples, dist.world() * n, self.negatives), n)
-        negatives = dist.on_device(rows, index.device).long()
-        found = {name: self.criteria[name](self.banks[name](f, index, negatives)) for name, f in features.items()}
+        places = range(dist.rank() * n, (dist.rank() + 1) * n)
+        negatives = dist.on_device(draw_rows(step.seed, step.number, places, self.samples, self.negatives), index.device)
+        rows = torch.cat([index.unsqueeze(1).to(negatives.dtype), negatives], 1)  # n x (1 + K)
+        found = {name: self.criteria[name](Scores.apply(f, self.banks[name].memory, rows)) for name, f in features.items()}
         stats = {f"top1_{name}": top1 for name, (_, top1) in found.items()} if len(found) > 1 else {}
         stats["top1"] = sum(top1 for _, top1 in found.values()) / len(found)
         return sum(loss for loss, _ in found.values()), stats
@@ -79,26 +81,33 @@ class MemoryBank(nn.Module):
     @torch.no_grad()
     def commit(self, step: Step):
         """After the optimizer's update: the rows of the images that were seen, and, after the first step, Z."""
+        index = dist.gather(self.index)
+        last = last_places(index, self.samples)
         for name, bank in self.banks.items():
-            bank.update(self.seen[name], self.index, self.momentum)
+            bank.update(dist.gather(self.seen[name])[last], index, self.momentum)
             self.criteria[name].commit()
 
 
 class CMC(MemoryBank):
     """L is contrasted with the bank of ab, ab with the bank of L."""
 
+    ARCH = "resnet50v1"
+    PROBE = MemoryBank.PROBE | {"lr": None}  # by the arch
+
     @staticmethod
     def add_flags(group):
         MemoryBank.add_flags(group)
         group.add_argument("--space", choices=SPACES, default="Lab", help="colour space: its first channel, and the other two")
-        group.set_defaults(arch="resnet50v1")
+        group.set_defaults(arch=CMC.ARCH)
 
     @staticmethod
     def check(args, samples):
         MemoryBank.check(args, samples)
         check_arch(args)
-        if args.output_stride:
-            raise ValueError(f"--output-stride {args.output_stride}: CMC's networks have their own; pass 0")
+        groups = dist.world() * args.bn_splits
+        if args.arch == "alexnet" and args.batch_size // groups < 2:
+            raise ValueError(f"--batch-size {args.batch_size}: leaves one image for each process and BatchNorm group, of which "
+                             f"AlexNet's fully connected layers need two; {2 * groups} would do")  # fmt: skip
 
     @staticmethod
     def views(args) -> list[ViewSpec]:
@@ -106,15 +115,19 @@ class CMC(MemoryBank):
 
     @staticmethod
     def add_probe_flags(parser):
-        parser.add_argument("--space", choices=SPACES, help="colour space of the views; default: the checkpoint's, or Lab")
+        parser.add_argument("--space", choices=SPACES, help="colour space of the views; default: the checkpoint's")
 
     @staticmethod
     def frozen(args):
         """Both branches; layers 1 to 5 of AlexNet, 6 of a ResNet."""
         check_arch(args)
+        if args.space is None and args.pretrained != "random":
+            raise ValueError(f"--space: {args.pretrained} does not tell the colour space of its views; pass it, such as Lab")
         args.space = args.space or "Lab"
+        if args.lr is None:
+            args.lr = 0.1 if args.arch == "alexnet" else 50.0 if args.arch.endswith("v3") else 30.0
         trunk = TwoBranches(args.arch)
-        return Frozen(trunk, trunk.layers, "fc", lambda trunk, x: trunk.features(*color_views(x, args.space)))
+        return Frozen(trunk, trunk.layers, "fc", lambda trunk, x, layers: trunk.features(*color_views(x, args.space), layers))
 
     @staticmethod
     def trunk(state_dict, args):
@@ -141,7 +154,12 @@ class CMC(MemoryBank):
 class InsDis(MemoryBank):
     """One encoder and one bank: an image against what it looked like before."""
 
-    frozen = staticmethod(timm_trunk)
+    frozen, add_probe_flags = staticmethod(timm_trunk), staticmethod(backbones.add_flags)
+
+    @staticmethod
+    def add_flags(group):
+        MemoryBank.add_flags(group)
+        backbones.add_flags(group, default=0)
 
     @staticmethod
     def views(args) -> list[ViewSpec]:

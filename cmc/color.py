@@ -68,7 +68,10 @@ def luv(x):
     light = torch.where(b > 0.008856, 116 * b.clamp(min=0.008856) ** (1 / 3) - 16, 903.3 * b)
     whole = (a + 15 * b + 3 * c).clamp(min=torch.finfo(x.dtype).eps)
     white = WHITE[0] + 15 * WHITE[1] + 3 * WHITE[2]
-    u, v = 13 * light * (4 * a / whole - 4 * WHITE[0] / white), 13 * light * (9 * b / whole - 9 * WHITE[1] / white)
+    un, vn = 4 * WHITE[0] / white, 9 * WHITE[1] / white
+    # u = 13 L (4 X / whole - un) and v likewise, with the difference in the numerator: float32 loses less there
+    u = 13 * light * ((4 - un) * a - 15 * un * b - 3 * un * c) / whole
+    v = 13 * light * (-vn * a + (9 - 15 * vn) * b - 3 * vn * c) / whole
     return torch.stack([light, u, v], 1)
 
 

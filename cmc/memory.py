@@ -5,41 +5,36 @@ import math
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.functional import normalize
-
-from utils import dist
-
-ROWS_AT_ONCE = 2**17  # of the bank, that are copied at a time: 64 MB with 128 numbers each
+from torch.nn import functional as F
 
 
-def draw_rows(rng: np.random.Generator, samples: int, batch: int, negatives: int) -> np.ndarray:
-    """For each image of the global batch the rows of its negatives, uniform with replacement: batch x negatives."""
-    return rng.integers(samples, size=(batch, negatives), dtype=np.int32 if samples < 2**31 else np.int64)
+def draw_rows(seed: int, step: int, places: range, samples: int, negatives: int) -> np.ndarray:
+    """The rows of the negatives of the images at these places of a step's global batch: uniform with replacement, len x K.
+
+    A place has random numbers of its own, so that a process draws for its images alone, the same ones whatever their number.
+    """
+    rows = np.empty((len(places), negatives), np.int32 if samples < 2**31 else np.int64)
+    for row, place in zip(rows, places, strict=True):
+        bits = np.random.Philox(key=[seed, step], counter=[0, place, 1, 0])  # the 1 keeps it apart from the draws of views
+        row[:] = np.random.Generator(bits).integers(samples, size=negatives, dtype=rows.dtype)
+    return rows
 
 
 class Scores(torch.autograd.Function):
-    """features n x C, bank N x C, rows n x M -> n x M: each feature times its rows of the bank.
+    """features n x C, bank N x C without gradient, rows n x M -> n x M: each feature times its rows of the bank.
 
-    The rows, M of C numbers for every image, are copied out of the bank a few images at a time, here and again in backward.
-    The bank has no gradient and must not change before backward.
+    The rows, C times the memory of the scores, are copied for one image at a time, and in backward never.
     """
 
     @staticmethod
     def forward(ctx, features, bank, rows):
-        ctx.save_for_backward(rows)
-        ctx.bank, ctx.dtype = bank, features.dtype
-        return torch.cat([torch.einsum("nc,nmc->nm", f, bank[r]) for f, r in parts(features, rows)])
+        ctx.save_for_backward(bank, rows)
+        return torch.stack([bank[r] @ f for f, r in zip(features, rows, strict=True)])
 
     @staticmethod
     def backward(ctx, gradient):
-        (rows,) = ctx.saved_tensors
-        gradients = [torch.einsum("nm,nmc->nc", g, ctx.bank[r]) for g, r in parts(gradient, rows)]
-        return torch.cat(gradients).to(ctx.dtype), None, None
-
-
-def parts(x, rows):
-    images = max(1, ROWS_AT_ONCE // rows.shape[1])
-    return zip(x.split(images), rows.split(images), strict=True)
+        bank, rows = ctx.saved_tensors
+        return F.embedding_bag(rows, bank, mode="sum", per_sample_weights=gradient), None, None
 
 
 class Bank(nn.Module):
@@ -50,18 +45,21 @@ class Bank(nn.Module):
         bound = 1 / math.sqrt(dim / 3)
         self.register_buffer("memory", torch.empty(samples, dim).uniform_(-bound, bound))
 
-    def forward(self, features: torch.Tensor, index: torch.Tensor, negatives: torch.Tensor) -> torch.Tensor:
-        """Scores of n features with the rows of their own images, column 0, and with K others: n x (1 + K)."""
-        return Scores.apply(features, self.memory, torch.cat([index.unsqueeze(1), negatives], 1))
-
     @torch.no_grad()
     def update(self, features: torch.Tensor, index: torch.Tensor, momentum: float) -> None:
-        """row = normalise(momentum row + (1 - momentum) feature), for the images of all processes.
+        """row = normalise(momentum row + (1 - momentum) feature), for the images of all processes: N x C, N.
 
-        An image that is there twice, in the place of one that cannot be read, counts the last time, on every process.
+        A row stays where its feature is not finite: on CUDA the run learns of it after this, and --replay needs the old one.
         """
-        features, index = dist.gather(features.detach()), dist.gather(index)
-        place = torch.arange(len(index), device=index.device)
-        last = ((index.unsqueeze(1) == index) * place).amax(1)
-        rows = self.memory[index] * momentum + features[last] * (1 - momentum)
-        self.memory[index] = normalize(rows, dim=1)
+        old = self.memory[index]
+        new = F.normalize(old * momentum + features * (1 - momentum), dim=1)
+        self.memory[index] = torch.where(new.isfinite(), new, old)
+
+
+def last_places(index: torch.Tensor, samples: int) -> torch.Tensor:
+    """For each entry of the global batch the last place where its image is: N.
+
+    An image is there twice in the place of one that cannot be read; its row must not depend on which is written first.
+    """
+    places = torch.arange(len(index), device=index.device)
+    return places.new_zeros(samples).scatter_reduce_(0, index, places, "amax")[index]

@@ -34,12 +34,12 @@ class AlexNet(nn.Module):
             )
             self.fc8 = nn.Linear(2048, dim)
 
-    def maps(self, x) -> dict[int, torch.Tensor]:
-        """The output of each convolutional layer, after its pooling."""
+    def maps(self, x, layers=(5,)) -> dict[int, torch.Tensor]:
+        """The outputs of these convolutional layers, after their pooling; what lies behind them is not computed."""
         found = {}
-        for layer in self.layers:
+        for layer in range(1, max(layers) + 1):
             found[layer] = x = self.get_submodule(f"conv_block_{layer}")(x)
-        return found
+        return {layer: found[layer] for layer in layers}
 
     def forward(self, x):  # n x in_channels x 224 x 224 -> n x dim
         return self.fc8(self.fc7(self.fc6(self.maps(x)[5].flatten(1))))
@@ -54,7 +54,7 @@ class HalfResNet(ResNet):
         channels = tuple(int(c * width) for c in (64, 128, 256, 512))
         super().__init__(block, depths, num_classes=dim, in_chans=in_channels, channels=channels)
 
-    def maps(self, x) -> dict[int, torch.Tensor]:
+    def maps(self, x, layers=(6,)) -> dict[int, torch.Tensor]:
         """The pooled features."""
         return {6: self.global_pool(self.forward_features(x))}
 
@@ -79,10 +79,10 @@ class TwoBranches(nn.Module):
         """Numbers of the layers whose features can be probed."""
         return self.l_to_ab.layers
 
-    def features(self, first, others) -> dict[int, torch.Tensor]:
+    def features(self, first, others, layers) -> dict[int, torch.Tensor]:
         """layer -> n x C for a linear probe: the maps of both branches, pooled to about 9,000 numbers and flattened."""
-        a, b = self.l_to_ab.maps(first), self.ab_to_l.maps(others)
-        joined = {layer: torch.cat([a[layer].float(), b[layer].float()], 1) for layer in self.layers}
+        a, b = self.l_to_ab.maps(first, layers), self.ab_to_l.maps(others, layers)
+        joined = {layer: torch.cat([a[layer].float(), b[layer].float()], 1) for layer in layers}
         return {layer: pooled(x, POOLS.get(layer)).flatten(1) for layer, x in joined.items()}
 
 

@@ -31,6 +31,7 @@ class MoCo(nn.Module):
 
     @staticmethod
     def add_shared_flags(group):
+        backbones.add_flags(group, default=0)
         group.add_argument("--bn-splits", type=int, default=1,
                            help="groups of a process's batch that BatchNorm treats as separate processes")  # fmt: skip
         group.add_argument("--size", type=int, default=224, help="side of a global view in pixels; local crops have half of it")
@@ -83,7 +84,7 @@ class MoCo(nn.Module):
         local = moco_v2_view("local", args.size // 2, tuple(args.local_scale), args.local_crops)
         return [*whole, local] if args.local_crops else whole
 
-    frozen = staticmethod(timm_trunk)  # what a probe trains on
+    frozen, add_probe_flags = staticmethod(timm_trunk), staticmethod(backbones.add_flags)  # what a probe trains on
 
     @staticmethod
     def trunk(state_dict, args):

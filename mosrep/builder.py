@@ -8,7 +8,7 @@ from torch.nn.functional import normalize
 from moco.builder import MoCo
 from mosrep.mosaic import compose, cut_tiles, draw_offset, shift, sources, tile_boxes, tile_weights
 from utils import amp, backbones, dist
-from utils.contrast import Step, key_copy, shuffled_keys
+from utils.contrast import Step, info_nce, key_copy, shuffled_keys
 from utils.flags import in_range, positive
 from utils.photometric import normalized
 
@@ -83,7 +83,7 @@ class MosRep(MoCo):
     def contrast(self, q, keys, target, reduction="mean"):
         """The right key among all N keys of the batch and the queue: images that share a mosaic are explicit negatives."""
         logits = torch.cat([q @ keys.T, q @ self.queue], dim=1)  # n x (N + K)
-        return self.criterion(logits, target, reduction)
+        return info_nce(logits, target, self.criterion.temperature, reduction)
 
     def chance(self, batch: int) -> float:
         # a shifted tile counts with its weight; the mean weight is that of 2,000 draws of the offset

@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 
 import main_pretrain
 from cmc.color import color_views
-from cmc.memory import Bank, Scores, draw_rows
+from cmc.memory import Bank, Scores, draw_rows, last_places
 from cmc.nets import ARCHS, TwoBranches
 from methods import METHODS
 from utils import dist
@@ -36,12 +36,35 @@ def test_nce__by_the_formula_and_z_of_the_first_batch():
     nce = Nce(0.07, 1000)
     z = sum(math.exp(s / 0.07) for s in first.flatten().tolist()) / first.numel() * 1000
     assert nce(first)[0].item() == pytest.approx(slow_nce(first, 0.07, z, 1000), rel=1e-6)
-    assert nce.z == 0  # until the step is done
+    assert nce.log_z.isinf()  # until the step is done
     nce.commit()
-    assert nce.z.dtype == torch.float32 and nce.z.item() == pytest.approx(z, rel=1e-6)
-    assert nce(second)[0].item() == pytest.approx(slow_nce(second, 0.07, z, 1000), rel=1e-6)
+    assert nce.log_z.dtype == torch.float32 and nce.log_z.exp().item() == pytest.approx(z, rel=1e-5)
+    assert nce(second)[0].item() == pytest.approx(slow_nce(second, 0.07, z, 1000), rel=1e-5)
     nce.commit()
-    assert nce.z.item() == pytest.approx(z, rel=1e-6)
+    assert nce.log_z.exp().item() == pytest.approx(z, rel=1e-5)
+
+
+def test_nce__a_checkpoint_brings_z():
+    """And one of a run that has not made a step leaves it to be measured."""
+    first, second = (torch.rand(5, 9, generator=torch.Generator().manual_seed(i)) for i in range(2))
+    old, new, fresh = (Nce(0.07, 1000) for _ in range(3))
+    fresh.load_state_dict(new.state_dict())
+    old(first)
+    old.commit()
+    new.load_state_dict(old.state_dict())
+    assert new(second)[0] == old(second)[0] != fresh(second)[0]
+    fresh.commit()
+    assert fresh.log_z == Nce(0.07, 1000)._estimate(second / 0.07)
+
+
+def test_nce__a_low_temperature_is_finite():
+    """exp(1 / 0.005) is more than float32 holds."""
+    scores = (torch.rand(5, 9, generator=torch.Generator().manual_seed(3)) * 2 - 1).requires_grad_()
+    loss, _ = Nce(0.005, 1000)(scores)
+    loss.backward()
+    wanted = scores.detach().double()
+    z = (wanted / 0.005).exp().mean().item() * 1000
+    assert loss.item() == pytest.approx(slow_nce(wanted, 0.005, z, 1000), rel=1e-5) and scores.grad.isfinite().all()
 
 
 def test_softmax__by_the_formula():
@@ -62,7 +85,7 @@ def z_of_two(n):
     nce = Nce(0.5, 100)
     loss, _ = nce(scores[dist.rank() * n :][:n] if dist.world() > 1 else scores)
     nce.commit()
-    return loss.item(), nce.z.item()
+    return loss.item(), nce.log_z.item()
 
 
 def test_nce__z_is_of_all_processes():
@@ -75,18 +98,27 @@ def test_nce__z_is_of_all_processes():
 
 
 def test_draw_rows__uniform_with_replacement():
-    rows = draw_rows(np.random.default_rng(0), 50, 40, 1000)
+    rows = draw_rows(0, 5, range(40), 50, 1000)
     assert rows.shape == (40, 1000) and rows.min() == 0 and rows.max() == 49
     counts = np.bincount(rows.ravel(), minlength=50)
     chi = ((counts - 800) ** 2 / 800).sum()
     assert abs(chi - 49) < 4 * math.sqrt(2 * 49)  # mean and spread of chi-square with 49 degrees of freedom
-    assert any(len(set(row)) < 1000 for row in rows.tolist())
-    assert not np.array_equal(rows, draw_rows(np.random.default_rng(1), 50, 40, 1000))
+    few = draw_rows(0, 5, range(4000), 50, 10)
+    repeats = sum(len(set(row)) < 10 for row in few.tolist()) / 4000
+    assert repeats == pytest.approx(1 - math.prod(1 - i / 50 for i in range(10)), abs=0.03)  # the birthday problem
+    pairs = np.bincount(50 * few[:-1, 0] + few[1:, 0], minlength=2500)  # neighbours in the batch know nothing of each other
+    assert abs(((pairs - 3999 / 2500) ** 2 / (3999 / 2500)).sum() - 2499) < 4 * math.sqrt(2 * 2499)
 
 
-@pytest.mark.parametrize("at_once", [1, 17, 10**6])
-def test_scores__value_and_gradient_are_those_of_all_products(monkeypatch, at_once):
-    monkeypatch.setattr("cmc.memory.ROWS_AT_ONCE", at_once)
+def test_draw_rows__of_seed_step_and_place_alone():
+    """A process draws for its own places what one process draws for all."""
+    rows = draw_rows(0, 5, range(8), 10**6, 30)
+    assert np.array_equal(np.concatenate([draw_rows(0, 5, range(i, i + 4), 10**6, 30) for i in (0, 4)]), rows)
+    others = [draw_rows(seed, step, range(8), 10**6, 30) for seed, step in ((0, 6), (1, 5))]
+    assert all((rows == other).mean() < 0.01 for other in (*others, np.roll(rows, 1, 0)))
+
+
+def test_scores__value_and_gradient_are_those_of_all_products():
     rng = torch.Generator().manual_seed(0)
     features = torch.randn(5, 4, generator=rng, dtype=torch.double, requires_grad=True)
     bank, rows = torch.randn(30, 4, generator=rng, dtype=torch.double), torch.randint(30, (5, 8), generator=rng)
@@ -105,17 +137,27 @@ def test_bank__starts_uniform_with_the_published_bound():
     memory = Bank(2000, 12).memory
     bound = 1 / math.sqrt(12 / 3)
     assert memory.abs().max() <= bound and memory.abs().max() > 0.99 * bound and abs(memory.mean()) < 0.01
+    assert memory.var().item() == pytest.approx(bound**2 / 3, rel=0.02)
 
 
 def test_bank__update_by_hand():
     torch.manual_seed(0)
     bank, features = Bank(9, 4), normalize(torch.randn(4, 4), dim=1)
-    before = bank.memory.clone()
-    bank.update(features, torch.tensor([7, 2, 5, 2]), 0.5)  # 2 comes twice, in the place of an unusable image
+    before, index = bank.memory.clone(), torch.tensor([7, 2, 5, 2])  # 2 comes twice, in the place of an unusable image
+    bank.update(features[last_places(index, 9)], index, 0.5)
     for row in range(9):
         seen = {7: 0, 2: 3, 5: 2}.get(row)
         wanted = before[row] if seen is None else normalize(0.5 * before[row] + 0.5 * features[seen], dim=0)
         torch.testing.assert_close(bank.memory[row], wanted)
+
+
+def test_bank__a_feature_that_is_not_finite_leaves_its_row():
+    bank, features = Bank(9, 4), normalize(torch.ones(3, 4), dim=1)
+    features[1, 2] = math.nan
+    before = bank.memory.clone()
+    bank.update(features, torch.tensor([3, 4, 5]), 0.5)
+    same = [torch.equal(bank.memory[row], before[row]) for row in (3, 4, 5)]
+    assert same == [False, True, False] and bank.memory.isfinite().all()
 
 
 # ---- whole steps
@@ -156,7 +198,7 @@ def test_step__loss_gradients_and_banks_equal_a_slow_loop(name, loss):
     reference, step = copy.deepcopy(method), Step.at(0, 10, 0)
     views = [torch.randn(v.shape, generator=torch.Generator().manual_seed(4)) for v in uint8_views(args)]
     index = torch.tensor([4, 39, 0, 7, 12, 13, 30, 21])
-    rows = draw_rows(Step.at(0, 10, 0).rng, IMAGES, 8, 24).tolist()
+    rows = draw_rows(0, 0, range(8), IMAGES, 24).tolist()
     found, _ = method(views, index, step)
     found.backward()
     wanted, after = slow_step(reference, args, views, index.tolist(), rows)
@@ -179,6 +221,7 @@ def twenty_steps(name):
     for number in range(20):
         step = Step.at(number, 20, 0)
         index = torch.from_numpy(step.rng.permutation(IMAGES)[:8])
+        index[7] = index[0]  # an image in the place of an unusable one, on both processes
         own = slice(dist.rank() * 8 // dist.world(), (dist.rank() + 1) * 8 // dist.world())
         loss, _ = model([v[own] for v in uint8_views(args, seed=number)], index[own], Step.at(number, 20, 0))
         optimizer.zero_grad()
@@ -203,7 +246,7 @@ def test_banks__replicas_stay_identical(name):
 def test_two_branches__layer_shapes(arch):
     with torch.device("meta"):
         trunk = TwoBranches(arch).eval()
-        found = trunk.features(torch.empty(2, 1, 224, 224), torch.empty(2, 2, 224, 224))
+        found = trunk.features(torch.empty(2, 1, 224, 224), torch.empty(2, 2, 224, 224), trunk.layers)
         with_head = TwoBranches(arch, 128).eval()
         heads = [with_head.l_to_ab(torch.empty(2, 1, 224, 224)).shape, with_head.ab_to_l(torch.empty(2, 2, 224, 224)).shape]
     if arch == "alexnet":
@@ -218,7 +261,7 @@ def test_two_branches__layer_shapes(arch):
 
 def test_alexnet__published_channels_and_maps():
     branch = TwoBranches("alexnet", 128).l_to_ab.eval()
-    shapes = [tuple(x.shape[1:]) for x in branch.maps(torch.zeros(1, 1, 224, 224)).values()]
+    shapes = [tuple(x.shape[1:]) for x in branch.maps(torch.zeros(1, 1, 224, 224), branch.layers).values()]
     assert shapes == [(48, 27, 27), (128, 13, 13), (192, 13, 13), (192, 13, 13), (128, 6, 6)]
     assert [branch.fc6[0].out_features, branch.fc7[0].out_features, branch.fc8.out_features] == [2048, 2048, 128]
 
@@ -243,7 +286,6 @@ def test_flags__published_defaults(name, arch):
 @pytest.mark.parametrize("name, flags, message", [
     ("cmc", ["--arch", "resnet50"], "--arch resnet50: CMC has alexnet, resnet18v1"),
     ("cmc", ["--arch", "alexnet"], "--size 32: AlexNet's .* 224"),
-    ("cmc", ["--output-stride", "16"], "--output-stride 16: "),
     ("cmc", ["--nce-k", "0"], "--nce-k 0"),
     ("insdis", ["--nce-m", "1.5"], "--nce-m 1.5"),
     ("insdis", ["--nce-t", "0"], "--nce-t 0"),

@@ -4,13 +4,14 @@ import argparse
 import os
 import re
 
-import helpers  # noqa: F401 - registers tiny_resnet
 import numpy as np
 import pytest
 import timm
 import torch
+from helpers import method_args  # which registers tiny_resnet too
 
 import main_lincls
+from cmc.color import color_views
 from methods import METHODS
 from utils import checkpoint
 
@@ -170,7 +171,8 @@ def test_build_trunk__of_cmcs_releases(tmp_path, method, prefixes, old_format):
     torch.manual_seed(3)
     flags = ["--arch", "resnet18v1" if method == "cmc" else "resnet18", "--size", "64"]
     paths = ["--method", method, "--pretrained", str(tmp_path / "c.pth"), *PROBE]
-    trained = main_lincls.get_args([*paths, "--output-stride", "0", *flags])
+    flags += ["--space", "YCbCr"] if method == "cmc" else ["--output-stride", "0"]
+    trained = main_lincls.get_args([*paths, *flags])
     wanted = METHODS[method].frozen(trained).trunk.state_dict()
     state = {}
     for prefix in prefixes:
@@ -181,6 +183,41 @@ def test_build_trunk__of_cmcs_releases(tmp_path, method, prefixes, old_format):
     torch.save(content, tmp_path / "c.pth", _use_new_zipfile_serialization=not old_format)
     loaded = main_lincls.build_trunk(main_lincls.get_args([*paths, *flags]))[0].trunk.state_dict()
     assert loaded.keys() == wanted.keys() and all(torch.equal(v, wanted[n]) for n, v in loaded.items())
+
+
+def test_build_trunk__of_cmcs_alexnet(tmp_path):
+    """What lies behind the convolutions, fc6 to fc8, is left out."""
+    torch.manual_seed(3)
+    state = {}
+    for branch, channels in (("l_to_ab", 1), ("ab_to_l", 2)):
+        before = (channels, 48, 128, 192, 192)
+        for i, (c, d, k) in enumerate(zip(before, (48, 128, 192, 192, 128), (11, 5, 3, 3, 3), strict=True), 1):
+            state[f"{branch}.conv_block_{i}.0.weight"] = torch.randn(d, c, k, k)
+            for name in ("weight", "bias", "running_mean", "running_var"):
+                state[f"{branch}.conv_block_{i}.1.{name}"] = torch.rand(d)
+            state[f"{branch}.conv_block_{i}.1.num_batches_tracked"] = torch.tensor(9)
+        for i, (c, d) in enumerate([(4608, 8), (8, 8), (8, 128)], 6):
+            state |= {f"{branch}.fc{i}.0.weight": torch.randn(d, c), f"{branch}.fc{i}.1.running_mean": torch.rand(d)}
+    torch.save({"model": {f"encoder.module.{name}": value for name, value in state.items()}}, tmp_path / "c.pth")
+    flags = ["--method", "cmc", "--pretrained", str(tmp_path / "c.pth"), *PROBE, "--arch", "alexnet", "--size", "224"]
+    loaded = main_lincls.build_trunk(main_lincls.get_args([*flags, "--space", "Lab"]))[0].trunk.state_dict()
+    assert loaded.keys() == {name for name in state if ".fc" not in name}
+    assert all(torch.equal(value, state[name]) for name, value in loaded.items())
+    with pytest.raises(ValueError, match="--space: .*c.pth does not tell the colour space of its views; pass it, such as Lab"):
+        main_lincls.build_trunk(main_lincls.get_args(flags))
+
+
+@pytest.mark.parametrize("flags, space", [([], "HSV"), (["--space", "YIQ"], "YIQ")])
+def test_build_trunk__of_our_own_checkpoint_has_its_colour_space(tmp_path, flags, space):
+    args = method_args("cmc", "--space", "HSV")
+    method = METHODS["cmc"](args)
+    torch.save({"arch": args.arch, "flags": vars(args), "state_dict": checkpoint.prefixed(method)}, tmp_path / "c.pth")
+    paths = ["--method", "cmc", "--pretrained", str(tmp_path / "c.pth"), *PROBE, "--size", "64"]
+    probe = main_lincls.get_args([*paths, *flags])
+    frozen, _ = main_lincls.build_trunk(probe)
+    x = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    wanted = frozen.trunk.features(*color_views(x, space), (6,))[6]
+    assert probe.space == space and torch.equal(frozen.features(x, "fp32")[6], wanted)
 
 
 @pytest.mark.parametrize("old_format", [False, True])

@@ -61,8 +61,29 @@ def test_main_lincls__published_protocol_is_the_default(method):
     )
     assert (args.epochs, args.batch_size, args.momentum, args.weight_decay, args.trust) == (epochs, batch, 0.9, 0.0, trust)
     assert (args.size, args.resize, args.crop_min) == (224, 256, 0.08)
-    assert optim.scaled_lr(args.lr, args.batch_size) == pytest.approx(lr)
+    if method == "cmc":  # by the arch, which the checkpoint tells
+        assert args.lr is None
+    else:
+        assert optim.scaled_lr(args.lr, args.batch_size) == pytest.approx(lr)
     assert args.lr_steps == steps and (not steps or args.lr_gamma == 0.2)
+
+
+@pytest.mark.parametrize("arch, lr", [("alexnet", 0.1), ("resnet18v1", 30), ("resnet18v2", 30), ("resnet18v3", 50)])
+def test_build_trunk__cmcs_learning_rate_is_that_of_its_arch(arch, lr):
+    paths = ["--pretrained", "random", "--train-shards", "t", "--val-shards", "v"]
+    args = main_lincls.get_args(["--method", "cmc", *paths, "--arch", arch])
+    main_lincls.build_trunk(args)
+    assert optim.scaled_lr(args.lr, args.batch_size) == lr
+    args = main_lincls.get_args(["--method", "cmc", *paths, "--arch", arch, "--lr", "7"])
+    main_lincls.build_trunk(args)
+    assert args.lr == 7
+
+
+def test_build_trunk__an_untrained_trunk_has_the_methods_arch():
+    for method, arch in (("cmc", "resnet50v1"), ("insdis", "resnet50")):
+        args = main_lincls.get_args(["--method", method, "--pretrained", "random", "--train-shards", "t", "--val-shards", "v"])
+        main_lincls.build_trunk(args)
+        assert args.arch == arch
 
 
 def test_sgd__layer_wise_rate_is_that_of_a_slow_loop():
@@ -88,7 +109,7 @@ def evaluate_here(images, fc_state, batch, folder, max_bad=0.1):
     args = main_lincls.get_args([*flags, "--batch-size", str(batch)])
     torch.manual_seed(5)
     frozen, _ = main_lincls.build_trunk(args)
-    fc = Classifiers(frozen.widths(64), 2)
+    fc = Classifiers(frozen.widths(64), 2, 0)
     fc.fc["6"].load_state_dict(fc_state)
     index = main_lincls.load_index(f"{images}/val")
     return evaluate(args, index, frozen, fc, torch.device("cpu"), BadSamples(folder, 51, max_bad))[6]

@@ -85,15 +85,27 @@ def fake_cuda():
 
 
 class NoWaiting(TorchDispatchMode):
-    """Refuses what makes the host wait for the GPU: a copy there that is not asynchronous. (Fake tensors refuse to be read.)"""
+    """Refuses what makes the host wait for the GPU: a copy there that is not asynchronous, or of much that is not pinned.
+
+    (Fake tensors refuse to be read, and cannot be pinned.)
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.pinned = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if function is torch.ops.aten._pin_memory.default:
+            self.pinned.append(args[0])
+            return args[0]
         if (
             function is torch.ops.aten._to_copy.default
             and torch.device(kwargs.get("device") or args[0].device) != args[0].device
         ):
             assert kwargs.get("non_blocking"), f"the host waits for a copy of {tuple(args[0].shape)} to {kwargs['device']}"
+            pinned = any(x is args[0] for x in self.pinned) or args[0].nbytes < 2**10
+            assert pinned, f"the host waits until {tuple(args[0].shape)} is copied to pinned memory"
         if function is torch.ops.aten.copy_.default and args[0].device.type != args[1].device.type:
             assert (*args, kwargs.get("non_blocking", False))[2], f"the host waits for a copy of {tuple(args[1].shape)}"
         return function(*args, **kwargs)
@@ -121,5 +133,8 @@ def test_no_waiting__sees_a_copy_that_waits():
             pytest.skip("this torch has no fake CUDA")
         with NoWaiting():
             torch.zeros(2).to("cuda", non_blocking=True)
-            with pytest.raises(AssertionError, match="waits"):
+            with pytest.raises(AssertionError, match="waits for"):
                 torch.zeros(2).to("cuda")
+            with pytest.raises(AssertionError, match="waits until"):
+                torch.zeros(500).to("cuda", non_blocking=True)
+            torch.zeros(500).pin_memory().to("cuda", non_blocking=True)

@@ -15,7 +15,7 @@ FLAGS = ["--method", "cmc", "--pretrained", "random", "--arch", "alexnet", "--ep
 
 def run(images, out, *flags):
     splits = ["--train-shards", f"{images}/train", "--val-shards", f"{images}/val"]
-    main_lincls.main([*FLAGS, *splits, "--output-dir", str(out), *flags])
+    main_lincls.main([*FLAGS, *splits, "--output-dir", str(out), *map(str, flags)])
 
 
 def probe(images, out, *flags):
@@ -29,14 +29,15 @@ def all_layers(images, tmp_path_factory):
     return probe(images, folder, "--layer", "1", "2", "3", "4", "5"), folder
 
 
-def test_main_lincls__layers_are_probed_as_if_alone(images, tmp_path, all_layers):
-    """The first, whose classifier starts from the same random numbers either way."""
+@pytest.mark.parametrize("layer, width", [(1, 9600), (3, 9600), (5, 9216)])
+def test_main_lincls__layers_are_probed_as_if_alone(images, tmp_path, all_layers, layer, width):
     result, folder = all_layers
     assert list(result["layers"]) == ["1", "2", "3", "4", "5"] and result["last"] == result["layers"]["5"]["last"]
-    first = probe(images, tmp_path, "--layer", "1")
-    assert first["last"] == result["layers"]["1"]["last"] and "layers" not in first
-    weights = [checkpoint.load(f / checkpoint.LATEST, "x")["state_dict"]["module.fc.1.weight"] for f in (tmp_path, folder)]
-    assert weights[0].shape == (2, 9600)
+    alone = probe(images, tmp_path, "--layer", layer)
+    assert alone["last"] == result["layers"][str(layer)]["last"] and "layers" not in alone
+    saved = [checkpoint.load(f / checkpoint.LATEST, "x")["state_dict"] for f in (tmp_path, folder)]
+    weights = [state[f"module.fc.{layer}.weight"] for state in saved]
+    assert weights[0].shape == (2, width)
     torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-6)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert all(f"top1_layer{layer}" in lines[0] for layer in range(1, 6))

@@ -18,6 +18,12 @@ class Shape:
     stride: int
 
 
+def add_flags(group, default: int | None = None) -> None:
+    """Of methods whose trunk is timm's. default None: in a probe, what the checkpoint says."""
+    group.add_argument("--output-stride", type=int, default=default, metavar="PIXELS",
+        help="dilate the trunk's last stages to this stride; 0 keeps its own; a probe's default: the checkpoint's")  # fmt: skip
+
+
 def build(arch: str, output_stride: int = 0, **kwargs) -> nn.Module:
     """A timm model with random weights. output_stride 0 keeps the architecture's own; 8 or 16 dilates instead of striding.
 

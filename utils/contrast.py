@@ -77,9 +77,12 @@ def shuffled_keys(key_forward: Callable, x_k: torch.Tensor, rng: np.random.Gener
 
 @torch.no_grad()
 def enqueue_(queue: torch.Tensor, pointer: torch.Tensor, keys: torch.Tensor) -> None:
-    """The keys of the whole batch (N x C) replace the oldest N columns of `queue` (C x K); `pointer` (1,) moves on."""
+    """The keys of the whole batch (N x C) replace the oldest N columns of `queue` (C x K); `pointer` (1,) moves on.
+
+    A key that is not finite replaces none: on CUDA the run learns of it after this, and --replay needs the queue as it was.
+    """
     columns = (pointer + torch.arange(len(keys), device=queue.device)) % queue.shape[1]
-    queue.index_copy_(1, columns, keys.T.to(queue.dtype))
+    queue.index_copy_(1, columns, torch.where(keys.isfinite(), keys, queue[:, columns].T).T.to(queue.dtype))
     pointer.add_(len(keys)).remainder_(queue.shape[1])
 
 

@@ -1,26 +1,25 @@
-"""Losses of similarity scores whose right candidate is known: softmax, or noise-contrastive estimation."""
+"""Losses of similarity scores whose right candidate is in column 0: softmax, or noise-contrastive estimation."""
 
 import math
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from utils import dist
 from utils.contrast import info_nce
 
 
 class Softmax(nn.Module):
-    """InfoNCE. The other criteria have its interface."""
+    """InfoNCE: cross-entropy among all candidates."""
 
     def __init__(self, temperature: float):
         super().__init__()
         self.temperature = temperature
 
-    def forward(self, scores, target=None, reduction="mean") -> tuple[torch.Tensor, torch.Tensor]:
-        """scores: n x M; target: n, the column of the right candidate, by default 0. -> (loss, top-1 accuracy in %)."""
-        if target is None:
-            target = torch.zeros(len(scores), dtype=torch.long, device=scores.device)
-        return info_nce(scores, target, self.temperature, reduction)
+    def forward(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """scores: n x (1 + K). -> (loss, top-1 accuracy in %)."""
+        return info_nce(scores, torch.zeros(len(scores), dtype=torch.long, device=scores.device), self.temperature)
 
     def chance(self, candidates: int) -> float:
         """The loss of guessing among so many candidates."""
@@ -30,28 +29,38 @@ class Softmax(nn.Module):
         """After the optimizer's update."""
 
 
-class Nce(Softmax):
+class Nce(nn.Module):
     """Noise-contrastive estimation (arXiv 1805.01978, section 3.2; 1906.05849, equation 8) over `samples` images.
 
     With P = exp(score / T) / Z and the K wrong candidates of an image as uniform noise, its loss is
     -log(P+ / (P+ + K/n)) - sum of log((K/n) / (P- + K/n)). Z is n times the mean exp(score / T) of the first step, over all
-    processes, and stays.
+    processes, and stays. All of it is computed from logarithms, which no temperature makes too large for float32.
     """
 
     def __init__(self, temperature: float, samples: int):
-        super().__init__(temperature)
-        self.samples = samples
-        self.register_buffer("z", torch.zeros(()))  # not known yet
+        super().__init__()
+        self.temperature, self.samples = temperature, samples
+        self.register_buffer("log_z", torch.tensor(math.inf))  # not known yet
+        self.known = False  # whether log_z is; the host knows it, so that no step but the first asks the other processes
+        self.register_load_state_dict_post_hook(Nce._look)
 
-    def forward(self, scores):  # n x (1 + K), column 0 is right
-        unnormalised = (scores / self.temperature).exp()
-        estimate = dist.total(unnormalised.detach().mean()) / dist.world() * self.samples
-        self.new_z = torch.where(self.z > 0, self.z, estimate)
-        p, noise = unnormalised / self.new_z, (scores.shape[1] - 1) / self.samples
-        right, wrong = p[:, 0], p[:, 1:]
-        loss = (right + noise).log() - right.log() + (wrong / noise).log1p().sum(1)
+    def forward(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """scores: n x (1 + K). -> (loss, top-1 accuracy in %)."""
+        log_p = scores / self.temperature
+        self.new_log_z = self.log_z if self.known else self._estimate(log_p.detach())
+        log_p, log_noise = log_p - self.new_log_z, math.log((scores.shape[1] - 1) / self.samples)
+        right, wrong = log_p[:, 0], log_p[:, 1:]
+        loss = F.softplus(log_noise - right) + F.softplus(wrong - log_noise).sum(1)
         top1 = (scores.detach().argmax(1) == 0).float().mean() * 100
         return loss.mean(), top1
+
+    def _estimate(self, logits):
+        here = logits.logsumexp((0, 1)) - math.log(logits.numel())
+        means = dist.gather(here.view(1))  # of every process
+        return means.logsumexp(0) - math.log(len(means)) + math.log(self.samples)
+
+    def _look(self, _):
+        self.known = self.log_z.isfinite().item()
 
     def chance(self, candidates: int) -> float:
         """Where every candidate has P = 1 / n."""
@@ -60,9 +69,11 @@ class Nce(Softmax):
 
     @torch.no_grad()
     def commit(self) -> None:
-        self.z.copy_(self.new_z)
+        """After the optimizer's update: Z stays what it is now."""
+        self.log_z.copy_(self.new_log_z)
+        self.known = True
 
 
-def criterion(loss: str, temperature: float, samples: int) -> Softmax:
+def criterion(loss: str, temperature: float, samples: int) -> Softmax | Nce:
     """The criterion that --loss names."""
     return Nce(temperature, samples) if loss == "nce" else Softmax(temperature)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -19,7 +20,7 @@ POOLED = 6  # the layer's number of a trunk's pooled features, as AlexNet has fi
 class Frozen(nn.Module):
     """A trunk in eval mode without gradient. layers: numbers of what can be probed; classifier: names that are not the trunk's.
 
-    features: (trunk, n x 3 x H x W of the loader) -> layer -> n x C.
+    features: (trunk, n x 3 x H x W of the loader, layers) -> layer -> n x C.
     """
 
     def __init__(self, trunk: nn.Module, layers: tuple[int, ...], classifier: str, features: Callable):
@@ -30,7 +31,7 @@ class Frozen(nn.Module):
     @torch.no_grad()
     def features(self, x: torch.Tensor, amp_name: str) -> dict[int, torch.Tensor]:
         with amp.autocast(x.device, amp_name):
-            return {layer: f.float() for layer, f in self._features(self.trunk, x).items() if layer in self.layers}
+            return {layer: f.float() for layer, f in self._features(self.trunk, x, self.layers).items()}
 
     def widths(self, size: int) -> dict[int, int]:
         """layer -> C, of views of this size. Raises ValueError where the trunk does not take them."""
@@ -42,18 +43,19 @@ def timm_trunk(args) -> Frozen:
     """The pooled features of --arch."""
     trunk = backbones.build(args.arch, args.output_stride, num_classes=0)
     backbones.try_size(trunk, args.arch, args.size)
-    return Frozen(trunk, (POOLED,), backbones.classifier_name(trunk), lambda trunk, x: {POOLED: trunk(normalized(x))})
+    return Frozen(trunk, (POOLED,), backbones.classifier_name(trunk), lambda trunk, x, _: {POOLED: trunk(normalized(x))})
 
 
 class Classifiers(nn.Module):
-    """A linear classifier for each layer. Their weights are N(0, 0.01), their biases 0 (METHODS: "Linear probe")."""
+    """A linear classifier for each layer. Their weights are N(0, 0.01), a function of seed and layer; their biases are 0."""
 
-    def __init__(self, widths: dict[int, int], classes: int):
+    def __init__(self, widths: dict[int, int], classes: int, seed: int):
         super().__init__()
         self.fc = nn.ModuleDict()
         for layer, width in widths.items():
             self.fc[str(layer)] = fc = nn.Linear(width, classes)
-            nn.init.normal_(fc.weight, std=0.01)
+            rng = torch.Generator().manual_seed(int(np.random.default_rng([seed, layer]).integers(2**63)))
+            nn.init.normal_(fc.weight, std=0.01, generator=rng)
             nn.init.zeros_(fc.bias)
 
     def forward(self, features: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:  # n x C each -> n x classes each

@@ -35,6 +35,7 @@ class W2SSL(nn.Module):
 
     @staticmethod
     def add_flags(group):
+        backbones.add_flags(group, default=0)
         add = group.add_argument
         add("--size", type=int, default=224, help="side of a montage in pixels; its four crops have half of it")
         add("--crop-min", type=float, default=0.2, help="smallest area of a crop, as a share of its half of the image")
@@ -88,7 +89,7 @@ class W2SSL(nn.Module):
             for half, part in (("left", (0.0, share)), ("right", (1 - share, 1.0)))
         ]
 
-    frozen = staticmethod(timm_trunk)  # what a probe trains on
+    frozen, add_probe_flags = staticmethod(timm_trunk), staticmethod(backbones.add_flags)  # what a probe trains on
 
     @staticmethod
     def trunk(state_dict, args):
