@@ -55,7 +55,6 @@ def get_args(argv=None):
     add = parser.add_argument
     add("--shards", required=not failed, metavar="DIR", help="folder of training shards, a glob, or a brace pattern of tars")
     add("-a", "--arch", default="resnet50", help="trunk: a timm model that gives a feature map")
-    add("--output-stride", type=int, default=0, help="dilate the trunk's last stages to this stride in pixels; 0 keeps its own")
     add("--epochs", type=int, default=200, help="times every image is shown")
     add("--batch-size", type=int, default=256, help="images in a step, over all processes together")
     add("--lr", type=float, default=0.03, help="learning rate for a batch of 256; scaled once by batch size / 256")
@@ -114,6 +113,13 @@ def restore(path: Path, args, index_hash, model, optimizer, scaler) -> tuple[int
         flag, before = f"--{name.replace('_', '-')}", saved["flags"][name]
         raise ValueError(f"{flag} {getattr(args, name)}: was {before}, and {path} lies inside an epoch, whose order depends on "
                          "it; pass that, or --resume the checkpoint of an epoch's end")  # fmt: skip
+    if changed and saved["epoch"] >= args.epochs:
+        name = changed[0]
+        raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: was {saved['flags'][name]} in {path}, whose "
+                         f"{saved['epoch']} epochs are done; pass that, another --output-dir, or more --epochs")  # fmt: skip
+    if saved["index"] != index_hash and getattr(METHODS[args.method], "PER_IMAGE", False):
+        raise ValueError(f"--shards {args.shards}: are not the images whose features {path} holds; pass those, or another "
+                         "--output-dir")  # fmt: skip
     for name in changed:
         say(f"warning: --{name.replace('_', '-')} was {saved['flags'][name]} in {path.name}, is now {getattr(args, name)}")
     if saved["index"] != index_hash:
@@ -121,7 +127,9 @@ def restore(path: Path, args, index_hash, model, optimizer, scaler) -> tuple[int
     try:
         model.load_state_dict(checkpoint.unprefixed(saved["state_dict"]))
     except RuntimeError:
-        flags = ", ".join(f"--{name.replace('_', '-')} {saved['flags'][name]}" for name in changed) or "--shards"
+        schedule = ("epochs", "lr", "lr_steps", "lr_gamma", "lr_per", "warmup_epochs", "seed")
+        shapes = [name for name in changed if name not in schedule]
+        flags = ", ".join(f"--{name.replace('_', '-')} {saved['flags'][name]}" for name in shapes)
         raise ValueError(f"--resume {path}: its weights have other shapes; pass its {flags}, or another --output-dir") from None
     optimizer.load_state_dict(saved["optimizer"])
     if saved["scaler"]:  # empty unless the run was in fp16

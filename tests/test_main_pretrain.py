@@ -51,8 +51,9 @@ def test_main_pretrain__what_a_run_writes(images, tmp_path, method, capsys):
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(m["epoch"], m["step"]) for m in lines] == [(0, 1), (0, 3), (0, 4), (1, 1), (1, 3), (1, 4)]
     assert {"loss", "top1", "lr", "images_per_s", "data_wait"} <= lines[0].keys()
-    if method in ("moco", "mosrep"):  # the others' schedules are their own
-        assert [m["lr"] for m in lines] == pytest.approx([0.01] * 3 + [0.01 * 0.5 * (1 + math.cos(math.pi / 2))] * 3)
+    if method != "w2ssl":  # whose rate moves with every step
+        second = 0.1 if method in ("cmc", "insdis") else 0.5 * (1 + math.cos(math.pi / 2))  # --lr-steps 1, or half a cosine
+        assert [m["lr"] for m in lines] == pytest.approx([0.01] * 3 + [0.01 * second] * 3)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["flags"]["moco_dim" if "moco_dim" in config["flags"] else "nce_dim"] == 16 and len(config["index"]) == 64
     assert torch.__version__.startswith(config["versions"]["torch"])
@@ -133,8 +134,7 @@ def test_main_pretrain__mosaic_takes_four_images(images, tmp_path, capsys):
     assert "--batch-size 8: leaves 2 images" in line and "16 would do" in line
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("method, workers", [*((method, 0) for method in METHODS), ("mosrep", 2)])
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_main_pretrain__continues_in_the_middle_of_an_epoch(images, tmp_path, workers, method):
     """From every step that was saved: the weights of the unbroken run, and the rest of its log."""
@@ -196,6 +196,31 @@ def test_main_pretrain__foreign_checkpoint_is_one_line(images, tmp_path, capsys,
     paths = ["--shards", images / "train", "--output-dir", tmp_path / "o", "--resume", path]
     line = fails(capsys, "--method", "moco", *FLAGS, *paths)
     assert f"--resume {path}: " in line
+
+
+@pytest.mark.parametrize("method, flags, message", [
+    ("insdis", ["--nce-k", "12"], "--nce-k 12: was 24 in .*, whose 1 epochs are done; pass that, another --output-dir"),
+    ("moco", ["--unmix-prob", "0.5"], "--unmix-prob 0.5: was None in .* 1 epochs are done"),
+    ("insdis", ["--epochs", "2", "--nce-dim", "8"], "--resume .*: its weights have other shapes; pass its --nce-dim 16, or"),
+])  # fmt: skip
+def test_main_pretrain__resume_refuses_what_would_be_another_run(images, tmp_path, capsys, method, flags, message):
+    """What is done already would pass for the run with these flags."""
+    run(images, tmp_path, "--epochs", "1", method=method)
+    with pytest.raises(SystemExit, match="2"):
+        run(images, tmp_path, "--epochs", "1", "--resume", "auto", *flags, method=method)
+    assert re.search(f"error: {message}", capsys.readouterr().err)
+
+
+def test_main_pretrain__a_bank_is_of_its_images(images, tmp_path, capsys):
+    """Row i is of image i: other shards, of as many images too, would be contrasted with features of other images."""
+    run(images, tmp_path, "--epochs", "1", method="insdis")
+    (tmp_path / "other").mkdir()
+    for i, shard in enumerate(sorted((images / "train").glob("*.tar"), reverse=True)):
+        (tmp_path / f"other/{i}.tar").symlink_to(shard)
+    with pytest.raises(SystemExit, match="2"):
+        run(images, tmp_path, "--epochs", "2", "--resume", "auto", "--shards", tmp_path / "other", method="insdis")
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert f"error: --shards {tmp_path / 'other'}: are not the images whose features {tmp_path}/checkpoint" in line
 
 
 def test_main_pretrain__not_finite_loss_stops(images, tmp_path, capsys):

@@ -121,9 +121,11 @@ def add_lr_steps(parser: Parser) -> None:
 
 def check_lr_steps(args: argparse.Namespace) -> None:
     in_range("--lr-gamma", args.lr_gamma, 0, 1)
+    steps = " ".join(map(str, args.lr_steps))
     if args.lr_steps != sorted(set(args.lr_steps)) or (args.lr_steps and args.lr_steps[0] < 1):
-        steps = " ".join(map(str, args.lr_steps))
         raise ValueError(f"--lr-steps {steps}: must be epochs above 0 in rising order, such as 120 160 200")
+    if args.lr_steps and args.lr_steps[-1] >= args.epochs and dist.rank() == 0:
+        print(f"warning: --lr-steps {steps}: not all of them are reached in --epochs {args.epochs}")
 
 
 def shard_flags(args: argparse.Namespace) -> dict:
