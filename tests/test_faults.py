@@ -10,16 +10,18 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import TINY, spawn
+from helpers import spawn, tiny
 from runs import TWO, Run, children, metrics
 from shards_helpers import one_color, write_shards
 
 import main_lincls
 import main_pretrain
+from methods import METHODS
 from utils import checkpoint
 
 ROOT = Path(__file__).parent.parent
-FLAGS = ["--method", "moco", *TINY, "--device", "cpu", "--amp", "fp32"]
+COMMON = ["--device", "cpu", "--amp", "fp32"]
+FLAGS = [*tiny("moco"), *COMMON]
 
 
 def image_or_not(bad):
@@ -30,15 +32,15 @@ def lines_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def pretrain(shards, out, *flags):
-    main_pretrain.main([*FLAGS, "--shards", str(shards), "--output-dir", str(out), *map(str, flags)])
+def pretrain(shards, out, *flags, method="moco"):
+    main_pretrain.main([*tiny(method), *COMMON, "--shards", str(shards), "--output-dir", str(out), *map(str, flags)])
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
-@pytest.mark.parametrize("workers", [0, 2])
-def test_main_pretrain__one_unusable_image_of_many(tmp_path, capsys, workers):
+@pytest.mark.parametrize("method, workers", [*((method, 0) for method in METHODS), ("moco", 2)])
+def test_main_pretrain__one_unusable_image_of_many(tmp_path, capsys, method, workers):
     write_shards(tmp_path / "x", (80, 80), image_or_not({100}))
-    pretrain(tmp_path / "x", tmp_path / "run", "--epochs", 2, "--print-freq", 10, "--workers", workers)
+    pretrain(tmp_path / "x", tmp_path / "run", "--epochs", 2, "--print-freq", 10, "--workers", workers, method=method)
     record = {
         "shard": str(tmp_path / "x" / "001.tar"),
         "key": "00100",
@@ -178,10 +180,11 @@ def launched(shards, out, *flags, launch=("-W", "error")):
 
 def test_main_pretrain__a_command_passes_over_an_unusable_image(tmp_path):
     """It says so, ends well, and the image is one for both epochs."""
-    write_shards(tmp_path / "x", (80, 80), image_or_not({100}))
-    code, out, error = launched(tmp_path / "x", tmp_path / "run", "--epochs", "2", "--workers", "1")
+    write_shards(tmp_path / "x", (20, 20), image_or_not({30}))
+    flags = ["--epochs", "2", "--workers", "1", "--max-bad", "0.03"]
+    code, out, error = launched(tmp_path / "x", tmp_path / "run", *flags)
     assert code == 0 and error == "" and "unusable images 1" in out and "Results: " in out
-    assert [line["key"] for line in lines_of(tmp_path / "run" / "bad_samples.jsonl")] == ["00100"]
+    assert [line["key"] for line in lines_of(tmp_path / "run" / "bad_samples.jsonl")] == ["00030"]
     assert lines_of(tmp_path / "run" / "metrics.jsonl")[-1]["bad"] == 1
 
 

@@ -17,8 +17,7 @@ from methods import METHODS
 from utils import checkpoint
 
 pytestmark = pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes in /proc")
-# one of each family: every command is three processes that import torch. In one process test_main_pretrain.py resumes them all
-families = pytest.mark.parametrize("method", {METHODS[name].__module__: name for name in METHODS}.values())
+methods = pytest.mark.parametrize("method", METHODS)
 SAVING = ["--save-steps", "2", "--epochs", "3"]
 # every save takes a while, so that one can be met; each process writes down the samples of each of its steps
 SLOW = """
@@ -77,7 +76,7 @@ def killed(images, tmp_path, method, moment):
         assert moment != "save" or saving()
 
 
-@families
+@methods
 def test_main_pretrain__killed_it_is_the_unbroken_run(images, tmp_path, unbroken, method):
     """With SIGKILL, all its processes: while a checkpoint is being written; MosRep at two random steps too."""
     out, rng = tmp_path / "run", random.Random(method)
@@ -92,7 +91,7 @@ def test_main_pretrain__killed_it_is_the_unbroken_run(images, tmp_path, unbroken
     assert not list(out.glob(".*.tmp"))
 
 
-@families
+@methods
 def test_main_pretrain__goes_on_with_another_number_of_processes(images, tmp_path, unbroken, method):
     """From two processes to one: the same global batches from the same step on, and the same losses but for rounding."""
     whole, folder = unbroken(method), tmp_path

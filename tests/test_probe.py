@@ -59,6 +59,10 @@ def probe(data, out, *flags):
     splits = ["--train-shards", f"{data}/train", "--val-shards", f"{data}/val"]
     argv = ["--pretrained", f"{data}/run", *splits, "--output-dir", str(out), *FLAGS, *map(str, flags)]
     main_lincls.main(argv)
+
+
+def result_of(data, out, *flags):
+    probe(data, out, *flags)
     return json.loads((out / "result.json").read_text())
 
 
@@ -86,20 +90,16 @@ def by_hand(data, out):
     return {"top1": 100 * top1 / len(labels), "top5": 100 * top5 / len(labels)}
 
 
-def probe_in_process(data, out, flags):
-    probe(data, out, *flags)
-
-
 @pytest.mark.parametrize("batch", [4, 8])
 def test_main_lincls__accuracy_is_the_one_counted_by_hand(data, tmp_path, batch):
     """11 images, on one process and on two, with a last batch that is short or empty."""
     flags = ["--batch-size", batch, "--lr", 1.0, "--trust", 0]
-    one = probe(data, tmp_path / "one", *flags)
+    one = result_of(data, tmp_path / "one", *flags)
     expected = by_hand(data, tmp_path / "one")
     assert {k: one["last"][k] for k in expected} == pytest.approx(expected)
     assert 0 < expected["top1"] < expected["top5"]  # or the comparison would be empty
     if batch == 4:
-        spawn(probe_in_process, data, tmp_path / "two", flags)
+        spawn(probe, data, tmp_path / "two", *flags)
         two = json.loads((tmp_path / "two/result.json").read_text())
         assert two["last"] == pytest.approx(one["last"]) and two["best"] == pytest.approx(one["best"])
         assert {k: two["last"][k] for k in expected} == pytest.approx(by_hand(data, tmp_path / "two"))
@@ -113,7 +113,7 @@ def evaluate_one(data, folder):
     args = main_lincls.get_args(["--pretrained", "random", "--arch", "tiny_resnet", "--train-shards", "x", "--val-shards", "x",
                                  *FLAGS])  # fmt: skip
     frozen, _ = main_lincls.build_trunk(args)
-    fc = probe_parts.Classifiers(frozen.widths(args.size), CLASSES)
+    fc = probe_parts.Classifiers(frozen.widths(args.size), CLASSES, args.seed)
     torch.nn.init.zeros_(fc.fc["6"].weight)
     fc.fc["6"].bias.data = torch.arange(CLASSES).float()  # always says 6
     indices = [load_index(f"{data}/{split}") for split in ("one", "val")]
@@ -192,7 +192,7 @@ def test_main_lincls__training_is_the_slow_loop(data, tmp_path, monkeypatch):
 def test_main_lincls__result_tells_best_and_last(data, tmp_path, monkeypatch, capsys):
     told = iter([(40.0, 60.0), (80.0, 90.0), (80.0, 95.0), (30.0, 99.0)])
     monkeypatch.setattr(main_lincls, "evaluate", lambda *a: {6: dict(zip(("top1", "top5"), next(told), strict=True))})
-    result = probe(data, tmp_path, "--epochs", 4)
+    result = result_of(data, tmp_path, "--epochs", 4)
     assert result["best"] == {"epoch": 1, "top1": 80.0, "top5": 90.0}
     assert result["last"] == {"epoch": 3, "top1": 30.0, "top5": 99.0}
     protocol = {"epochs": 4, "batch_size": 8, "lr": 0.2, "momentum": 0.9, "weight_decay": 0.0, "trust": 0.001, "crop_min": 0.08}
@@ -204,7 +204,7 @@ def test_main_lincls__result_tells_best_and_last(data, tmp_path, monkeypatch, ca
 def test_main_lincls__trunk_stays_as_it_was(data, tmp_path):
     before = checkpoint.weights_hash(frozen_trunk(data))
     file = (data / "run" / checkpoint.LATEST).read_bytes()
-    assert probe(data, tmp_path)["trunk_sha256"] == before
+    assert result_of(data, tmp_path)["trunk_sha256"] == before
     assert (data / "run" / checkpoint.LATEST).read_bytes() == file
 
 
@@ -264,6 +264,6 @@ def test_main_lincls__random_does_not_follow_the_global_state(data, tmp_path):
     results = []
     for name, seed in (("a", 1), ("b", 2)):
         torch.manual_seed(seed)
-        results.append(probe(data, tmp_path / name, "--pretrained", "random", "--arch", "tiny_resnet", "--epochs", 1))
+        results.append(result_of(data, tmp_path / name, "--pretrained", "random", "--arch", "tiny_resnet", "--epochs", 1))
     assert results[0]["trunk_sha256"] == results[1]["trunk_sha256"] and results[0]["last"] == results[1]["last"]
     assert results[0]["checkpoint_sha256"] is None

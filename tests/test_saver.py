@@ -2,7 +2,6 @@
 
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import forkserver
 
 from utils import checkpoint, files, saver
 from utils.saver import Saver, write
@@ -126,30 +126,33 @@ def test_save__that_fails_leaves_the_earlier_ones_and_says_so(tmp_path, monkeypa
     assert keeper.wait() is None and value(tmp_path / LATEST) == 3
 
 
-KILLED = """
-import os, signal, sys, torch
-from pathlib import Path
-from utils.saver import write
-real = {target}
-def die(*args):
-    real(*args) if {after} else args[-1].write(b"half") if hasattr(args[-1], "write") else None
-    os.kill(os.getpid(), signal.SIGKILL)
-{target} = die
-write(Path(sys.argv[1]) / "checkpoint_0000_000002.pth.tar", {{"epoch": 0, "step": 2, "state_dict": {{"w": 2 * torch.ones(9)}}}})
-"""
+def write_until_killed(folder, module, name, after):
+    """A save in the middle of which, in that function, the process is killed."""
+    module = sys.modules[module]
+    real = getattr(module, name)
+
+    def die(*args):
+        if after:
+            real(*args)
+        elif hasattr(args[-1], "write"):
+            args[-1].write(b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    setattr(module, name, die)
+    write(folder / "checkpoint_0000_000002.pth.tar", content(0, 2, 2.0))
 
 
 @pytest.mark.parametrize("after", [False, True])
-@pytest.mark.parametrize("target", ["torch.save", "os.fsync", "os.replace", "os.link"])
-def test_write__killed_at_any_point_leaves_a_whole_newest(tmp_path, target, after):
+@pytest.mark.parametrize("module, name", [(torch, "save"), (os, "fsync"), (os, "replace"), (os, "link")])
+def test_write__killed_at_any_point_leaves_a_whole_newest(tmp_path, module, name, after):
     """Either file is whole, --resume auto finds one of them, and removes what was under way."""
     write(tmp_path / "checkpoint_0000_000001.pth.tar", content(0, 1, 1.0))
-    script = KILLED.format(target=target, after=after)
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
-    done = subprocess.run([sys.executable, "-c", script, tmp_path], env=environment, capture_output=True, text=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    process = forkserver().Process(target=write_until_killed, args=(tmp_path, module.__name__, name, after))
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
     newest = checkpoint.open_run(tmp_path, "auto")
-    replaced = target == "os.link" or (target == "os.replace" and after)
+    replaced = name == "link" or (name == "replace" and after)
     assert value(newest) == (2 if replaced else 1) and value(tmp_path / LATEST) == 1
     assert not list(tmp_path.glob(".*"))
 

@@ -1,40 +1,38 @@
 """Predicted bytes against those of real processes, and held memory against tensors that were counted by hand."""
 
 import json
-import multiprocessing
 from argparse import Namespace
 from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import pytest
 import torch
-from helpers import spawn
+from helpers import forkserver, spawn
 
 from benchmarks import scale, step
 from benchmarks.tracer import Tracer, received_by
 from utils import dist
 
 # cmc has no tiny network, and differs from insdis in the number of its banks alone
-ARGS = Namespace(
-    methods=[case for case in step.CASES if case != "cmc"], processes=[2, 4, 8, 64], arch="tiny_resnet", size=64, batch_size=4,
-    moco_k=64, nce_k=24, samples=100,
-)  # fmt: skip
+SIZES = {"arch": "tiny_resnet", "size": 64, "batch_size": 4, "moco_k": 64, "nce_k": 24, "samples": 100}
+FEW = Namespace(methods=[case for case in step.CASES if case != "cmc"], processes=[2, 4], **SIZES)
+MANY = Namespace(methods=["moco"], processes=[8, 64], **SIZES)
 VIEW = 3 * 64 * 64  # values of a view
 
 
 @pytest.fixture(scope="module")
 def simulated():
-    """What is predicted of the default form and of the plain one."""
-    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
-        return list(pool.map(simulate, [False, True]))
+    """What is predicted of the default form on few processes, and of it and the plain form on many."""
+    with ProcessPoolExecutor(2, forkserver(), max_tasks_per_child=1) as pool:
+        return list(pool.map(simulate, [FEW, MANY, MANY], [False, False, True]))
 
 
-def simulate(plain):  # of this module, so that the tiny trunks are known in its process
-    return scale.simulate(ARGS, plain)
+def simulate(args, plain):  # of this module, so that the tiny trunks are known in its process
+    return scale.simulate(args, plain)
 
 
 def real():
-    return {case: without_memory(scale.trace(ARGS, case)) for case in ARGS.methods}
+    return {case: without_memory(scale.trace(FEW, case)) for case in FEW.methods}
 
 
 def without_memory(found):
@@ -51,11 +49,11 @@ def test_simulate__bytes_are_those_of_real_processes(simulated, processes):
 @pytest.mark.parametrize("processes", [8, 64])
 def test_simulate__shuffled_views_travel_once_and_as_bytes(simulated, processes):
     """Of its own views a process gives (W - 1) / W away on average, and gets as many; gathered as float32 they were W - 1."""
-    default, plain = (form[processes]["moco"] for form in simulated)
-    keys = (processes - 1) * ARGS.batch_size * 128 * 4
+    default, plain = (form[processes]["moco"] for form in simulated[1:])
+    keys = (processes - 1) * MANY.batch_size * 128 * 4
     views = plain["all_gather"] - keys
-    assert views == (processes - 1) * ARGS.batch_size * VIEW * 4 and "all_to_all" not in plain
-    assert default["all_to_all"] % VIEW == 0 and default["all_to_all"] <= ARGS.batch_size * VIEW
+    assert views == (processes - 1) * MANY.batch_size * VIEW * 4 and "all_to_all" not in plain
+    assert default["all_to_all"] % VIEW == 0 and default["all_to_all"] <= MANY.batch_size * VIEW
     assert 8 * default["all_to_all"] <= views and default["all_gather"] == keys
     assert default["memory"] < plain["memory"]
 

@@ -77,8 +77,7 @@ def unbroken(images, tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("name", NAMED)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method, name", [*((m, "SIGTERM") for m in METHODS), ("moco", "SIGUSR1"), ("moco", "SIGINT")])
 def test_main_pretrain__a_signal_saves_and_the_run_goes_on(images, tmp_path, unbroken, method, name):
     handlers = [signal.getsignal(number) for number in (15, 10, 2)]
     assert interrupted(images, tmp_path, method, name, 6) == NAMED[name]
@@ -90,8 +89,7 @@ def test_main_pretrain__a_signal_saves_and_the_run_goes_on(images, tmp_path, unb
     assert without_clock(metrics(tmp_path)) == without_clock(metrics(unbroken(method)))
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method, rank", [*((method, 1) for method in METHODS), ("moco", 0)])
 def test_main_pretrain__a_signal_to_one_process_stops_all_at_the_same_step(images, tmp_path, unbroken, method, rank):
     assert spawn(interrupted, images, tmp_path, method, "SIGUSR1", 1, rank) == [0, 0]
     assert (latest(tmp_path)["epoch"], latest(tmp_path)["step"]) == (0, 3) and steps(tmp_path)[-1] == (0, 2)
