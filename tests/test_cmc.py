@@ -211,6 +211,24 @@ def test_step__loss_gradients_and_banks_equal_a_slow_loop(name, loss):
         torch.testing.assert_close(method.banks[bank].memory, memory, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["cmc", "insdis"])
+def test_step__in_bf16_scores_and_loss_are_float32(name):
+    """And near those of float32: only the encoders are bf16."""
+    args = method_args(name)
+    views, index = uint8_views(args), torch.arange(8)
+    losses, gradients = [], []
+    for amp in ("fp32", "bf16"):
+        method = build(name, "--amp", amp)
+        loss, _ = method(views, index, Step.at(0, 10, 0))
+        loss.backward()
+        method.commit(Step.at(0, 10, 0))
+        assert loss.dtype == torch.float32 and all(f.dtype == torch.float32 for f in method.seen.values())
+        losses.append(loss.item())
+        gradients.append(torch.cat([p.grad.flatten() for p in method.encoder.parameters()]))
+    assert losses[1] == pytest.approx(losses[0], rel=0.02) and losses[1] != losses[0]
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.8
+
+
 def twenty_steps(name):
     """Banks and criteria of this process after 20 steps of training, each process with its own images."""
     method = build(name)

@@ -189,6 +189,13 @@ def test_main_lincls__training_is_the_slow_loop(data, tmp_path, monkeypatch):
     assert saved["optimizer"]["param_groups"][0]["lr"] == pytest.approx(20.0 * 4 / 256 / 2)
 
 
+def test_main_lincls__the_learning_rate_drops_behind_its_epochs(data, tmp_path):
+    """CMC's probe: not a cosine, but steps."""
+    probe(data, tmp_path, "--epochs", 4, "--lr", 16.0, "--lr-steps", 1, 3, "--lr-gamma", 0.2, "--print-freq", 9)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["lr"] for line in lines if "lr" in line] == pytest.approx([0.5, 0.1, 0.1, 0.02])
+
+
 def test_main_lincls__result_tells_best_and_last(data, tmp_path, monkeypatch, capsys):
     told = iter([(40.0, 60.0), (80.0, 90.0), (80.0, 95.0), (30.0, 99.0)])
     monkeypatch.setattr(main_lincls, "evaluate", lambda *a: {6: dict(zip(("top1", "top5"), next(told), strict=True))})
