@@ -33,6 +33,7 @@ from utils.flags import (
     one_line_errors,
     positive,
     shard_flags,
+    typed,
 )
 from utils.index import load_index
 from utils.loader import load, training_batches, worker_ms
@@ -54,7 +55,7 @@ def get_args(argv=None):
     parser = Parser(prog=PROG, description=__doc__.split("\n\n")[0], parents=[first])
     add = parser.add_argument
     add("--shards", required=not failed, metavar="DIR", help="folder of training shards, a glob, or a brace pattern of tars")
-    add("-a", "--arch", default="resnet50", help="trunk: a timm model that gives a feature map")
+    add("-a", "--arch", default="resnet50", help="trunk: a timm model that gives a feature map; CMC's own end in v1 to v3")
     add("--epochs", type=int, default=200, help="times every image is shown")
     add("--batch-size", type=int, default=256, help="images in a step, over all processes together")
     add("--lr", type=float, default=0.03, help="learning rate for a batch of 256; scaled once by batch size / 256")
@@ -113,24 +114,25 @@ def restore(path: Path, args, index_hash, model, optimizer, scaler) -> tuple[int
         flag, before = f"--{name.replace('_', '-')}", saved["flags"][name]
         raise ValueError(f"{flag} {getattr(args, name)}: was {before}, and {path} lies inside an epoch, whose order depends on "
                          "it; pass that, or --resume the checkpoint of an epoch's end")  # fmt: skip
-    if changed and saved["epoch"] >= args.epochs:
-        name = changed[0]
-        raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: was {saved['flags'][name]} in {path}, whose "
-                         f"{saved['epoch']} epochs are done; pass that, another --output-dir, or more --epochs")  # fmt: skip
-    if saved["index"] != index_hash and getattr(METHODS[args.method], "PER_IMAGE", False):
-        raise ValueError(f"--shards {args.shards}: are not the images whose features {path} holds; pass those, or another "
-                         "--output-dir")  # fmt: skip
+    others, done = saved["index"] != index_hash, saved["epoch"] >= args.epochs
+    for name in changed if done else ():
+        if name != "amp":  # which may be the machine's choice
+            now, before = typed(name, getattr(args, name)), typed(name, saved["flags"][name])
+            raise ValueError(f"{now}: was {before} in {path}, whose {saved['epoch']} epochs are done; pass that, another "
+                             "--output-dir, or more --epochs")  # fmt: skip
+    if others and (done or getattr(METHODS[args.method], "PER_IMAGE", False)):
+        why = f"the images that {path}, whose epochs are done, is of" if done else f"the images whose features {path} holds"
+        raise ValueError(f"--shards {args.shards}: are not {why}; pass those, or another --output-dir")
     for name in changed:
         say(f"warning: --{name.replace('_', '-')} was {saved['flags'][name]} in {path.name}, is now {getattr(args, name)}")
-    if saved["index"] != index_hash:
+    if others:
         say(f"warning: --shards {args.shards} are not the ones {path.name} was trained on")
     try:
         model.load_state_dict(checkpoint.unprefixed(saved["state_dict"]))
     except RuntimeError:
-        schedule = ("epochs", "lr", "lr_steps", "lr_gamma", "lr_per", "warmup_epochs", "seed")
-        shapes = [name for name in changed if name not in schedule]
-        flags = ", ".join(f"--{name.replace('_', '-')} {saved['flags'][name]}" for name in shapes)
-        raise ValueError(f"--resume {path}: its weights have other shapes; pass its {flags}, or another --output-dir") from None
+        flags = ", ".join(typed(name, saved["flags"][name]) for name in changed) or "another version of this code"
+        raise ValueError(f"--resume {path}: its weights have other names or shapes, those of a run with {flags}; pass that, or "
+                         "another --output-dir") from None  # fmt: skip
     optimizer.load_state_dict(saved["optimizer"])
     if saved["scaler"]:  # empty unless the run was in fp16
         scaler.load_state_dict(saved["scaler"])

@@ -88,7 +88,7 @@ def all_reduced(_, bucket) -> torch.futures.Future[torch.Tensor]:
 def main(argv=None):
     args = get_args(argv)
     with one_line_errors("benchmarks.scale"):
-        positive(["--size", "--batch-size", "--moco-k"], args)
+        positive(["--size", "--batch-size", "--moco-k", "--nce-k", "--samples"], args)
         if min(args.processes) < 2:
             raise ValueError(f"--processes {min(args.processes)}: one process has nobody to talk to; pass 2 or more")
         with ProcessPoolExecutor(2, step.processes(), max_tasks_per_child=1) as pool:

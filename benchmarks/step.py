@@ -14,7 +14,6 @@ import json
 import multiprocessing
 import platform
 import statistics
-import sys
 import time
 from types import SimpleNamespace
 
@@ -218,9 +217,8 @@ def straightforward():
 
 
 def processes():
-    """Where each form gets a process of its own, with what is slow to import: of a server, where there is one."""
-    multiprocessing.set_forkserver_preload(["benchmarks.step"])
-    return multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
+    """Where each form gets a process of its own: a new interpreter, or its memory would not be its own."""
+    return multiprocessing.get_context("spawn")
 
 
 def measure(args, case) -> dict[str, float]:
@@ -254,7 +252,7 @@ def measure(args, case) -> dict[str, float]:
 def main(argv=None):
     args = get_args(argv)
     with one_line_errors("benchmarks.step"):
-        positive(["--rounds", "--batch-size", "--size", "--moco-k"], args)
+        positive(["--rounds", "--batch-size", "--size", "--moco-k", "--nce-k", "--samples"], args)
         results = {case: measure(args, case) for case in args.methods}
     print(f"{args.arch}, {args.size} pixels, batch {args.batch_size}, queue {args.moco_k}, {args.rounds} rounds, "
           f"torch {torch.__version__}, {platform.machine()}, {torch.get_num_threads()} threads")  # fmt: skip

@@ -115,7 +115,7 @@ class CMC(MemoryBank):
 
     @staticmethod
     def add_probe_flags(parser):
-        parser.add_argument("--space", choices=SPACES, help="colour space of the views; default: the checkpoint's")
+        parser.add_argument("--space", choices=SPACES, help="space of the views; default: the checkpoint's; of random: Lab")
 
     @staticmethod
     def frozen(args):

@@ -23,7 +23,7 @@ def draw_rows(seed: int, step: int, places: range, samples: int, negatives: int)
 class Scores(torch.autograd.Function):
     """features n x C, bank N x C without gradient, rows n x M -> n x M: each feature times its rows of the bank.
 
-    The rows, C times the memory of the scores, are copied for one image at a time, and in backward never.
+    The rows, C times the memory of the scores, are copied for one image at a time.
     """
 
     @staticmethod
@@ -34,7 +34,7 @@ class Scores(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         bank, rows = ctx.saved_tensors
-        return F.embedding_bag(rows, bank, mode="sum", per_sample_weights=gradient), None, None
+        return torch.stack([g @ bank[r] for g, r in zip(gradient, rows, strict=True)]), None, None
 
 
 class Bank(nn.Module):
@@ -53,7 +53,7 @@ class Bank(nn.Module):
         """
         old = self.memory[index]
         new = F.normalize(old * momentum + features * (1 - momentum), dim=1)
-        self.memory[index] = torch.where(new.isfinite(), new, old)
+        self.memory[index] = torch.where(new.isfinite().all(1, keepdim=True), new, old)
 
 
 def last_places(index: torch.Tensor, samples: int) -> torch.Tensor:

@@ -1,7 +1,8 @@
 """Real command lines of main_pretrain.py and main_lincls.py, by themselves or under torchrun, in processes that tests may kill.
 
-They are forked where torch and timm are imported already, which takes a new interpreter five seconds. Otherwise they are what a
-command makes: a process with its own session, signals and exit code, or torchrun's agent and the processes that it starts.
+They are forked where torch and timm are imported already, which takes a new interpreter five seconds: processes with their own
+session, signals and exit code, or torchrun's agent and the processes that it starts. What they lack of new interpreters (an end
+of the interpreter, descriptors of their own under torchrun) is left to the tests of test_faults.py that start some.
 """
 
 import atexit
@@ -123,7 +124,7 @@ def _leave(main, *args):
         signal.signal(signal.SIGINT, signal.default_int_handler)
         main(*args)
     except SystemExit as end:
-        code = end.code or 0
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:
         traceback.print_exc()
         code = 1

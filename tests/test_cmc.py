@@ -153,7 +153,7 @@ def test_bank__update_by_hand():
 
 def test_bank__a_feature_that_is_not_finite_leaves_its_row():
     bank, features = Bank(9, 4), normalize(torch.ones(3, 4), dim=1)
-    features[1, 2] = math.nan
+    features[1, 2] = math.inf
     before = bank.memory.clone()
     bank.update(features, torch.tensor([3, 4, 5]), 0.5)
     same = [torch.equal(bank.memory[row], before[row]) for row in (3, 4, 5)]
@@ -304,6 +304,7 @@ def test_flags__published_defaults(name, arch):
 @pytest.mark.parametrize("name, flags, message", [
     ("cmc", ["--arch", "resnet50"], "--arch resnet50: CMC has alexnet, resnet18v1"),
     ("cmc", ["--arch", "alexnet"], "--size 32: AlexNet's .* 224"),
+    ("cmc", ["--arch", "alexnet", "--size", "224", "--bn-splits", "8"], "--batch-size 8: leaves one image .*; 16 would do"),
     ("cmc", ["--nce-k", "0"], "--nce-k 0"),
     ("insdis", ["--nce-m", "1.5"], "--nce-m 1.5"),
     ("insdis", ["--nce-t", "0"], "--nce-t 0"),
@@ -312,6 +313,13 @@ def test_flags__published_defaults(name, arch):
 def test_check__names_the_flag(name, flags, message):
     with pytest.raises(ValueError, match=message):
         METHODS[name].check(method_args(name, *flags), 40)
+
+
+def test_check__steps_that_no_epoch_reaches_are_told(capsys):
+    main_pretrain.check(method_args("insdis", "--epochs", "2", "--lr-steps", "1", "2"), 40)
+    assert capsys.readouterr().out == "warning: --lr-steps 1 2: not all of them lie before --epochs 2; scale them\n"
+    main_pretrain.check(method_args("insdis", "--epochs", "3", "--lr-steps", "1", "2"), 40)
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("flags, message", [

@@ -106,6 +106,13 @@ def test_enqueue__a_deque_drops_the_oldest(start, n, size):
         assert [queue[:, (pointer.item() + i) % size].tolist() for i in range(size)] == list(reference)
 
 
+def test_enqueue__a_key_that_is_not_finite_replaces_none():
+    queue, keys = torch.full((3, 4), 0.5), torch.eye(3)
+    keys[1, 0] = math.nan
+    enqueue_(queue, torch.zeros(1, dtype=torch.long), keys)
+    assert torch.equal(queue.T, torch.stack([keys[0], torch.full((3,), 0.5), keys[2], torch.full((3,), 0.5)]))
+
+
 def test_enqueue__takes_keys_of_lower_precision():
     queue, pointer = torch.zeros(2, 4), torch.zeros(1, dtype=torch.long)
     enqueue_(queue, pointer, torch.ones(2, 2, dtype=torch.bfloat16))

@@ -199,9 +199,10 @@ def test_main_pretrain__foreign_checkpoint_is_one_line(images, tmp_path, capsys,
 
 
 @pytest.mark.parametrize("method, flags, message", [
-    ("insdis", ["--nce-k", "12"], "--nce-k 12: was 24 in .*, whose 1 epochs are done; pass that, another --output-dir"),
-    ("moco", ["--unmix-prob", "0.5"], "--unmix-prob 0.5: was None in .* 1 epochs are done"),
-    ("insdis", ["--epochs", "2", "--nce-dim", "8"], "--resume .*: its weights have other shapes; pass its --nce-dim 16, or"),
+    ("insdis", ["--nce-k", "12"], "--nce-k 12: was --nce-k 24 in .*, whose 1 epochs are done; pass that, another --output-dir"),
+    ("moco", ["--unmix-prob", "0.5"], "--unmix-prob 0.5: was no --unmix-prob in .* 1 epochs are done"),
+    ("insdis", ["--lr-steps"], "--lr-steps: was --lr-steps 1 in .* 1 epochs are done"),
+    ("insdis", ["--epochs", "2", "--nce-dim", "8"], "--resume .* names or shapes, those of .*--nce-dim 16.*; pass that"),
 ])  # fmt: skip
 def test_main_pretrain__resume_refuses_what_would_be_another_run(images, tmp_path, capsys, method, flags, message):
     """What is done already would pass for the run with these flags."""
@@ -214,6 +215,7 @@ def test_main_pretrain__resume_refuses_what_would_be_another_run(images, tmp_pat
 def test_main_pretrain__a_bank_is_of_its_images(images, tmp_path, capsys):
     """Row i is of image i: other shards, of as many images too, would be contrasted with features of other images."""
     run(images, tmp_path, "--epochs", "1", method="insdis")
+    run(images, tmp_path, "--epochs", "1", "--amp", "bf16", "--resume", "auto", method="insdis")  # no error: nothing is left
     (tmp_path / "other").mkdir()
     for i, shard in enumerate(sorted((images / "train").glob("*.tar"), reverse=True)):
         (tmp_path / f"other/{i}.tar").symlink_to(shard)
@@ -221,6 +223,9 @@ def test_main_pretrain__a_bank_is_of_its_images(images, tmp_path, capsys):
         run(images, tmp_path, "--epochs", "2", "--resume", "auto", "--shards", tmp_path / "other", method="insdis")
     line = capsys.readouterr().err.splitlines()[-1]
     assert f"error: --shards {tmp_path / 'other'}: are not the images whose features {tmp_path}/checkpoint" in line
+    with pytest.raises(SystemExit, match="2"):
+        run(images, tmp_path, "--epochs", "1", "--resume", "auto", "--shards", tmp_path / "other", method="insdis")
+    assert "whose epochs are done, is of; pass those" in capsys.readouterr().err
 
 
 def test_main_pretrain__not_finite_loss_stops(images, tmp_path, capsys):

@@ -24,6 +24,7 @@ VARIANTS = {
     "cmc, region": ("cmc", "--im-type", "region", "--r-prob", "0.5"),
     "insdis, cutout": ("insdis", "--im-type", "cutout"),
     "insdis, softmax": ("insdis", "--loss", "softmax"),
+    "cmc, alexnet": ("cmc", "--arch", "alexnet", "--size", "224"),
     "mosrep, dilated": ("mosrep", "--output-stride", "16"),
     "w2ssl, flip-aware": ("w2ssl", "--flip-aware-location"),
 }

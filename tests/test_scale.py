@@ -96,11 +96,15 @@ def test_received_by__an_unknown_collective_is_not_left_out():
         received_by(torch.ops.c10d.barrier.default, ())
 
 
-def test_main__tells_each_number_of_processes(capsys):
-    flags = ["--arch", "resnet18", "--size", "64", "--batch-size", "4", "--moco-k", "64", "--methods", "moco", "--processes"]
+def test_main__tells_each_number_of_processes(capsys, monkeypatch):
+    monkeypatch.setattr(step, "processes", forkserver)
+    flags = ["--arch", "resnet18", "--size", "64", "--batch-size", "4", "--moco-k", "64"]
+    flags += ["--methods", "moco", "mosrep", "w2ssl", "insdis", "--processes"]
     scale.main([*flags, "2"])
     results = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert list(results) == ["2"] and results["2"].keys() == {"moco"} and results["2"]["moco"].keys() == {"plain", "default"}
+    assert list(results) == ["2"] and list(results["2"]) == ["moco", "mosrep", "w2ssl", "insdis"]
+    for forms in results["2"].values():
+        assert list(forms) == ["plain", "default"] and forms["default"]["memory"] < forms["plain"]["memory"]
     with pytest.raises(SystemExit):
         scale.main([*flags, "1"])
     assert "error: --processes 1: one process has nobody to talk to" in capsys.readouterr().err

@@ -82,7 +82,8 @@ def enqueue_(queue: torch.Tensor, pointer: torch.Tensor, keys: torch.Tensor) -> 
     A key that is not finite replaces none: on CUDA the run learns of it after this, and --replay needs the queue as it was.
     """
     columns = (pointer + torch.arange(len(keys), device=queue.device)) % queue.shape[1]
-    queue.index_copy_(1, columns, torch.where(keys.isfinite(), keys, queue[:, columns].T).T.to(queue.dtype))
+    keys = torch.where(keys.isfinite().all(1, keepdim=True), keys, queue[:, columns].T)
+    queue.index_copy_(1, columns, keys.T.to(queue.dtype))
     pointer.add_(len(keys)).remainder_(queue.shape[1])
 
 

@@ -125,7 +125,7 @@ def check_lr_steps(args: argparse.Namespace) -> None:
     if args.lr_steps != sorted(set(args.lr_steps)) or (args.lr_steps and args.lr_steps[0] < 1):
         raise ValueError(f"--lr-steps {steps}: must be epochs above 0 in rising order, such as 120 160 200")
     if args.lr_steps and args.lr_steps[-1] >= args.epochs and dist.rank() == 0:
-        print(f"warning: --lr-steps {steps}: not all of them are reached in --epochs {args.epochs}")
+        print(f"warning: --lr-steps {steps}: not all of them lie before --epochs {args.epochs}; scale them", flush=True)
 
 
 def shard_flags(args: argparse.Namespace) -> dict:
@@ -160,6 +160,14 @@ def meaning(args: argparse.Namespace) -> dict:
              "cache_dir", "allow_pipe", "verify_shards", "dry_run"}  # fmt: skip
     inputs = {"shards", "samples", "train_shards", "val_shards", "pretrained"}  # compared by what they hold, not by their paths
     return {name: value for name, value in vars(args).items() if name not in place | inputs}
+
+
+def typed(name: str, value) -> str:
+    """A flag with its value, as a command line has it."""
+    flag = f"--{name.replace('_', '-')}"
+    if value is None or value is False:
+        return f"no {flag}"
+    return flag if value is True else " ".join(map(str, [flag, *(value if isinstance(value, list) else [value])]))
 
 
 def default_workers() -> int:

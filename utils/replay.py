@@ -17,7 +17,8 @@ def write(failure: NotFinite, folder: Path, args, method: torch.nn.Module, scale
     """Called by all processes, with what each holds of the failed step; the first one writes the file. Raises RunError.
 
     Random numbers are functions of the seed, the number of the step and the process, so these are their state. On CUDA the
-    failure is known one step late: weights and batch are the failed step's, queue and key encoder have gone on.
+    failure is known one step late: weights and batch are the failed step's; queue, banks and key encoder have gone on, without
+    what is not finite.
     """
     place = failure.place
     parts = dist.gather_objects_on_first([view.cpu() for view in place.batch.views])

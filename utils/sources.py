@@ -117,7 +117,8 @@ def class_names(source: Path) -> set[str]:
     """Names of class folders, known before anything is unpacked; raises ValueError for a damaged training archive."""
     train, archive = source / "train", source / "ILSVRC2012_img_train.tar"
     if not archive.exists() or train.is_dir():
-        return {path.name for path in (train if train.is_dir() else source).iterdir() if path.is_dir()}
+        folders = [path.name for path in (train if train.is_dir() else source).iterdir() if path.is_dir()]
+        return {name for name in folders if not name.startswith(".") and name not in ("val", "test")}
     try:
         with tarfile.open(archive, "r:") as tar:  # a tar for each class; their names are read by seeking
             return {Path(name).stem for name in tar.getnames()}
