@@ -195,7 +195,7 @@ def main(argv=None):
                 convert(split, folder, args)
             except OSError as error:
                 raise ValueError(f"-o {folder}: {error.strerror}; mend that and start again to go on") from None
-    print(f"Next: SHARDS={args.output} bash pretrain_mosrep.sh")
+    print(f"Shards for any launcher: SHARDS={args.output} bash pretrain_mosrep.sh")
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ from utils.index import load_index
 from utils.loader import load, training_batches
 from utils.log import Log, say, write_config
 from utils.probe import Classifiers, Frozen, evaluate
-from utils.signals import exit_code
+from utils.signals import exit_code, stopped
 from utils.views import ViewSpec
 
 PROG = "main_lincls.py"
@@ -64,7 +64,7 @@ def get_args(argv=None):
     add_lr_steps(parser)
     add("--layer", type=int, nargs="+",
         help="layers to probe, all in one pass: 1 to 5 of AlexNet, 6 for pooled features; default: the last")  # fmt: skip
-    add_run_flags(parser, output_dir=None, output_help="default: `linear` in the folder of the checkpoint")
+    add_run_flags(parser, output_dir=None, output_help="default: `linear` in the run's folder, or linear-FILE beside a FILE")
     method = METHODS[first.parse_known_args(argv)[0].method]
     method.add_probe_flags(parser)
     parser.set_defaults(**method.PROBE)
@@ -74,7 +74,8 @@ def get_args(argv=None):
     if args.output_dir is None:
         run = Path(args.pretrained)
         folder = Path("output/random") if args.pretrained == "random" else run if run.is_dir() else run.parent
-        args.output_dir = str(folder / "linear")
+        ours = args.pretrained == "random" or run.is_dir() or run.name.startswith("checkpoint_")
+        args.output_dir = str(folder / ("linear" if ours else f"linear-{run.name.partition('.')[0]}"))
     return args
 
 
@@ -105,6 +106,8 @@ def build_trunk(args) -> tuple[Frozen, str | None]:
     for name in ("arch", "output_stride", "space"):
         if getattr(args, name, "") is None:
             setattr(args, name, known.get(name))
+    if "space" in known and "space" in args and args.space != known["space"]:
+        raise ValueError(f"--space {args.space}: {path} was trained with {known['space']}; leave it out")
     frozen = method.frozen(args)
     if saved is None:
         return frozen, None
@@ -118,7 +121,7 @@ def choose_layers(args, frozen: Frozen) -> None:
     chosen = args.layer or [frozen.layers[-1]]
     if strangers := [layer for layer in chosen if layer not in frozen.layers]:
         have = " ".join(map(str, frozen.layers))
-        raise ValueError(f"--layer {strangers[0]}: {args.arch} has {have}")
+        raise ValueError(f"--layer {strangers[0]}: {args.arch} has {have}; pass some of them")
     frozen.layers = args.layer = sorted(set(chosen))
 
 
@@ -168,6 +171,7 @@ def main(argv=None):
         say(f"Results: {folder / 'result.json'}")
     dist.teardown()
     if stopped_by:
+        say(stopped(stopped_by))
         sys.exit(exit_code(stopped_by))
 
 

@@ -38,7 +38,7 @@ from utils.flags import (
 from utils.index import load_index
 from utils.loader import load, training_batches, worker_ms
 from utils.log import Log, say, write_config
-from utils.signals import exit_code
+from utils.signals import exit_code, stopped
 
 PROG = "main_pretrain.py"
 
@@ -118,8 +118,11 @@ def restore(path: Path, args, index_hash, model, optimizer, scaler) -> tuple[int
     for name in changed if done else ():
         if name != "amp":  # which may be the machine's choice
             now, before = typed(name, getattr(args, name)), typed(name, saved["flags"][name])
-            raise ValueError(f"{now}: was {before} in {path}, whose {saved['epoch']} epochs are done; pass that, another "
-                             "--output-dir, or more --epochs")  # fmt: skip
+            raise ValueError(f"{now}: was {before} in {path}, whose {saved['epoch']} epochs are done; pass that, or another "
+                             "--output-dir")  # fmt: skip
+    if "space" in changed:
+        raise ValueError(f"--space {args.space}: {path} holds features of {saved['flags']['space']}; pass that, or another "
+                         "--output-dir")  # fmt: skip
     if others and (done or getattr(METHODS[args.method], "PER_IMAGE", False)):
         why = f"the images that {path}, whose epochs are done, is of" if done else f"the images whose features {path} holds"
         raise ValueError(f"--shards {args.shards}: are not {why}; pass those, or another --output-dir")
@@ -171,6 +174,7 @@ def main(argv=None):
     del model, method, optimizer  # before their process group: the other way round, torch 2.9 may wait for itself
     dist.teardown()
     if stopped_by:
+        say(stopped(stopped_by))
         sys.exit(exit_code(stopped_by))
 
 
@@ -190,6 +194,8 @@ def train(args, index, model, optimizer, scaler, start, lr, device):
     say(f"{args.method} {args.arch} on {dist.world()} x {device.type} {args.amp}: {index.total} images, "
         f"batch {args.batch_size}, {steps} steps an epoch, epochs {first_epoch}{at} to {args.epochs}, learning rate "
         f"{args.lr} x {args.batch_size} / 256 = {lr:.4g}")  # fmt: skip
+    if first_epoch >= args.epochs:
+        say("This run has ended; more --epochs train on.")
     model.train()
     specs = METHODS[args.method].views(args)
     epochs = range(first_epoch, args.epochs)

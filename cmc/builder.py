@@ -18,9 +18,9 @@ from utils.views import ViewSpec, moco_v1_view
 
 def check_arch(args):
     if args.arch not in ARCHS:
-        raise ValueError(f"--arch {args.arch}: CMC has {', '.join(ARCHS)}")
+        raise ValueError(f"--arch {args.arch}: CMC has {', '.join(ARCHS)}; pass one of them")
     if args.arch == "alexnet" and args.size != 224:
-        raise ValueError(f"--size {args.size}: AlexNet's fully connected layers take 224")
+        raise ValueError(f"--size {args.size}: AlexNet's fully connected layers take 224; pass that")
 
 
 class MemoryBank(nn.Module):
@@ -50,6 +50,9 @@ class MemoryBank(nn.Module):
         positive(["--size", "--nce-dim", "--nce-k", "--nce-t"], args)
         in_range("--crop-min", args.crop_min, 1e-8, 1)
         in_range("--nce-m", args.nce_m, 0, 1)
+        if args.nce_k > samples and dist.rank() == 0:
+            print(f"warning: --nce-k {args.nce_k} is more than the data set has images ({samples}), whose rows come "
+                  f"several times; {max(1, samples // 4)} would do", flush=True)  # fmt: skip
 
     def __init__(self, args, encoder, banks: list[str]):
         super().__init__()

@@ -315,6 +315,14 @@ def test_check__names_the_flag(name, flags, message):
         METHODS[name].check(method_args(name, *flags), 40)
 
 
+def test_check__more_rows_than_images_are_told(capsys):
+    METHODS["insdis"].check(method_args("insdis", "--nce-k", "41"), 40)
+    told = "warning: --nce-k 41 is more than the data set has images (40), whose rows come several times; 10 would do\n"
+    assert capsys.readouterr().out == told
+    METHODS["insdis"].check(method_args("insdis", "--nce-k", "40"), 40)
+    assert capsys.readouterr().out == ""
+
+
 def test_check__steps_that_no_epoch_reaches_are_told(capsys):
     main_pretrain.check(method_args("insdis", "--epochs", "2", "--lr-steps", "1", "2"), 40)
     assert capsys.readouterr().out == "warning: --lr-steps 1 2: not all of them lie before --epochs 2; scale them\n"

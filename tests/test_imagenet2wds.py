@@ -419,7 +419,7 @@ def test_imagenet2wds__says_where_what_and_what_next(sample):
     assert printed.splitlines() == [
         f"{out}/train: 6000 images in 6 shards, 10 classes",
         f"{out}/val: 1000 images in 1 shards, 10 classes",
-        f"Next: SHARDS={out} bash pretrain_mosrep.sh",
+        f"Shards for any launcher: SHARDS={out} bash pretrain_mosrep.sh",
     ]
 
 

@@ -126,7 +126,7 @@ def test_launchers__output_and_checkpoint_can_be_given(project):
     assert dry_run(project, "pretrain_mosrep.sh", OUTPUT="a run").output_dir == "a run"
     assert dry_run(project, "linear_mosrep.sh", OUTPUT="a run").pretrained == "a run/checkpoint_latest.pth.tar"
     assert dry_run(project, "linear_mosrep.sh", CHECKPOINT="a run").pretrained == "a run/checkpoint_latest.pth.tar"
-    assert dry_run(project, "linear_mosrep.sh", CHECKPOINT="released/mosrep.pth.tar").output_dir == "released/linear"
+    assert dry_run(project, "linear_mosrep.sh", CHECKPOINT="released/mosrep.pth.tar").output_dir == "released/linear-mosrep"
 
 
 def test_launchers__no_checkpoint_is_one_line(project):

@@ -207,17 +207,24 @@ def test_build_trunk__of_cmcs_alexnet(tmp_path):
         main_lincls.build_trunk(main_lincls.get_args(flags))
 
 
-@pytest.mark.parametrize("flags, space", [([], "HSV"), (["--space", "YIQ"], "YIQ")])
-def test_build_trunk__of_our_own_checkpoint_has_its_colour_space(tmp_path, flags, space):
+def test_build_trunk__of_our_own_checkpoint_has_its_colour_space(tmp_path):
     args = method_args("cmc", "--space", "HSV")
     method = METHODS["cmc"](args)
     torch.save({"arch": args.arch, "flags": vars(args), "state_dict": checkpoint.prefixed(method)}, tmp_path / "c.pth")
     paths = ["--method", "cmc", "--pretrained", str(tmp_path / "c.pth"), *PROBE, "--size", "64"]
-    probe = main_lincls.get_args([*paths, *flags])
+    probe = main_lincls.get_args(paths)
     frozen, _ = main_lincls.build_trunk(probe)
     x = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
-    wanted = frozen.trunk.features(*color_views(x, space), (6,))[6]
-    assert probe.space == space and torch.equal(frozen.features(x, "fp32")[6], wanted)
+    wanted = frozen.trunk.features(*color_views(x, "HSV"), (6,))[6]
+    assert probe.space == "HSV" and torch.equal(frozen.features(x, "fp32")[6], wanted)
+    with pytest.raises(ValueError, match="--space YIQ: .*c.pth was trained with HSV; leave it out"):
+        main_lincls.build_trunk(main_lincls.get_args([*paths, "--space", "YIQ"]))
+
+
+def test_get_args__each_foreign_file_has_its_own_probe():
+    for path, folder in (("w/a.pth.tar", "w/linear-a"), ("w/b.pth", "w/linear-b"), ("r/checkpoint_0011.pth.tar", "r/linear")):
+        args = main_lincls.get_args(["--pretrained", path, "--train-shards", "x", "--val-shards", "x"])
+        assert args.output_dir == folder
 
 
 @pytest.mark.parametrize("old_format", [False, True])

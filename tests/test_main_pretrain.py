@@ -199,8 +199,9 @@ def test_main_pretrain__foreign_checkpoint_is_one_line(images, tmp_path, capsys,
 
 
 @pytest.mark.parametrize("method, flags, message", [
-    ("insdis", ["--nce-k", "12"], "--nce-k 12: was --nce-k 24 in .*, whose 1 epochs are done; pass that, another --output-dir"),
+    ("insdis", ["--nce-k", "12"], "--nce-k 12: was --nce-k 24 in .*, whose 1 epochs are done; pass that, or another"),
     ("moco", ["--unmix-prob", "0.5"], "--unmix-prob 0.5: was no --unmix-prob in .* 1 epochs are done"),
+    ("cmc", ["--epochs", "2", "--space", "HSV"], "--space HSV: .* holds features of Lab; pass that, or another --output-dir"),
     ("insdis", ["--lr-steps"], "--lr-steps: was --lr-steps 1 in .* 1 epochs are done"),
     ("insdis", ["--epochs", "2", "--nce-dim", "8"], "--resume .* names or shapes, those of .*--nce-dim 16.*; pass that"),
 ])  # fmt: skip

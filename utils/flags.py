@@ -141,7 +141,7 @@ def check_batch(args: argparse.Namespace, samples: int, bn_splits: int = 1) -> N
         raise ValueError(f"--batch-size {args.batch_size}: must divide evenly over {over}; "
                          f"{max(1, args.batch_size // groups) * groups} would do")  # fmt: skip
     if args.batch_size > samples:
-        raise ValueError(f"--batch-size {args.batch_size}: larger than the data set of {samples} images")
+        raise ValueError(f"--batch-size {args.batch_size}: larger than the data set of {samples} images; pass at most that")
 
 
 def check_run_flags(args: argparse.Namespace) -> None:

@@ -37,6 +37,11 @@ def leave_to_parent(*_) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+def stopped(number: int) -> str:
+    """What a run says last that a signal has ended."""
+    return f"Stopped by {signal.Signals(number).name}, and saved. The same command goes on from here."
+
+
 def exit_code(number: int) -> int:
     """Of a run that has stopped and saved: 0 if a scheduler asked, which will start it again; as the shell's for Ctrl-C."""
     return 128 + number if number == signal.SIGINT else 0
