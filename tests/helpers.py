@@ -100,7 +100,7 @@ def in_two(method):
 @functools.cache
 def forkserver():
     """Starts processes that have imported what is slow. (Of Python 3.11 it knows no sys.path but this.)"""
-    multiprocessing.set_forkserver_preload(["runs", "pytest", "torch.utils.tensorboard"])
+    multiprocessing.set_forkserver_preload(["runs", "pytest", "torch.utils.tensorboard", "frozen"])
     here = Path(__file__).parent
     with mock.patch.dict(os.environ, PYTHONPATH=f"{here}:{here.parent}", OMP_NUM_THREADS="1"):
         multiprocessing.forkserver.ensure_running()
