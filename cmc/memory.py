@@ -23,18 +23,24 @@ def draw_rows(seed: int, step: int, places: range, samples: int, negatives: int)
 class Scores(torch.autograd.Function):
     """features n x C, bank N x C without gradient, rows n x M -> n x M: each feature times its rows of the bank.
 
-    The rows, C times the memory of the scores, are copied for one image at a time.
+    The rows, C times the memory of the scores, are copied for one image at a time, into the same place.
     """
 
     @staticmethod
     def forward(ctx, features, bank, rows):
         ctx.save_for_backward(bank, rows)
-        return torch.stack([bank[r] @ f for f, r in zip(features, rows, strict=True)])
+        scores, copied = features.new_empty(rows.shape), bank.new_empty(rows.shape[1], bank.shape[1])
+        for score, f, r in zip(scores, features, rows, strict=True):
+            torch.mv(torch.index_select(bank, 0, r, out=copied), f, out=score)
+        return scores
 
     @staticmethod
     def backward(ctx, gradient):
         bank, rows = ctx.saved_tensors
-        return torch.stack([g @ bank[r] for g, r in zip(gradient, rows, strict=True)]), None, None
+        sums, copied = gradient.new_empty(len(rows), bank.shape[1]), bank.new_empty(rows.shape[1], bank.shape[1])
+        for total, g, r in zip(sums, gradient, rows, strict=True):
+            torch.mv(torch.index_select(bank, 0, r, out=copied).T, g, out=total)
+        return sums, None, None
 
 
 class Bank(nn.Module):
