@@ -169,9 +169,10 @@ def main(argv=None):
             best, last, at = found["best"], found["last"], f"Layer {layer}: top-1" if len(layers) > 1 else "Top-1"
             say(f"{at} {last['top1']:.2f} %, top-5 {last['top5']:.2f} % (best {best['top1']:.2f} %, epoch {best['epoch']})")
         say(f"Results: {folder / 'result.json'}")
-    dist.teardown()
     if stopped_by:
         say(stopped(stopped_by))
+    dist.teardown()
+    if stopped_by:
         sys.exit(exit_code(stopped_by))
 
 

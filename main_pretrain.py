@@ -171,10 +171,11 @@ def main(argv=None):
             stopped_by = train(args, index, model, optimizer, scaler, start, lr, device)
         except NotFinite as failure:
             replay.write(failure, folder, args, method, scaler, index.total // args.batch_size)
+    if stopped_by:
+        say(stopped(stopped_by))
     del model, method, optimizer  # before their process group: the other way round, torch 2.9 may wait for itself
     dist.teardown()
     if stopped_by:
-        say(stopped(stopped_by))
         sys.exit(exit_code(stopped_by))
 
 

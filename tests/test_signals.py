@@ -174,6 +174,7 @@ def test_main_pretrain__a_signal_to_one_worker_under_torchrun(images, tmp_path):
         run.until(lambda: len(steps(out)) >= 3)
         os.kill(run.workers()[1], signal.SIGUSR1)
         assert run.end(30) == 0, run.said()
+    assert run.said().count("Stopped by SIGUSR1, and saved.") == 1
     assert latest(out)["epoch"] * 5 + latest(out)["step"] == len(steps(out))
 
 
