@@ -26,11 +26,11 @@ import webdataset
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from utils.files import atomic
-from utils.flags import Parser, in_range, one_line_errors, positive
-from utils.index import PLAN, describe, write_index
-from utils.sources import Split, find_splits
-from utils.tars import local_samples
+from utils.data.index import PLAN, describe, write_index
+from utils.data.sources import Split, find_splits
+from utils.data.tars import local_samples
+from utils.run.files import atomic
+from utils.run.flags import Parser, in_range, one_line_errors, positive
 
 PROG = "imagenet2wds.py"
 BAD = "bad_images.txt"

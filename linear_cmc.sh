@@ -7,7 +7,7 @@
 # Any flag can be added or overridden. Settings by variable: SHARDS OUTPUT (the run's folder) CHECKPOINT NPROC.
 set -euo pipefail
 cd "$(dirname "$0")"
-source utils/env.sh
+source utils/run/env.sh
 use_environment requirements.txt
 use_color_shards
 OUTPUT=${OUTPUT:-output/${SAMPLE:+sample-}cmc}

@@ -6,7 +6,7 @@
 # Any flag can be added or overridden. Settings by variable: SHARDS OUTPUT (the run's folder) CHECKPOINT MULTI_CROP NPROC.
 set -euo pipefail
 cd "$(dirname "$0")"
-source utils/env.sh
+source utils/run/env.sh
 use_environment requirements.txt
 use_shards
 if [[ ${MULTI_CROP:-0} == 1 ]]; then run=moco-multicrop; else run=moco; fi

@@ -15,11 +15,16 @@ import torch
 import torch.nn.functional as F
 
 from methods import METHODS
-from utils import amp, checkpoint, dist, optim
-from utils.bad_samples import BadSamples
-from utils.engine import Engine, Place
-from utils.files import write_json
-from utils.flags import (
+from utils.data.bad_samples import BadSamples
+from utils.data.index import load_index
+from utils.data.loader import load, training_batches
+from utils.data.views import ViewSpec
+from utils.evaluation.probe import Classifiers, Frozen, evaluate
+from utils.learning import amp, optim
+from utils.run import checkpoint, dist
+from utils.run.engine import Engine, Place
+from utils.run.files import write_json
+from utils.run.flags import (
     Parser,
     add_lr_steps,
     add_run_flags,
@@ -33,12 +38,8 @@ from utils.flags import (
     positive,
     shard_flags,
 )
-from utils.index import load_index
-from utils.loader import load, training_batches
-from utils.log import Log, say, write_config
-from utils.probe import Classifiers, Frozen, evaluate
-from utils.signals import exit_code, stopped
-from utils.views import ViewSpec
+from utils.run.log import Log, say, write_config
+from utils.run.signals import exit_code, stopped
 
 PROG = "main_lincls.py"
 

@@ -15,12 +15,15 @@ from pathlib import Path
 import torch
 
 from methods import METHODS
-from utils import amp, checkpoint, dist, optim, replay
-from utils.bad_samples import BadSamples
-from utils.checkpoint import bare
-from utils.contrast import Step
-from utils.engine import Engine, NotFinite, Place
-from utils.flags import (
+from utils.data.bad_samples import BadSamples
+from utils.data.index import load_index
+from utils.data.loader import load, training_batches, worker_ms
+from utils.learning import amp, optim
+from utils.learning.contrast import Step
+from utils.run import checkpoint, dist, replay
+from utils.run.checkpoint import bare
+from utils.run.engine import Engine, NotFinite, Place
+from utils.run.flags import (
     Parser,
     add_lr_steps,
     add_run_flags,
@@ -35,10 +38,8 @@ from utils.flags import (
     shard_flags,
     typed,
 )
-from utils.index import load_index
-from utils.loader import load, training_batches, worker_ms
-from utils.log import Log, say, write_config
-from utils.signals import exit_code, stopped
+from utils.run.log import Log, say, write_config
+from utils.run.signals import exit_code, stopped
 
 PROG = "main_pretrain.py"
 

@@ -7,7 +7,7 @@
 # Any flag can be added or overridden: bash pretrain_cmc.sh --epochs 1. Settings by variable: SHARDS OUTPUT NPROC.
 set -euo pipefail
 cd "$(dirname "$0")"
-source utils/env.sh
+source utils/run/env.sh
 use_environment requirements.txt
 use_color_shards
 

@@ -6,7 +6,7 @@
 # Any flag can be added or overridden: bash pretrain_mosrep.sh --epochs 1. Settings by variable: SHARDS OUTPUT NPROC.
 set -euo pipefail
 cd "$(dirname "$0")"
-source utils/env.sh
+source utils/run/env.sh
 use_environment requirements.txt
 use_shards
 

@@ -24,13 +24,13 @@ import webdataset
 from PIL import Image, ImageFilter
 from torchvision import transforms
 
-from utils.cpu import cpu_ms, keep_freed_memory
-from utils.flags import Parser, one_line_errors, positive
-from utils.index import Index, load_index
-from utils.loader import Chunks, load, training_batches
-from utils.photometric import MEAN, STD, normalized
-from utils.reader import Reader
-from utils.views import ViewSpec, moco_v2_view
+from utils.data.index import Index, load_index
+from utils.data.loader import Chunks, load, training_batches
+from utils.data.photometric import MEAN, STD, normalized
+from utils.data.reader import Reader
+from utils.data.views import ViewSpec, moco_v2_view
+from utils.run.cpu import cpu_ms, keep_freed_memory
+from utils.run.flags import Parser, one_line_errors, positive
 
 VIEWS = {
     "2x224+4x112": [moco_v2_view("global", 224, (0.2, 1.0), 2), moco_v2_view("local", 112, (0.1, 0.6), 4)],

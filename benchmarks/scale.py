@@ -19,10 +19,10 @@ import torch.distributed as td
 from benchmarks import step
 from benchmarks.tracer import Tracer
 from methods import METHODS
-from utils import dist
-from utils.contrast import Step
-from utils.engine import Votes
-from utils.flags import Parser, one_line_errors, positive
+from utils.learning.contrast import Step
+from utils.run import dist
+from utils.run.engine import Votes
+from utils.run.flags import Parser, one_line_errors, positive
 
 
 def get_args(argv=None):

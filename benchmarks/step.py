@@ -27,13 +27,14 @@ import mosrep.builder
 import w2ssl.builder
 from methods import METHODS
 from moco.builder import MoCo
-from utils import amp, dist, optim
-from utils.checkpoint import bare
-from utils.contrast import Step
-from utils.cpu import keep_freed_memory, peak_memory
-from utils.engine import Engine, Place
-from utils.flags import Parser, one_line_errors, positive
-from utils.photometric import normalized
+from utils.data.photometric import normalized
+from utils.learning import amp, optim
+from utils.learning.contrast import Step
+from utils.run import dist
+from utils.run.checkpoint import bare
+from utils.run.cpu import keep_freed_memory, peak_memory
+from utils.run.engine import Engine, Place
+from utils.run.flags import Parser, one_line_errors, positive
 
 CASES = {
     "mosrep": ["mosrep"], "moco": ["moco"], "moco-multicrop": ["moco", "--local-crops", "4"], "w2ssl": ["w2ssl"],

@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from utils import dist
+from utils.run import dist
 
 
 class Tracer(TorchDispatchMode):

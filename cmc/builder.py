@@ -8,12 +8,13 @@ from torch import nn
 from cmc.color import SPACES, color_views
 from cmc.memory import Bank, Scores, draw_rows, last_places
 from cmc.nets import ARCHS, TwoBranches
-from utils import backbones, checkpoint, dist, mixture
-from utils.contrast import Step, embed
-from utils.criterion import criterion
-from utils.flags import in_range, positive
-from utils.probe import Frozen, timm_trunk
-from utils.views import ViewSpec, moco_v1_view
+from utils.data.views import ViewSpec, moco_v1_view
+from utils.evaluation.probe import Frozen, timm_trunk
+from utils.learning import backbones, mixture
+from utils.learning.contrast import Step, embed
+from utils.learning.criterion import criterion
+from utils.run import checkpoint, dist
+from utils.run.flags import in_range, positive
 
 
 def check_arch(args):

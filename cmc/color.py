@@ -6,7 +6,7 @@ Each conversion takes n x 3 x H x W RGB in [0, 1], float32, and gives the space'
 import numpy as np
 import torch
 
-from utils.photometric import MEAN, STD
+from utils.data.photometric import MEAN, STD
 
 # rows: what each channel is made of. ITU-R BT.601 and its relatives; CIE 1931 for sRGB's primaries with white D65
 XYZ = np.array([[0.412453, 0.357580, 0.180423], [0.212671, 0.715160, 0.072169], [0.019334, 0.119193, 0.950227]])

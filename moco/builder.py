@@ -4,12 +4,13 @@ import torch
 from torch import nn
 from torch.nn.functional import normalize
 
-from utils import backbones, checkpoint, dist, mixture
-from utils.contrast import Step, ema_, embed, enqueue_, key_copy, shuffled_keys
-from utils.criterion import criterion
-from utils.flags import in_range, positive
-from utils.probe import timm_trunk
-from utils.views import ViewSpec, moco_v1_view, moco_v2_view
+from utils.data.views import ViewSpec, moco_v1_view, moco_v2_view
+from utils.evaluation.probe import timm_trunk
+from utils.learning import backbones, mixture
+from utils.learning.contrast import Step, ema_, embed, enqueue_, key_copy, shuffled_keys
+from utils.learning.criterion import criterion
+from utils.run import checkpoint, dist
+from utils.run.flags import in_range, positive
 
 
 class MoCo(nn.Module):

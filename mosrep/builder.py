@@ -7,10 +7,11 @@ from torch.nn.functional import normalize
 
 from moco.builder import MoCo
 from mosrep.mosaic import compose, cut_tiles, draw_offset, shift, sources, tile_boxes, tile_weights
-from utils import amp, backbones, dist
-from utils.contrast import Step, info_nce, key_copy, shuffled_keys
-from utils.flags import in_range, positive
-from utils.photometric import normalized
+from utils.data.photometric import normalized
+from utils.learning import amp, backbones
+from utils.learning.contrast import Step, info_nce, key_copy, shuffled_keys
+from utils.run import dist
+from utils.run.flags import in_range, positive
 
 
 class Projector(nn.Module):

@@ -10,10 +10,10 @@ from torchvision.utils import draw_bounding_boxes, make_grid
 
 from mosrep.builder import MosRep
 from mosrep.mosaic import compose, draw_offset, shift, tile_boxes
-from utils.flags import Parser, add_shard_flags, one_line_errors, shard_flags
-from utils.index import load_index
-from utils.loader import load, training_batches
-from utils.photometric import MEAN, STD, normalized
+from utils.data.index import load_index
+from utils.data.loader import load, training_batches
+from utils.data.photometric import MEAN, STD, normalized
+from utils.run.flags import Parser, add_shard_flags, one_line_errors, shard_flags
 
 
 def get_args(argv=None):

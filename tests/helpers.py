@@ -21,7 +21,7 @@ from timm.models.resnet import BasicBlock, ResNet
 
 import main_pretrain
 from methods import METHODS
-from utils import dist
+from utils.run import dist
 
 TINY = ["--arch", "tiny_resnet", "--size", "64", "--moco-dim", "16", "--moco-k", "32", "--batch-size", "8"]
 BANK = ["--nce-dim", "16", "--nce-k", "24", "--lr", "0.03", "--lr-steps", "1"]

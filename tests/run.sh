@@ -3,7 +3,7 @@
 # environment lacks it; at most 8 minutes on 2 cores after that.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-source utils/env.sh
+source utils/run/env.sh
 use_environment requirements-test.txt
 
 exec "$PYTHON" -m pytest "$@"

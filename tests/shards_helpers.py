@@ -10,7 +10,7 @@ import skimage.data
 import torch
 from PIL import Image
 
-from utils.index import Index, load_index
+from utils.data.index import Index, load_index
 
 torch.set_num_threads(1)  # on a busy machine the threads of an operation wait for each other ten times longer than they work
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from utils import amp
+from utils.learning import amp
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

@@ -5,9 +5,9 @@ import json
 import pytest
 from helpers import spawn
 
-from utils import dist
-from utils.bad_samples import FILE, BadSamples
-from utils.flags import RunError
+from utils.data.bad_samples import FILE, BadSamples
+from utils.run import dist
+from utils.run.flags import RunError
 
 
 def record(key, shard="a.tar", error="why"):

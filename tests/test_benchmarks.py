@@ -12,7 +12,7 @@ from shards_helpers import one_photograph, write_shards
 from benchmarks import input_pipeline, step
 from benchmarks.input_pipeline import VIEWS, pil_chain
 from methods import METHODS
-from utils.cpu import peak_memory
+from utils.run.cpu import peak_memory
 
 
 @pytest.fixture

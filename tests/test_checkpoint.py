@@ -8,7 +8,8 @@ import torch
 from helpers import build, method_args
 
 from methods import METHODS
-from utils import backbones, checkpoint
+from utils.learning import backbones
+from utils.run import checkpoint
 
 
 class Evil:

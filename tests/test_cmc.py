@@ -14,9 +14,9 @@ from cmc.color import color_views
 from cmc.memory import Bank, Scores, draw_rows, last_places
 from cmc.nets import ARCHS, TwoBranches
 from methods import METHODS
-from utils import dist
-from utils.contrast import Step
-from utils.criterion import Nce, Softmax, criterion
+from utils.learning.contrast import Step
+from utils.learning.criterion import Nce, Softmax, criterion
+from utils.run import dist
 
 # ---- criteria
 

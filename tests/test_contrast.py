@@ -10,8 +10,8 @@ import torch
 from helpers import spawn
 from torch import nn
 
-from utils import dist
-from utils.contrast import Step, ema_, enqueue_, in_groups, info_nce, key_copy, shuffled_keys
+from utils.learning.contrast import Step, ema_, enqueue_, in_groups, info_nce, key_copy, shuffled_keys
+from utils.run import dist
 
 
 @pytest.mark.parametrize("temperature", [0.07, 0.2, 1.0])

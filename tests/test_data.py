@@ -10,8 +10,8 @@ import pytest
 import torchvision
 from PIL import Image
 
-from utils.index import load_index
-from utils.reader import Reader
+from utils.data.index import load_index
+from utils.data.reader import Reader
 
 DATA = Path(__file__).parent.parent / "data"
 RAW = DATA / "FashionMNIST" / "raw"

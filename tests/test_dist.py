@@ -10,7 +10,7 @@ import torch.distributed as td
 from helpers import spawn
 from torch.nn.parallel import DistributedDataParallel
 
-from utils import dist
+from utils.run import dist
 
 PERMUTATIONS = {
     "identity": lambda n: torch.arange(n),

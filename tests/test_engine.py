@@ -11,9 +11,10 @@ from helpers import spawn, tiny
 
 import main_pretrain
 from methods import METHODS
-from utils import amp, dist
-from utils.contrast import Step
-from utils.engine import Engine, NotFinite, Place, Votes
+from utils.learning import amp
+from utils.learning.contrast import Step
+from utils.run import dist
+from utils.run.engine import Engine, NotFinite, Place, Votes
 
 CPU = torch.device("cpu")
 FLAGS = ["--device", "cpu", "--amp", "fp32", "--workers", "0", "--print-freq", "1", "--save-steps", "2"]

@@ -17,7 +17,7 @@ from shards_helpers import one_color, write_shards
 import main_lincls
 import main_pretrain
 from methods import METHODS
-from utils import checkpoint
+from utils.run import checkpoint
 
 ROOT = Path(__file__).parent.parent
 COMMON = ["--device", "cpu", "--amp", "fp32"]

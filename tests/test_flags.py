@@ -13,9 +13,9 @@ from helpers import tiny
 import main_lincls
 import main_pretrain
 from methods import METHODS
-from utils import flags
-from utils.flags import Parser, RunError, one_line_ends, one_line_errors
-from utils.index import load_index
+from utils.data.index import load_index
+from utils.run import flags
+from utils.run.flags import Parser, RunError, one_line_ends, one_line_errors
 
 ROOT = Path(__file__).parent.parent
 PRETRAIN = ["--shards", "x"]

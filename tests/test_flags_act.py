@@ -8,8 +8,8 @@ from helpers import method_args, uint8_views
 
 import main_pretrain
 from methods import METHODS
-from utils import optim
-from utils.contrast import Step
+from utils.learning import optim
+from utils.learning.contrast import Step
 
 OTHER = {  # another value of each flag; a tuple brings what it needs
     "arch": "tiny_convnext", "output_stride": "16", "lr": "0.5", "momentum": "0.5", "weight_decay": "0.1", "trust": "0.01",

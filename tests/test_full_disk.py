@@ -11,9 +11,9 @@ from runs import FLAGS, metrics, steps
 
 import main_pretrain
 from methods import METHODS
-from utils import saver
-from utils.checkpoint import saved_in
-from utils.contrast import Step
+from utils.learning.contrast import Step
+from utils.run import saver
+from utils.run.checkpoint import saved_in
 
 # TensorBoard's own thread ends with a traceback when its file takes no more; the log then goes on without it
 pytestmark = pytest.mark.filterwarnings("ignore:Exception in thread Thread-:pytest.PytestUnhandledThreadExceptionWarning")

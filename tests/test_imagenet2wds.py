@@ -20,7 +20,7 @@ import webdataset
 from PIL import Image
 
 import imagenet2wds
-from utils.index import load_index
+from utils.data.index import load_index
 
 ROOT = Path(imagenet2wds.__file__).parent
 SAMPLE = ROOT / "data"

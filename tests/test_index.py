@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 import main_pretrain
-from utils import index as index_module
-from utils.index import load_index, write_index
-from utils.tars import IMAGE_EXTENSIONS, TarSample, local_samples, tar_samples
+from utils.data import index as index_module
+from utils.data.index import load_index, write_index
+from utils.data.tars import IMAGE_EXTENSIONS, TarSample, local_samples, tar_samples
 
 
 def write_tar(path, members, format=tarfile.USTAR_FORMAT):

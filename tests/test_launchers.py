@@ -1,4 +1,4 @@
-"""The shell scripts and utils/env.sh, without installing anything: what they would run, and in which Python."""
+"""The shell scripts and utils/run/env.sh, without installing anything: what they would run, and in which Python."""
 
 import os
 import re
@@ -14,15 +14,15 @@ import pytest
 import main_lincls
 import main_pretrain
 from methods import METHODS
-from utils.requirements import main as unsatisfied
+from utils.run.requirements import main as unsatisfied
 
 ROOT = Path(__file__).parent.parent
 PRETRAIN, LINEAR = ([f"{kind}_{method}.sh" for method in METHODS] for kind in ("pretrain", "linear"))
 LAUNCHERS = PRETRAIN + LINEAR
-SCRIPTS = [*LAUNCHERS, "utils/env.sh", "tests/run.sh", ".ci/run"]
+SCRIPTS = [*LAUNCHERS, "utils/run/env.sh", "tests/run.sh", ".ci/run"]
 ENTRY_POINTS = {"main_pretrain.py": main_pretrain, "main_lincls.py": main_lincls}
 
-# After the real utils/env.sh: no environment is looked for, and a launcher prints its arguments instead of becoming a program.
+# After the real utils/run/env.sh: no environment is looked for, and a launcher prints its arguments instead of running a program.
 DRY_RUN = """
 use_environment() { :; }
 launch() { printf '%s\\n' "$@"; }
@@ -36,7 +36,7 @@ def project(tmp_path):
     for script in SCRIPTS:
         (folder / script).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / script, folder / script)
-    with open(folder / "utils/env.sh", "a") as env:
+    with open(folder / "utils/run/env.sh", "a") as env:
         env.write(DRY_RUN)
     for split in ("train", "val"):
         write(folder / f"output/sample-shards/{split}/index.json")
@@ -156,13 +156,13 @@ def test_launch__one_process_or_torchrun(tmp_path, variables, expected):
     python = tmp_path / "python"
     write(python, '#!/bin/sh\necho "$@"\n')
     python.chmod(0o755)
-    script = "set -euo pipefail; source utils/env.sh; launch main.py --lr 1; echo not reached"
+    script = "set -euo pipefail; source utils/run/env.sh; launch main.py --lr 1; echo not reached"
     assert bash("-c", script, PYTHON=str(python), **variables).stdout == expected + "\n"
 
 
 def test_launch__exit_code_is_the_programs(tmp_path):
     write(tmp_path / "fails.py", "raise SystemExit(7)")
-    script = f'set -euo pipefail; source utils/env.sh; launch "{tmp_path}/fails.py"'
+    script = f'set -euo pipefail; source utils/run/env.sh; launch "{tmp_path}/fails.py"'
     assert bash("-c", script, PYTHON=sys.executable, NPROC="1").returncode == 7
 
 
@@ -187,7 +187,7 @@ def test_requirements__says_what_is_missing(tmp_path, requirements, missing):
 
 @pytest.mark.parametrize("found, satisfies", [("2.9.1+cpu", True), ("2.13.0.dev20260101+cu130", True), ("2.9.0", False)])
 def test_requirements__local_and_nightly_builds_count(tmp_path, monkeypatch, found, satisfies):
-    monkeypatch.setattr("utils.requirements.version", lambda package: found)
+    monkeypatch.setattr("utils.run.requirements.version", lambda package: found)
     write(tmp_path / "requirements.txt", "torch>=2.9.1\n")
     assert (unsatisfied(str(tmp_path / "requirements.txt")) is None) == satisfies
 
@@ -204,7 +204,7 @@ def test_requirements__as_a_program_imports_no_package(tmp_path):
     write(tmp_path / "requirements.txt", "torch\nnumpy\n")
     program = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__'); "
     program += "print(*{'torch', 'numpy'} & set(sys.modules))"
-    command = [sys.executable, "-c", program, ROOT / "utils/requirements.py", tmp_path / "requirements.txt"]
+    command = [sys.executable, "-c", program, ROOT / "utils/run/requirements.py", tmp_path / "requirements.txt"]
     assert subprocess.run(command, capture_output=True, text=True).stdout == "\n"
 
 

@@ -13,7 +13,7 @@ from helpers import method_args  # which registers tiny_resnet too
 import main_lincls
 from cmc.color import color_views
 from methods import METHODS
-from utils import checkpoint
+from utils.run import checkpoint
 
 PROBE = ["--train-shards", "x", "--val-shards", "x", "--output-dir", "x"]
 HEADS = {  # published heads in the place of the classifier

@@ -21,15 +21,15 @@ from shards_helpers import (
     write_shards,
 )
 
-from utils import loader
-from utils.cpu import keep_freed_memory
-from utils.flags import RunError
-from utils.index import load_index
-from utils.loader import Batches, evaluation_batches, load, training_batches, worker_ms
-from utils.photometric import photometric
-from utils.reader import Reader
-from utils.shards import epoch_plan
-from utils.views import ViewSpec, cut_views, draw, moco_v2_view, parameters_of
+from utils.data import loader
+from utils.data.index import load_index
+from utils.data.loader import Batches, evaluation_batches, load, training_batches, worker_ms
+from utils.data.photometric import photometric
+from utils.data.reader import Reader
+from utils.data.shards import epoch_plan
+from utils.data.views import ViewSpec, cut_views, draw, moco_v2_view, parameters_of
+from utils.run.cpu import keep_freed_memory
+from utils.run.flags import RunError
 
 # the machine may have fewer cores than a test starts workers
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")

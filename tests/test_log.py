@@ -14,9 +14,9 @@ import torch
 from helpers import spawn
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from utils import dist, log
-from utils.bad_samples import BadSamples
-from utils.flags import RunError
+from utils.data.bad_samples import BadSamples
+from utils.run import dist, log
+from utils.run.flags import RunError
 
 LOSSES = [4.0, 2.0, 1.0, 7.0, 5.0]
 CHANCE = math.log(33)
@@ -219,8 +219,8 @@ def test_write_config__flags_versions_commit_and_facts(tmp_path):
 def test_say__a_line_is_in_the_file_at_once(tmp_path):
     """A job's output is followed while it runs."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    program = "import os; from utils.log import say; say('a line'); os._exit(0)"  # which flushes nothing
+    program = "import os; from utils.run.log import say; say('a line'); os._exit(0)"  # which flushes nothing
     with open(tmp_path / "out", "w") as out:
-        root = Path(log.__file__).parent.parent
+        root = Path(log.__file__).parent.parent.parent
         subprocess.run([sys.executable, "-c", program], stdout=out, cwd=root, env=environment, check=True)
     assert (tmp_path / "out").read_text() == "a line\n"

@@ -12,13 +12,14 @@ from shards_helpers import encode, write_members
 
 import main_lincls
 import main_pretrain
-import utils.probe
+import utils.evaluation.probe
 from methods import METHODS
-from utils import backbones, checkpoint, optim
-from utils.bad_samples import BadSamples
-from utils.flags import RunError
-from utils.loader import Batches
-from utils.probe import Classifiers, evaluate
+from utils.data.bad_samples import BadSamples
+from utils.data.loader import Batches
+from utils.evaluation.probe import Classifiers, evaluate
+from utils.learning import backbones, optim
+from utils.run import checkpoint
+from utils.run.flags import RunError
 
 FLAGS = ["--method", "moco", "--device", "cpu", "--amp", "fp32", "--workers", "0", "--size", "64", "--batch-size", "8"]
 FLAGS += ["--lr", "3.2", "--trust", "0"]
@@ -167,7 +168,7 @@ def test_evaluate__nothing_but_unusable_images_is_one_line(faulty, tmp_path):
 
 def test_evaluate__lost_images_are_an_error(images, tmp_path, monkeypatch):
     short = Batches(lambda: iter([(0, [torch.arange(10).numpy()])]), replace=False)
-    monkeypatch.setattr(utils.probe, "evaluation_batches", lambda index, batch: short)
+    monkeypatch.setattr(utils.evaluation.probe, "evaluation_batches", lambda index, batch: short)
     with pytest.raises(RuntimeError, match="validation counted 10 . 0 images, the index has 11"):
         evaluate_here(images, torch.nn.Linear(96, 2).state_dict(), 4, tmp_path)
 

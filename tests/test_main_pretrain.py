@@ -12,7 +12,7 @@ from runs import TWO, Run, metrics, same, without_clock
 
 import main_pretrain
 from methods import METHODS
-from utils import checkpoint
+from utils.run import checkpoint
 
 ROOT = Path(__file__).parent.parent
 COMMON = ["--device", "cpu", "--amp", "fp32", "--workers", "0", "--print-freq", "2"]

@@ -11,8 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from methods import METHODS
-from utils.contrast import Step
-from utils.photometric import normalized
+from utils.data.photometric import normalized
+from utils.learning.contrast import Step
 
 VARIANTS = {
     **{name: (name,) for name in METHODS},

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from utils.index import load_index
-from utils.tars import local_samples
+from utils.data.index import load_index
+from utils.data.tars import local_samples
 from w2ssl import mirror
 
 

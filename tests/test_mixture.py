@@ -9,9 +9,10 @@ import torch
 from helpers import build, method_args, spawn, uint8_views
 
 from methods import METHODS
-from utils import dist, mixture
-from utils.contrast import Step
-from utils.mixture import Mixture, backwards, inside, un_mix
+from utils.learning import mixture
+from utils.learning.contrast import Step
+from utils.learning.mixture import Mixture, backwards, inside, un_mix
+from utils.run import dist
 
 PUBLISHED = {"g_alpha": 1.0, "g_num": 2, "g_prob": 0.1, "r_beta": 1.0, "r_num": 2, "r_prob": 0.1, "r_pixel_decay": 1.0}
 KINDS = ["IM", "global", "region", "cutout", "random-erasing"]

@@ -14,8 +14,8 @@ from torch.nn.functional import normalize
 
 import main_pretrain
 from methods import METHODS
-from utils import checkpoint, dist
-from utils.contrast import Step
+from utils.learning.contrast import Step
+from utils.run import checkpoint, dist
 
 VARIANTS = {
     "moco": ("moco",),

@@ -11,7 +11,7 @@ from torch.nn.functional import avg_pool2d, normalize
 
 import mosrep.builder
 from methods import METHODS
-from utils.contrast import Step
+from utils.learning.contrast import Step
 
 CORNERS = [(0, 0), (0, 1), (1, 0), (1, 1)]  # (row, column) of slots 0 to 3
 

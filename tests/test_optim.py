@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from utils import optim
+from utils.learning import optim
 
 
 @pytest.mark.parametrize("lr, batch, effective", [(0.03, 256, 0.03), (0.03, 512, 0.06), (0.2, 4096, 3.2), (0.06, 64, 0.015)])

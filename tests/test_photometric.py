@@ -10,8 +10,8 @@ from PIL import ImageFilter
 from shards_helpers import PHOTOGRAPHS, photograph
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from utils import photometric as unit
-from utils.photometric import COLUMNS, normalized, photometric
+from utils.data import photometric as unit
+from utils.data.photometric import COLUMNS, normalized, photometric
 
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
 STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)

@@ -14,7 +14,7 @@ from helpers import in_two
 from runs import TWO, Run, metrics, pretrain, same, steps, without_clock
 
 from methods import METHODS
-from utils import checkpoint
+from utils.run import checkpoint
 
 pytestmark = pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes in /proc")
 methods = pytest.mark.parametrize("method", METHODS)
@@ -30,7 +30,7 @@ torch.save = save
 """
 TELLING = """
 from methods import METHODS
-from utils import dist
+from utils.run import dist
 def telling(forward):
     def told(self, views, index, step):
         with open(f"{folder}/samples-{{dist.rank()}}", "a") as file:
@@ -125,7 +125,7 @@ def test_main_pretrain__torchrun_starts_all_again_when_one_is_killed(images, tmp
 
 
 def test_main_pretrain__two_nodes_start_again_when_one_loses_a_process(images, tmp_path, unbroken):
-    """Two of torchrun's agents on this machine, as utils/env.sh starts them on two."""
+    """Two of torchrun's agents on this machine, as utils/run/env.sh starts them on two."""
     out = tmp_path / "run"
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -14,10 +14,12 @@ from PIL import Image
 
 import main_lincls
 import main_pretrain
-from utils import backbones, checkpoint, dist, loader
-from utils import probe as probe_parts
-from utils.bad_samples import BadSamples
-from utils.index import load_index
+from utils.data import loader
+from utils.data.bad_samples import BadSamples
+from utils.data.index import load_index
+from utils.evaluation import probe as probe_parts
+from utils.learning import backbones
+from utils.run import checkpoint, dist
 
 SIZE = 32
 FLAGS = ["--method", "moco", "--device", "cpu", "--amp", "fp32", "--workers", "0", "--size", str(SIZE), "--resize", str(SIZE)]

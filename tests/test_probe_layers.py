@@ -7,7 +7,7 @@ import torch
 from helpers import spawn
 
 import main_lincls
-from utils import checkpoint
+from utils.run import checkpoint
 
 FLAGS = ["--method", "cmc", "--pretrained", "random", "--arch", "alexnet", "--epochs", "1", "--batch-size", "8", "--lr", "3.2",
          "--device", "cpu", "--amp", "fp32", "--workers", "0"]  # fmt: skip

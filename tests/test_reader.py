@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from shards_helpers import member_at, name_classes, one_color, overwrite, write_members, write_shards
 
-from utils import reader as reader_module
-from utils import shards
-from utils.flags import RunError
-from utils.index import load_index
-from utils.reader import BadSample, Reader, RemoteShard, Sample
-from utils.shards import epoch_plan
-from utils.tars import IMAGE_EXTENSIONS
+from utils.data import reader as reader_module
+from utils.data import shards
+from utils.data.index import load_index
+from utils.data.reader import BadSample, Reader, RemoteShard, Sample
+from utils.data.shards import epoch_plan
+from utils.data.tars import IMAGE_EXTENSIONS
+from utils.run.flags import RunError
 
 
 @pytest.fixture

@@ -22,14 +22,14 @@ from helpers import TINY
 from shards_helpers import one_png, overwrite, write_members, write_shards
 
 import main_pretrain
-from utils import loader, reader, remote
-from utils.flags import RunError
-from utils.index import Index, load_index
-from utils.loader import evaluation_batches, load, training_batches
-from utils.reader import BadSample, Reader, RemoteShard
-from utils.remote import RemoteError, copy, is_remote, place, tar_name
-from utils.shards import epoch_plan
-from utils.views import moco_v2_view
+from utils.data import loader, reader, remote
+from utils.data.index import Index, load_index
+from utils.data.loader import evaluation_batches, load, training_batches
+from utils.data.reader import BadSample, Reader, RemoteShard
+from utils.data.remote import RemoteError, copy, is_remote, place, tar_name
+from utils.data.shards import epoch_plan
+from utils.data.views import moco_v2_view
+from utils.run.flags import RunError
 
 # the machine may have fewer cores than a test starts workers
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")

@@ -18,7 +18,8 @@ from runs import TWO, Run
 import main_lincls
 import main_pretrain
 from methods import METHODS
-from utils import amp, checkpoint, dist
+from utils.learning import amp
+from utils.run import checkpoint, dist
 
 ROOT = Path(__file__).parent.parent
 COMMON = ["--device", "cpu", "--amp", "fp32", "--workers", "0", "--print-freq", "1"]

@@ -11,8 +11,8 @@ import pytest
 import torch
 from helpers import forkserver
 
-from utils import checkpoint, files, saver
-from utils.saver import Saver, write
+from utils.run import checkpoint, files, saver
+from utils.run.saver import Saver, write
 
 LATEST = checkpoint.LATEST
 

@@ -11,7 +11,7 @@ from helpers import forkserver, spawn
 
 from benchmarks import scale, step
 from benchmarks.tracer import Tracer, received_by
-from utils import dist
+from utils.run import dist
 
 # cmc has no tiny network, and differs from insdis in the number of its banks alone
 SIZES = {"arch": "tiny_resnet", "size": 64, "batch_size": 4, "moco_k": 64, "nce_k": 24, "samples": 100}

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from shards_helpers import chi_square
 
-from utils import shards
-from utils.index import Index, Shard
-from utils.shards import default_lanes, epoch_plan, shuffle_buffer
+from utils.data import shards
+from utils.data.index import Index, Shard
+from utils.data.shards import default_lanes, epoch_plan, shuffle_buffer
 
 SIZES = (10, 10, 10, 7)
 

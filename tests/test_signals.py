@@ -17,9 +17,9 @@ from runs import FLAGS, TWO, Run, metrics, pretrain, same, steps, without_clock
 import main_lincls
 import main_pretrain
 from methods import METHODS
-from utils import checkpoint, dist, engine
-from utils.contrast import Step
-from utils.signals import TOGETHER, Signals, exit_code
+from utils.learning.contrast import Step
+from utils.run import checkpoint, dist, engine
+from utils.run.signals import TOGETHER, Signals, exit_code
 
 NAMED = {"SIGTERM": 0, "SIGUSR1": 0, "SIGINT": 130}  # and the exit code of a run that has saved
 WHOLE = [(epoch, step) for epoch in range(2) for step in range(5)]
@@ -191,7 +191,7 @@ def test_main_pretrain__torchrun_passes_sigterm_on(images, tmp_path):
 
 WAITING = """
 import os, signal, sys, time
-from utils.signals import Signals
+from utils.run.signals import Signals
 with Signals() as signals:
     print("ready", flush=True)
     while not signals.received:

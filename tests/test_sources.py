@@ -10,9 +10,9 @@ from PIL import Image
 from test_imagenet2wds import convert, draw, flat, refused, samples  # noqa: F401
 
 import imagenet2wds
-from utils.index import load_index
-from utils.reader import Reader
-from utils.sources import read_subset
+from utils.data.index import load_index
+from utils.data.reader import Reader
+from utils.data.sources import read_subset
 
 
 def test_find_splits__class_called_train(tmp_path, capsys):

@@ -6,8 +6,8 @@ from helpers import spawn
 from timm.layers import BatchNormAct2d
 from torch import nn
 
-from utils import dist
-from utils.sync_bn import synchronized
+from utils.learning.sync_bn import synchronized
+from utils.run import dist
 
 KINDS = {  # what follows which layer
     "1d": (nn.Linear, lambda: nn.BatchNorm1d(5)),

@@ -13,9 +13,9 @@ from torchvision.transforms.v2 import functional as F
 
 import main_pretrain
 from methods import METHODS
-from utils import views
-from utils.photometric import COLUMNS
-from utils.views import SPARE, ViewSpec, crop_box, cut_views, draw, parameters_of
+from utils.data import views
+from utils.data.photometric import COLUMNS
+from utils.data.views import SPARE, ViewSpec, crop_box, cut_views, draw, parameters_of
 
 ROWS = 20_000
 LAST = 1 - 2**-53  # the largest number that `draw` gives

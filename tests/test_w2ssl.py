@@ -13,9 +13,10 @@ from torch.nn.functional import adaptive_avg_pool2d, avg_pool2d, cross_entropy, 
 
 import main_pretrain
 from methods import METHODS
-from utils import dist, optim
-from utils.contrast import Step
-from utils.views import crop_box, cut_views, draw
+from utils.data.views import crop_box, cut_views, draw
+from utils.learning import optim
+from utils.learning.contrast import Step
+from utils.run import dist
 from w2ssl import builder, montage
 from w2ssl.losses import location, supervised_contrastive
 

@@ -7,14 +7,15 @@ import torch
 from torch import nn
 from torch.nn.functional import normalize
 
-from utils import amp, backbones, checkpoint, dist
-from utils.contrast import Step, ema_, key_copy
-from utils.flags import in_range, positive
-from utils.optim import cosine
-from utils.photometric import normalized
-from utils.probe import timm_trunk
-from utils.sync_bn import synchronized
-from utils.views import ViewSpec
+from utils.data.photometric import normalized
+from utils.data.views import ViewSpec
+from utils.evaluation.probe import timm_trunk
+from utils.learning import amp, backbones
+from utils.learning.contrast import Step, ema_, key_copy
+from utils.learning.optim import cosine
+from utils.learning.sync_bn import synchronized
+from utils.run import checkpoint, dist
+from utils.run.flags import in_range, positive
 from w2ssl.losses import location, supervised_contrastive
 from w2ssl.montage import compose, deal, separate
 

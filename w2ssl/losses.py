@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from utils import dist
+from utils.run import dist
 
 
 def location(scores: torch.Tensor, side: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

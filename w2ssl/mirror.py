@@ -14,10 +14,10 @@ import numpy as np
 import webdataset
 from PIL import Image, ImageOps
 
-from utils.files import atomic
-from utils.flags import Parser, in_range, one_line_errors
-from utils.index import describe, load_index, write_index
-from utils.tars import LABEL_EXTENSION, local_samples
+from utils.data.index import describe, load_index, write_index
+from utils.data.tars import LABEL_EXTENSION, local_samples
+from utils.run.files import atomic
+from utils.run.flags import Parser, in_range, one_line_errors
 
 
 def get_args(argv=None):

@@ -17,7 +17,7 @@ use_environment() {
 }
 
 satisfies() { # PYTHON FILE; prints what is missing
-    new_enough "$1" && "$1" utils/requirements.py "$2"
+    new_enough "$1" && "$1" utils/run/requirements.py "$2"
 }
 
 new_enough() { # PYTHON

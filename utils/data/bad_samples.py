@@ -3,9 +3,9 @@
 import json
 from pathlib import Path
 
-from utils import dist
-from utils.files import Lines, whole_lines
-from utils.flags import RunError
+from utils.run import dist
+from utils.run.files import Lines, whole_lines
+from utils.run.flags import RunError
 
 FILE = "bad_samples.jsonl"
 

@@ -6,12 +6,12 @@ from typing import NamedTuple
 
 import torch
 
-from utils import dist
-from utils.flags import RunError
-from utils.loader import Batch
-from utils.log import Log
-from utils.saver import Saver
-from utils.signals import Signals
+from utils.data.loader import Batch
+from utils.run import dist
+from utils.run.flags import RunError
+from utils.run.log import Log
+from utils.run.saver import Saver
+from utils.run.signals import Signals
 
 
 class Place(NamedTuple):

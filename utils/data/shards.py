@@ -6,7 +6,7 @@ them there are, and any step of any epoch can be looked up instead of being reac
 
 import numpy as np
 
-from utils.index import Index
+from utils.data.index import Index
 
 POOL = 4096  # images that are mixed at a time, over all lanes together
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.files import atomic
-from utils.flags import RunError
-from utils.index import Index, Shard
-from utils.remote import BLOCK, RemoteError, Source, attempts, copy, is_remote, other_shard
-from utils.tars import LABEL_EXTENSION, TarSample, local_samples, tar_samples
+from utils.data.index import Index, Shard
+from utils.data.remote import BLOCK, RemoteError, Source, attempts, copy, is_remote, other_shard
+from utils.data.tars import LABEL_EXTENSION, TarSample, local_samples, tar_samples
+from utils.run.files import atomic
+from utils.run.flags import RunError
 
 
 class BadSample(Exception):

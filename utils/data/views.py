@@ -1,7 +1,7 @@
 """What a view is: its specification, the random draws it takes, and how it is cut from an encoded image.
 
 Everything random about a view is a function of (seed, epoch, sample, number of the view) alone. The worker decodes once, cuts
-each view as uint8, and draws the parameters of all that is done to whole batches (utils/photometric.py).
+each view as uint8, and draws the parameters of all that is done to whole batches (utils/data/photometric.py).
 """
 
 import io

@@ -9,7 +9,7 @@ from typing import BinaryIO
 
 from webdataset.gopen import Pipe, gopen, gopen_schemes
 
-from utils.flags import RunError
+from utils.run.flags import RunError
 
 TRIES, WAIT = 5, 1.0  # of what fails; seconds before the second one, doubled for each that follows
 BLOCK = 1 << 18  # bytes that are read at a time

@@ -12,15 +12,15 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from utils import dist
-from utils.cpu import cpu_ms, keep_freed_memory
-from utils.flags import RunError
-from utils.index import Index
-from utils.photometric import COLUMNS, photometric
-from utils.reader import BadSample, Reader
-from utils.shards import default_lanes, epoch_plan
-from utils.signals import leave_to_parent
-from utils.views import DRAWS, ViewSpec, cut_views, draw, parameters_of
+from utils.data.index import Index
+from utils.data.photometric import COLUMNS, photometric
+from utils.data.reader import BadSample, Reader
+from utils.data.shards import default_lanes, epoch_plan
+from utils.data.views import DRAWS, ViewSpec, cut_views, draw, parameters_of
+from utils.run import dist
+from utils.run.cpu import cpu_ms, keep_freed_memory
+from utils.run.flags import RunError
+from utils.run.signals import leave_to_parent
 
 NEIGHBOURS = 100  # that are tried in the place of an unusable sample
 

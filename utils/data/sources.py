@@ -14,7 +14,7 @@ import torchvision
 from PIL import Image
 from torchvision.datasets import imagenet
 
-from utils.tars import IMAGE_EXTENSIONS
+from utils.data.tars import IMAGE_EXTENSIONS
 
 COPIED = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png"}  # formats that keep their bytes; every other becomes PNG
 

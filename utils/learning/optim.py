@@ -42,7 +42,7 @@ class Lars(torch.optim.SGD):
 
     A tensor or a gradient of zeros, and a group with `trust` 0, take the plain rate.
 
-    The update itself is torch's fused one, which can be left out by the device (utils/engine.py), and nothing waits for it.
+    The update itself is torch's fused one, which can be left out by the device (utils/run/engine.py), and nothing waits for it.
     """
 
     def __init__(self, groups, lr: float, momentum: float, trust: float):

@@ -8,8 +8,8 @@ import sys
 
 from torch.distributed import DistError
 
-from utils import dist
-from utils.amp import DTYPES
+from utils.learning.amp import DTYPES
+from utils.run import dist
 
 
 class RunError(Exception):

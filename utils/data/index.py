@@ -14,9 +14,9 @@ from pathlib import Path
 from braceexpand import UnbalancedBracesError, braceexpand
 from tqdm import tqdm
 
-from utils.files import atomic
-from utils.remote import RemoteError, check_openable, copy, is_remote, place, tar_name
-from utils.tars import LABEL_EXTENSION, local_samples
+from utils.data.remote import RemoteError, check_openable, copy, is_remote, place, tar_name
+from utils.data.tars import LABEL_EXTENSION, local_samples
+from utils.run.files import atomic
 
 INDEX = "index.json"
 PLAN = "conversion.json"  # what imagenet2wds.py begins with; the index is what it ends with

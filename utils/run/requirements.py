@@ -1,6 +1,6 @@
 """Does this Python have what a requirements file asks for? Exit code 0, or 1 and one line that says what is missing.
 
-    python utils/requirements.py requirements.txt
+    python utils/run/requirements.py requirements.txt
 
 Answers in a tenth of a second: it reads the installed versions and imports none of the packages.
 """
@@ -42,7 +42,7 @@ def installed(package: str) -> str | None:
 
 def main(path: str) -> str | None:
     """None if all is there, else what is not."""
-    if Path(sys.prefix, "incomplete").exists():  # left by make_environment of utils/env.sh
+    if Path(sys.prefix, "incomplete").exists():  # left by make_environment of utils/run/env.sh
         return "the end of its installation, which was cut off"
     try:
         missing = unmet(Path(path))

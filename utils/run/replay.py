@@ -5,12 +5,13 @@ from typing import NoReturn
 
 import torch
 
-from utils import amp, checkpoint, dist
-from utils.contrast import Step
-from utils.engine import NotFinite
-from utils.files import atomic
-from utils.flags import RunError
-from utils.log import say
+from utils.learning import amp
+from utils.learning.contrast import Step
+from utils.run import checkpoint, dist
+from utils.run.engine import NotFinite
+from utils.run.files import atomic
+from utils.run.flags import RunError
+from utils.run.log import say
 
 
 def write(failure: NotFinite, folder: Path, args, method: torch.nn.Module, scaler, steps: int) -> NoReturn:

@@ -6,13 +6,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from utils import amp, backbones, dist
-from utils.bad_samples import BadSamples
-from utils.flags import RunError
-from utils.index import Index
-from utils.loader import evaluation_batches, load
-from utils.photometric import normalized
-from utils.views import ViewSpec
+from utils.data.bad_samples import BadSamples
+from utils.data.index import Index
+from utils.data.loader import evaluation_batches, load
+from utils.data.photometric import normalized
+from utils.data.views import ViewSpec
+from utils.learning import amp, backbones
+from utils.run import dist
+from utils.run.flags import RunError
 
 POOLED = 6  # the layer's number of a trunk's pooled features, as AlexNet has five
 

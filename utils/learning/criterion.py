@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from utils import dist
-from utils.contrast import info_nce
+from utils.learning.contrast import info_nce
+from utils.run import dist
 
 
 class Softmax(nn.Module):

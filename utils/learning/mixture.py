@@ -5,9 +5,9 @@ import math
 import numpy as np
 import torch
 
-from utils import dist
-from utils.flags import in_range, positive
-from utils.photometric import normalized
+from utils.data.photometric import normalized
+from utils.run import dist
+from utils.run.flags import in_range, positive
 
 GLOBAL, REGION, HOLES = ("IM", "global"), ("IM", "region"), ("cutout", "random-erasing")  # of --im-type; HOLES mix nothing
 CUTOUT_SIDE = 50  # pixels

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-from utils import checkpoint
-from utils.files import atomic, second_name
-from utils.log import say
+from utils.run import checkpoint
+from utils.run.files import atomic, second_name
+from utils.run.log import say
 
 
 class Saver:

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from utils import amp, dist
-from utils.photometric import normalized
+from utils.data.photometric import normalized
+from utils.learning import amp
+from utils.run import dist
 
 
 @dataclass

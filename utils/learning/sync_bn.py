@@ -5,7 +5,7 @@ import torch.distributed as td
 from timm.layers import BatchNormAct2d, convert_sync_batchnorm
 from torch import nn
 
-from utils import dist
+from utils.run import dist
 
 
 def synchronized(module: nn.Module) -> nn.Module:

@@ -14,9 +14,9 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from utils import dist
-from utils.bad_samples import BadSamples
-from utils.files import Lines, atomic, whole_lines, write_json
+from utils.data.bad_samples import BadSamples
+from utils.run import dist
+from utils.run.files import Lines, atomic, whole_lines, write_json
 
 PACKAGES = ("torch", "torchvision", "timm", "webdataset", "numpy", "pillow")
 
