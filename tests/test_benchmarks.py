@@ -63,7 +63,7 @@ def test_step__ends_with_a_line_of_json(capsys, monkeypatch):
 def test_peak_memory__is_not_the_parents():
     """A process that is started by a large one."""
     large = bytearray(2 * 10**9)
-    large[:: 4096] = b"x" * len(large[:: 4096])
+    large[::4096] = b"x" * len(large[::4096])
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         assert 1e7 < pool.submit(peak_memory).result() < 1.5e9 < peak_memory()
 

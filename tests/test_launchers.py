@@ -22,7 +22,7 @@ LAUNCHERS = PRETRAIN + LINEAR
 SCRIPTS = [*LAUNCHERS, "utils/run/env.sh", "tests/run.sh", ".ci/run"]
 ENTRY_POINTS = {"main_pretrain.py": main_pretrain, "main_lincls.py": main_lincls}
 
-# After the real utils/run/env.sh: no environment is looked for, and a launcher prints its arguments instead of running a program.
+# After the real utils/run/env.sh: no environment is looked for, and a launcher prints its arguments and runs no program.
 DRY_RUN = """
 use_environment() { :; }
 launch() { printf '%s\\n' "$@"; }

@@ -20,8 +20,13 @@ class Shape:
 
 def add_flags(group, default: int | None = None) -> None:
     """Of methods whose trunk is timm's. default None: in a probe, what the checkpoint says."""
-    group.add_argument("--output-stride", type=int, default=default, metavar="PIXELS",
-        help=f"dilate the trunk's last stages to this stride; 0 keeps its own{'' if default == 0 else '; default: as trained'}")
+    group.add_argument(
+        "--output-stride",
+        type=int,
+        default=default,
+        metavar="PIXELS",
+        help=f"dilate the trunk's last stages to this stride; 0 keeps its own{'' if default == 0 else '; default: as trained'}",
+    )
 
 
 def build(arch: str, output_stride: int = 0, **kwargs) -> nn.Module:

@@ -1,0 +1,42 @@
+"""The random streams of a run. Each is a function of the numbers that it is given, so a resumed run draws the same.
+
+Nothing is drawn from a global random state. The constants keep streams apart that share their other numbers.
+"""
+
+import numpy as np
+
+
+def epoch_order(seed: int, epoch: int) -> np.random.Generator:
+    """The order of the samples in an epoch."""
+    return np.random.default_rng([seed, epoch])
+
+
+def view_numbers(seed: int, epoch: int, sample_id: int, shape: tuple[int, int]) -> np.ndarray:
+    """Uniform numbers in [0, 1) for the views of a sample: views x draws. Row v does not depend on the number of rows."""
+    bits = np.random.Philox(key=[seed, epoch], counter=[0, sample_id, 0, 0])
+    return np.random.Generator(bits).random(shape)
+
+
+def step_draws(seed: int, number: int) -> np.random.Generator:
+    """What a step draws equally on all processes: permutations, mixtures, shifts of mosaics."""
+    return np.random.default_rng([seed, number, 1])
+
+
+def trunk_seed(seed: int, number: int, rank: int) -> int:
+    """The torch seed of what a trunk draws in a step, such as stochastic depth; another one on each process."""
+    return int(np.random.default_rng([seed, number, 2, rank]).integers(2**63))
+
+
+def bank_rows(seed: int, number: int, place: int) -> np.random.Generator:
+    """The rows of a memory bank that the image at this place of a step's global batch is contrasted with."""
+    return np.random.Generator(np.random.Philox(key=[seed, number], counter=[0, place, 1, 0]))
+
+
+def classifier_seed(seed: int, layer: int) -> int:
+    """The torch seed of the initial weights of a layer's linear classifier."""
+    return int(np.random.default_rng([seed, layer]).integers(2**63))
+
+
+def conversion_order(seed: int) -> np.random.Generator:
+    """The order of the images that imagenet2wds.py writes."""
+    return np.random.default_rng(seed)
