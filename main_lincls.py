@@ -20,9 +20,9 @@ from utils.data.index import load_index
 from utils.data.loader import load, training_batches
 from utils.data.views import ViewSpec
 from utils.evaluation.probe import Classifiers, Frozen, evaluate
-from utils.learning import amp, optim
-from utils.run import checkpoint, dist
-from utils.run.engine import Engine, Place
+from utils.learning import amp, layouts, optim
+from utils.run import checkpoint, dist, resume
+from utils.run.engine import Engine, StepInputs
 from utils.run.files import write_json
 from utils.run.flags import (
     Parser,
@@ -101,8 +101,8 @@ def build_trunk(args) -> tuple[Frozen, str | None]:
     method, path, saved = METHODS[args.method], Path(args.pretrained), None
     known = {"arch": getattr(method, "ARCH", "resnet50"), "output_stride": 0}
     if args.pretrained != "random":
-        path = path / checkpoint.LATEST if path.is_dir() else path
-        saved = checkpoint.load(path, "--pretrained")
+        path = checkpoint.newest(path, "--pretrained") or path / checkpoint.LATEST if path.is_dir() else path
+        saved = checkpoint.read(path, "--pretrained")
         known |= {"arch": saved.get("arch", known["arch"])} | saved.get("flags", {})
     for name in ("arch", "output_stride", "space"):
         if getattr(args, name, "") is None:
@@ -112,8 +112,8 @@ def build_trunk(args) -> tuple[Frozen, str | None]:
     frozen = method.frozen(args)
     if saved is None:
         return frozen, None
-    state = method.trunk(checkpoint.weights_of(saved, f"--pretrained {path}"), args)
-    checkpoint.load_trunk(frozen.trunk, state, frozen.classifier, f"--pretrained {path}")
+    state = method.trunk(layouts.weights_of(saved, f"--pretrained {path}"), args)
+    layouts.load_trunk(frozen.trunk, state, frozen.classifier, f"--pretrained {path}")
     return frozen, checkpoint.file_hash(path)
 
 
@@ -138,7 +138,7 @@ def main(argv=None):
         frozen, source_hash = build_trunk(args)
         choose_layers(args, frozen)
         fc = Classifiers(frozen.widths(args.size), len(train_index.classes), args.seed)
-        resume_from = dist.first_process_does(lambda: checkpoint.open_run(args.output_dir, args.resume))
+        resume_from = dist.first_process_does(lambda: resume.open_run(args.output_dir, args.resume))
         frozen.to(device, memory_format=torch.channels_last)
         fc.to(device)
         lr = optim.scaled_lr(args.lr, args.batch_size)
@@ -203,10 +203,10 @@ def train(args, train_index, val_index, frozen, fc, optimizer, progress, identit
                     batch = next(batches)
                 logits = model(frozen.features(batch.views[0], args.amp))
                 loss = sum(F.cross_entropy(x, batch.label) for x in logits.values())  # no layer's gradient meets another's
-                stats = engine.update(loss, Place(epoch, step))
+                stats = engine.update(loss, StepInputs(epoch, step))
                 for layer, x in logits.items():
                     stats[named("top1", layer, logits)] = (x.argmax(1) == batch.label).float().mean() * 100
-                log.step(step, loss, stats, lr_now, batch.bad)
+                log.add(step, loss, stats, lr_now, batch.bad)
                 if engine.done(epoch, step + 1):
                     return engine.stopped_by
             result = evaluate(args, val_index, frozen, fc, device, bad, lambda epoch=epoch: engine.asked_to_stop(epoch))
@@ -233,7 +233,7 @@ def restore(path: Path, args, identity: dict, fc, optimizer) -> dict:
 
     Another probe in the same place is only gone over where `--resume auto` found it; asked for by name, it is an error.
     """
-    saved = checkpoint.load(path, "--resume")
+    saved = checkpoint.read(path, "--resume")
     if saved.get("probe") != identity:
         other = [name for name, value in identity.items() if saved.get("probe", {}).get(name) != value]
         if args.resume != "auto":

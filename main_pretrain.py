@@ -20,9 +20,9 @@ from utils.data.index import load_index
 from utils.data.loader import load, training_batches, worker_ms
 from utils.learning import amp, optim
 from utils.learning.contrast import Step
-from utils.run import checkpoint, dist, replay
+from utils.run import checkpoint, dist, replay, resume
 from utils.run.checkpoint import bare
-from utils.run.engine import Engine, NotFinite, Place
+from utils.run.engine import Engine, NotFinite, StepInputs
 from utils.run.flags import (
     Parser,
     add_lr_steps,
@@ -31,12 +31,10 @@ from utils.run.flags import (
     check_lr_steps,
     check_run_flags,
     in_range,
-    meaning,
     one_line_ends,
     one_line_errors,
     positive,
     shard_flags,
-    typed,
 )
 from utils.run.log import Log, say, write_config
 from utils.run.signals import exit_code, stopped
@@ -50,7 +48,7 @@ def get_args(argv=None):
     first.add_argument("--replay", metavar="FILE",
         help="compute a failed_step_*.pth.tar again in one process, with its flags where none are given, and stop")  # fmt: skip
     known = first.parse_known_args(argv)[0]
-    failed = replay.load(known.replay) if known.replay else None
+    failed = replay.read_failed_step(known.replay) if known.replay else None
     name = failed["flags"]["method"] if failed else known.method
 
     parser = Parser(prog=PROG, description=__doc__.split("\n\n")[0], parents=[first])
@@ -101,48 +99,6 @@ def check(args, samples: int) -> None:
     METHODS[args.method].check(args, samples)
 
 
-def restore(path: Path, args, index_hash, model, optimizer, scaler) -> tuple[int, int]:
-    """Load a checkpoint of the same run; returns the epoch and the step to go on with."""
-    saved = checkpoint.load(path, "--resume")
-    if not {"flags", "index", "state_dict", "optimizer", "scaler", "epoch", "step"} <= saved.keys():
-        raise ValueError(f"--resume {path}: is not a checkpoint of main_pretrain.py; pass one of the same run")
-    for name in ("method", "arch"):
-        if saved.get(name) != getattr(args, name):
-            raise ValueError(f"--resume {path}: is a run with --{name} {saved.get(name)}, not {getattr(args, name)}; "
-                             "pass that, or another --output-dir")  # fmt: skip
-    changed = [name for name, value in meaning(args).items() if saved["flags"].get(name, value) != value]
-    for name in {"batch_size", "lanes", "seed"}.intersection(changed if saved["step"] else ()):
-        flag, before = f"--{name.replace('_', '-')}", saved["flags"][name]
-        raise ValueError(f"{flag} {getattr(args, name)}: was {before}, and {path} lies inside an epoch, whose order depends on "
-                         "it; pass that, or --resume the checkpoint of an epoch's end")  # fmt: skip
-    others, done = saved["index"] != index_hash, saved["epoch"] >= args.epochs
-    for name in changed if done else ():
-        if name != "amp":  # which may be the machine's choice
-            now, before = typed(name, getattr(args, name)), typed(name, saved["flags"][name])
-            raise ValueError(f"{now}: was {before} in {path}, whose {saved['epoch']} epochs are done; pass that, or another "
-                             "--output-dir")  # fmt: skip
-    if "space" in changed:
-        raise ValueError(f"--space {args.space}: {path} holds features of {saved['flags']['space']}; pass that, or another "
-                         "--output-dir")  # fmt: skip
-    if others and (done or getattr(METHODS[args.method], "PER_IMAGE", False)):
-        why = f"the images that {path}, whose epochs are done, is of" if done else f"the images whose features {path} holds"
-        raise ValueError(f"--shards {args.shards}: are not {why}; pass those, or another --output-dir")
-    for name in changed:
-        say(f"warning: --{name.replace('_', '-')} was {saved['flags'][name]} in {path.name}, is now {getattr(args, name)}")
-    if others:
-        say(f"warning: --shards {args.shards} are not the ones {path.name} was trained on")
-    try:
-        model.load_state_dict(checkpoint.unprefixed(saved["state_dict"]))
-    except RuntimeError:
-        flags = ", ".join(typed(name, saved["flags"][name]) for name in changed) or "another version of this code"
-        raise ValueError(f"--resume {path}: its weights have other names or shapes, those of a run with {flags}; pass that, or "
-                         "another --output-dir") from None  # fmt: skip
-    optimizer.load_state_dict(saved["optimizer"])
-    if saved["scaler"]:  # empty unless the run was in fp16
-        scaler.load_state_dict(saved["scaler"])
-    return saved["epoch"], saved["step"]
-
-
 def main(argv=None):
     with one_line_errors(PROG):
         args = get_args(argv)
@@ -154,14 +110,17 @@ def main(argv=None):
         args.samples = index.total  # not a flag: a memory bank has a row for each
         check(args, index.total)
         if args.dry_run is None:
-            resume_from = dist.first_process_does(lambda: checkpoint.open_run(args.output_dir, args.resume))
+            resume_from = dist.first_process_does(lambda: resume.open_run(args.output_dir, args.resume))
         method = build(args, device)
         lr = optim.scaled_lr(args.lr, args.batch_size)
         optimizer = optim.sgd(method.parameters(), lr, args.momentum, args.weight_decay, args.trust, exclude=True)
         scaler = amp.scaler(args.amp)
         if args.dry_run is not None:
             return dry_run(args, index)
-        start = restore(resume_from, args, index.hash, method, optimizer, scaler) if resume_from else (0, 0)
+        start = (0, 0)
+        if resume_from:
+            identity, per_image = ("space",) if args.method == "cmc" else (), getattr(METHODS[args.method], "PER_IMAGE", False)
+            start = resume.restore(resume_from, args, index.hash, method, optimizer, scaler, identity, per_image)
 
     model = dist.data_parallel(method, device)
     folder = Path(args.output_dir)
@@ -225,9 +184,9 @@ def train(args, index, model, optimizer, scaler, start, lr, device):
                     batch = next(batches)
                 now.seed_torch()
                 loss, stats = model(batch.views, batch.index, now)
-                stats |= engine.update(loss, Place(epoch, step, batch))
+                stats |= engine.update(loss, StepInputs(epoch, step, batch))
                 method.commit(now)
-                log.step(step, loss, stats, lr_now, batch.bad)
+                log.add(step, loss, stats, lr_now, batch.bad)
                 if engine.done(epoch, step + 1):
                     return engine.stopped_by
             engine.save(epoch + 1, 0)
@@ -250,7 +209,14 @@ def compute_again(args, device):
     """--replay."""
     if dist.world() > 1:
         raise ValueError(f"--replay {args.replay}: computes in one process, this is one of {dist.world()}; leave torchrun out")
-    again = replay.run(build(args, device), replay.load(args.replay), args, device)
+    method = build(args, device)
+
+    def loss_of(saved):
+        now = Step.at(saved["epoch"] * saved["steps"] + saved["step"], args.epochs * saved["steps"], args.seed)
+        now.seed_torch()
+        return method([view.to(device) for view in saved["views"]], saved["samples"].to(device), now)[0]
+
+    again = replay.run(method, replay.read_failed_step(args.replay), loss_of, amp.scaler(args.amp))
     sys.exit(0 if again else 1)
 
 

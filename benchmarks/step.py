@@ -33,7 +33,7 @@ from utils.learning.contrast import Step
 from utils.run import dist
 from utils.run.checkpoint import bare
 from utils.run.cpu import keep_freed_memory, peak_memory
-from utils.run.engine import Engine, Place
+from utils.run.engine import Engine, StepInputs
 from utils.run.flags import Parser, one_line_errors, positive
 
 CASES = {
@@ -134,7 +134,7 @@ def default_step(model, flags, device):
 
     def step(views, now):
         loss, _ = model(views, rows_of(views), now)
-        engine.update(loss, Place(0, now.number))
+        engine.update(loss, StepInputs(0, now.number))
         bare(model).commit(now)
 
     return step

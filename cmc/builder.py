@@ -10,10 +10,10 @@ from cmc.memory import Bank, Scores, draw_rows, last_places
 from cmc.nets import ARCHS, TwoBranches
 from utils.data.views import ViewSpec, moco_v1_view
 from utils.evaluation.probe import Frozen, timm_trunk
-from utils.learning import backbones, mixture
+from utils.learning import backbones, layouts, mixture
 from utils.learning.contrast import Step, embed
 from utils.learning.criterion import criterion
-from utils.run import checkpoint, dist
+from utils.run import dist
 from utils.run.flags import in_range, positive
 
 
@@ -171,7 +171,7 @@ class InsDis(MemoryBank):
 
     @staticmethod
     def trunk(state_dict, args):
-        return checkpoint.trunk_state(state_dict)
+        return layouts.trunk_state(state_dict)
 
     def __init__(self, args):
         backbones.feature_shape(backbones.build_trunk(args), args.arch, args.size, args.size)  # refuses what cannot work

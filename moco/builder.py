@@ -6,10 +6,10 @@ from torch.nn.functional import normalize
 
 from utils.data.views import ViewSpec, moco_v1_view, moco_v2_view
 from utils.evaluation.probe import timm_trunk
-from utils.learning import backbones, mixture
+from utils.learning import backbones, layouts, mixture
 from utils.learning.contrast import Step, ema_, embed, enqueue_, key_copy, shuffled_keys
 from utils.learning.criterion import criterion
-from utils.run import checkpoint, dist
+from utils.run import dist
 from utils.run.flags import in_range, positive
 
 
@@ -89,7 +89,7 @@ class MoCo(nn.Module):
 
     @staticmethod
     def trunk(state_dict, args):
-        return checkpoint.trunk_state(state_dict)
+        return layouts.trunk_state(state_dict)
 
     def __init__(self, args):
         super().__init__()

@@ -8,7 +8,7 @@ import torch
 from helpers import build, method_args
 
 from methods import METHODS
-from utils.learning import backbones
+from utils.learning import backbones, layouts
 from utils.run import checkpoint
 
 
@@ -21,7 +21,7 @@ def test_load__refuses_code_by_name_and_does_not_run_it(tmp_path, capsys):
     path = tmp_path / "evil.pth.tar"
     torch.save({"state_dict": Evil()}, path)
     with pytest.raises(ValueError, match=rf"--resume {path}: it holds a (builtins.)?print") as error:
-        checkpoint.load(path, "--resume")
+        checkpoint.read(path, "--resume")
     assert "\n" not in str(error.value) and capsys.readouterr().out == ""
 
 
@@ -30,13 +30,13 @@ def test_load__truncated_file_is_an_error(tmp_path):
     torch.save({"state_dict": {"w": torch.zeros(1000)}}, path)
     path.write_bytes(path.read_bytes()[:-700])
     with pytest.raises(ValueError, match=f"--pretrained {path}: not a readable checkpoint"):
-        checkpoint.load(path, "--pretrained")
+        checkpoint.read(path, "--pretrained")
 
 
 def test_load__tensor_alone_is_an_error(tmp_path):
     torch.save(torch.zeros(3), tmp_path / "t.pth")
     with pytest.raises(ValueError, match="holds a Tensor"):
-        checkpoint.load(tmp_path / "t.pth", "--pretrained")
+        checkpoint.read(tmp_path / "t.pth", "--pretrained")
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def test_load_trunk__every_layout_in_the_wild(resnet, prefix, others):
         names = [other + name for name in resnet.state_dict()] if other.endswith(".") else [other]
         state |= {name: torch.full((1,), -7.0) for name in names}
     trunk = backbones.build("resnet18", num_classes=0)
-    checkpoint.load_trunk(trunk, METHODS["moco"].trunk(state, None), "fc", "--pretrained x")
+    layouts.load_trunk(trunk, METHODS["moco"].trunk(state, None), "fc", "--pretrained x")
     loaded = trunk.state_dict()
     assert loaded.keys() == {name for name in resnet.state_dict() if not name.startswith("fc.")}
     assert all(torch.equal(value, resnet.state_dict()[name]) for name, value in loaded.items())
@@ -75,7 +75,7 @@ def test_load_trunk__our_own(method):
     args = method_args(method)
     frozen = METHODS[method].frozen(args)
     state = METHODS[method].trunk(checkpoint.prefixed(trained), args)
-    checkpoint.load_trunk(frozen.trunk, state, frozen.classifier, "--pretrained x")
+    layouts.load_trunk(frozen.trunk, state, frozen.classifier, "--pretrained x")
     state = (trained.encoder if method == "cmc" else trained.encoders()[0]).state_dict()
     assert all(torch.equal(value, state[name]) for name, value in frozen.trunk.state_dict().items())
 
@@ -92,9 +92,9 @@ def test_load_trunk__anything_but_an_exact_cover_is_an_error(resnet, spoil, mess
     trunk = backbones.build("resnet18", num_classes=0)
     before = checkpoint.weights_hash(trunk)
     with pytest.raises(ValueError, match=message):
-        checkpoint.load_trunk(trunk, state, "fc", "--pretrained x")
+        layouts.load_trunk(trunk, state, "fc", "--pretrained x")
     assert checkpoint.weights_hash(trunk) == before
 
 
 def test_trunk_state__of_nothing_is_empty():
-    assert checkpoint.trunk_state({}) == {}
+    assert layouts.trunk_state({}) == {}

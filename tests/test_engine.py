@@ -14,7 +14,7 @@ from methods import METHODS
 from utils.learning import amp
 from utils.learning.contrast import Step
 from utils.run import dist
-from utils.run.engine import Engine, NotFinite, Place, Votes
+from utils.run.engine import Engine, NotFinite, StepInputs, Votes
 
 CPU = torch.device("cpu")
 FLAGS = ["--device", "cpu", "--amp", "fp32", "--workers", "0", "--print-freq", "1", "--save-steps", "2"]
@@ -32,7 +32,7 @@ def one_weight(value=2.0):
 
 def test_update__is_the_optimizers_and_tells_the_gradients_norm():
     weight, optimizer = one_weight()
-    stats = engine_of(optimizer).update((3 * weight).sum(), Place(0, 0))
+    stats = engine_of(optimizer).update((3 * weight).sum(), StepInputs(0, 0))
     assert weight.item() == 2 - 0.5 * 3 and weight.grad is None
     assert stats.keys() == {"grad_norm"} and stats["grad_norm"].item() == 3
 
@@ -44,8 +44,8 @@ def test_update__is_not_made_if_loss_or_gradient_is_not_finite(where, factor):
     # the square root of 0 is finite, its gradient is not
     loss = weight.sqrt().sum() if where == "gradient" else (weight.detach() * factor + 0 * weight).sum()
     with pytest.raises(NotFinite, match="epoch 3, step 7") as error:
-        engine_of(optimizer).update(loss, Place(3, 7, "the batch"))
-    assert error.value.place == (3, 7, "the batch")
+        engine_of(optimizer).update(loss, StepInputs(3, 7, "the batch"))
+    assert error.value.inputs == (3, 7, "the batch")
     assert weight.item() in (0.0, 2.0)
 
 
@@ -54,10 +54,12 @@ def test_update__an_overflow_of_fp16s_scaler_is_skipped_and_said():
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
     engine, skipped = engine_of(optimizer, scaler=scaler), []
     for step in range(3):  # 8 x 2^127 and 8 x 2^126 are infinite in float32
-        skipped.append(engine.update((8 * weight).sum() if step < 2 else (2 * weight).sum(), Place(0, step))["skipped"].item())
+        skipped.append(
+            engine.update((8 * weight).sum() if step < 2 else (2 * weight).sum(), StepInputs(0, step))["skipped"].item()
+        )
     assert skipped == [1, 1, 0] and weight.item() == 2 - 0.5 * 2
     with pytest.raises(NotFinite):  # a loss that is not finite is a failure all the same
-        engine.update((weight * float("inf")).sum(), Place(0, 3))
+        engine.update((weight * float("inf")).sum(), StepInputs(0, 3))
 
 
 def vote(rank_bad, wishes):
@@ -65,11 +67,11 @@ def vote(rank_bad, wishes):
     for step in range(len(wishes)):
         try:
             bad, outcome = votes(
-                Place(0, step), torch.tensor(dist.rank() == 1 and step == rank_bad), *wishes[step][dist.rank()]
+                StepInputs(0, step), torch.tensor(dist.rank() == 1 and step == rank_bad), *wishes[step][dist.rank()]
             )
             outcomes.append((bad.item(), outcome))
         except NotFinite as error:
-            outcomes.append(error.place.step)
+            outcomes.append(error.inputs.step_in_epoch)
     return outcomes
 
 
@@ -103,13 +105,13 @@ def test_votes__late_ones_are_read_a_step_later_and_settled_before_a_save(monkey
         real = getattr(torch, name)
         monkeypatch.setattr(torch, name, lambda *a, real=real, pin_memory=False, **k: real(*a, **k))
     votes, fine, bad = Votes(CPU, late=True), torch.tensor(False), torch.tensor(True)
-    assert votes(Place(0, 0), fine, 15, 0)[1] == [0, 0] and not events[0].waited
-    assert votes(Place(0, 1), fine, 0, 1)[1] == [15, 0] and events[0].waited and not events[1].waited
-    assert votes(Place(0, 2), bad, 0, 0)[0].item() == 1  # the device knows at once
+    assert votes(StepInputs(0, 0), fine, 15, 0)[1] == [0, 0] and not events[0].waited
+    assert votes(StepInputs(0, 1), fine, 0, 1)[1] == [15, 0] and events[0].waited and not events[1].waited
+    assert votes(StepInputs(0, 2), bad, 0, 0)[0].item() == 1  # the device knows at once
     with pytest.raises(NotFinite, match="step 2"):
-        votes(Place(0, 3), fine, 0, 0)
+        votes(StepInputs(0, 3), fine, 0, 0)
     votes.open = None
-    votes(Place(0, 4), bad, 0, 0)
+    votes(StepInputs(0, 4), bad, 0, 0)
     with pytest.raises(NotFinite, match="step 4"):
         votes.settle()
 
@@ -188,11 +190,11 @@ def test_replay__is_the_step_itself(images, tmp_path, capsys, method):
     """The loss of a step that is declared bad although it is fine comes back to the bit."""
     losses, real = [], Engine.update
 
-    def declare(self, loss, place):
+    def declare(self, loss, inputs):
         losses.append(loss.item())
-        if place.step == 3:
-            raise NotFinite(place)
-        return real(self, loss, place)
+        if inputs.step_in_epoch == 3:
+            raise NotFinite(inputs)
+        return real(self, loss, inputs)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Engine, "update", declare)

@@ -157,7 +157,7 @@ def test_load__names_the_type_that_it_refuses(tmp_path, monkeypatch, make, name,
     monkeypatch.chdir(tmp_path)
     torch.save({"epoch": 3, "args": make()}, "c.pth.tar", _use_new_zipfile_serialization=not old_format)
     with pytest.raises(ValueError, match=rf"--pretrained c.pth.tar: .*{name}") as error:
-        checkpoint.load("c.pth.tar", "--pretrained")
+        checkpoint.read("c.pth.tar", "--pretrained")
     assert "\n" not in str(error.value) and not (tmp_path / "executed").exists()
 
 
@@ -235,7 +235,7 @@ def test_load__a_file_cut_anywhere_is_an_error(tmp_path, old_format):
     for size in [*range(0, len(whole), 7), len(whole) - 1]:
         path.write_bytes(whole[:size])
         with pytest.raises(ValueError, match=f"--resume {path}: ") as error:
-            checkpoint.load(path, "--resume")
+            checkpoint.read(path, "--resume")
         assert "\n" not in str(error.value), size
 
 
@@ -245,7 +245,7 @@ def test_load__noise_is_an_error(tmp_path):
     for content in [*texts, *(rng.integers(0, 256, n, dtype=np.uint8).tobytes() for n in range(1, 300))]:
         path.write_bytes(content)
         try:
-            assert isinstance(checkpoint.load(path, "--resume"), dict)
+            assert isinstance(checkpoint.read(path, "--resume"), dict)
         except ValueError as error:
             assert str(error).startswith(f"--resume {path}: ") and "\n" not in str(error), content
 

@@ -47,7 +47,7 @@ def epoch(folder, number=0, losses=LOSSES, print_freq=2, clock=None, chance=CHAN
                 clock.now += 2
             loss = torch.tensor(losses[step], requires_grad=True)
             met = [{"shard": "a.tar", "key": key, "error": "why"} for at, key in bad if at == step]
-            writer.step(step, loss, {"top1": torch.tensor(10.0 * step)}, 0.5, met)
+            writer.add(step, loss, {"top1": torch.tensor(10.0 * step)}, 0.5, met)
         writer.scalars(number, {"val_top1": 50.0})
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
@@ -104,7 +104,7 @@ def test_log__an_epoch_begun_in_the_middle_has_its_last_steps(tmp_path):
     with logger(tmp_path, 5, 2, start=(0, 3)) as writer:
         steps = list(writer.epoch(0, first_step=3))
         for step in steps:
-            writer.step(step, torch.tensor(float(step)), {}, 0.1, [])
+            writer.add(step, torch.tensor(float(step)), {}, 0.1, [])
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert steps == [3, 4] and [(line["step"], line["loss"]) for line in lines] == [(3, 3.0), (4, 4.0)]
 
@@ -120,7 +120,7 @@ def test_log__an_epoch_starts_its_clock_anew(tmp_path, clock):
         for number in range(2):
             for step in writer.epoch(number):
                 clock.now += 2
-                writer.step(step, torch.tensor(1.0), {}, 0.1, [])
+                writer.add(step, torch.tensor(1.0), {}, 0.1, [])
             clock.now += 1000
     rates = [json.loads(line)["images_per_s"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert rates == [4.0, 4.0]
@@ -146,7 +146,7 @@ def lines_of(folder):
 def test_log__a_flush_ends_a_window_and_each_line_says_how_many_steps_it_has(tmp_path):
     with logger(tmp_path, 9, 4) as writer:
         for step in writer.epoch(0):
-            writer.step(step, torch.tensor(float(step)), {}, 0.1, [])
+            writer.add(step, torch.tensor(float(step)), {}, 0.1, [])
             if step in (1, 2, 3):
                 writer.flush()
     assert [(x["step"], x["steps"], x["loss"]) for x in lines_of(tmp_path)] == [
@@ -170,7 +170,7 @@ def test_log__what_is_done_again_is_not_told_twice(tmp_path, start, kept, half):
 def test_log__skipped_steps_are_counted(tmp_path, capsys):
     with logger(tmp_path, 6, 3) as writer:
         for step in writer.epoch(0):
-            writer.step(step, torch.tensor(1.0), {"skipped": torch.tensor(float(step in (0, 2)))}, 0.1, [])
+            writer.add(step, torch.tensor(1.0), {"skipped": torch.tensor(float(step in (0, 2)))}, 0.1, [])
     assert [x["skipped"] for x in lines_of(tmp_path)] == [2, 0]
     first, second = capsys.readouterr().out.splitlines()
     assert "skipped 2" in first and "skipped" not in second
@@ -182,7 +182,7 @@ def two_processes(folder):
     with logger(folder, len(losses), 2) as writer:
         for step in writer.epoch(0):
             met = [{"shard": "a.tar", "key": f"{step} {min(step, 1) * dist.rank()}", "error": "why"}] if step < 2 else []
-            writer.step(step, torch.tensor(losses[step]), {"top1": torch.tensor(100.0 * dist.rank())}, 0.5, met)
+            writer.add(step, torch.tensor(losses[step]), {"top1": torch.tensor(100.0 * dist.rank())}, 0.5, met)
     bad = BadSamples(folder, 40, 0.1)
     seen = log.Log(folder / "bad", (0, 0), 1, 1, 8, bad) if dist.rank() else None
     assert seen is None or (seen.lines is None and seen.writer is None)

@@ -17,7 +17,7 @@ from methods import METHODS
 from utils.data.bad_samples import BadSamples
 from utils.data.loader import Batches
 from utils.evaluation.probe import Classifiers, evaluate
-from utils.learning import backbones, optim
+from utils.learning import backbones, layouts, optim
 from utils.run import checkpoint
 from utils.run.flags import RunError
 
@@ -48,7 +48,7 @@ def test_main_lincls__learns_and_tells(images, trained, tmp_path):
     path = trained / checkpoint.LATEST
     assert result["checkpoint_sha256"] == checkpoint.file_hash(path)
     trunk = backbones.build("tiny_resnet", num_classes=0)
-    checkpoint.load_trunk(trunk, checkpoint.trunk_state(checkpoint.load(path, "x")["state_dict"]), "fc", "x")
+    layouts.load_trunk(trunk, layouts.trunk_state(checkpoint.read(path, "x")["state_dict"]), "fc", "x")
     assert result["trunk_sha256"] == checkpoint.weights_hash(trunk)  # BatchNorm statistics included
 
 
@@ -203,10 +203,10 @@ def test_main_lincls__resumed_probe_is_the_unbroken_probe(images, trained, tmp_p
     with pytest.raises(KeyboardInterrupt):
         probe(images, trained, tmp_path / "part", "--epochs", 3)
     monkeypatch.undo()
-    assert checkpoint.load(tmp_path / "part" / checkpoint.LATEST, "x")["epoch"] == 1
+    assert checkpoint.read(tmp_path / "part" / checkpoint.LATEST, "x")["epoch"] == 1
     part = probe(images, trained, tmp_path / "part", "--epochs", 3, "--resume", "auto")
     assert (part["best"], part["last"]) == (whole["best"], whole["last"])
-    saved = [checkpoint.load(tmp_path / name / checkpoint.LATEST, "x")["state_dict"] for name in ("whole", "part")]
+    saved = [checkpoint.read(tmp_path / name / checkpoint.LATEST, "x")["state_dict"] for name in ("whole", "part")]
     assert torch.equal(*(state["module.fc.6.weight"] for state in saved))
     again = probe(images, trained, tmp_path / "part", "--epochs", 3, "--resume", "auto")  # nothing left to do
     assert again["last"] == whole["last"]
@@ -224,7 +224,7 @@ def test_main_lincls__random_trunk(images, tmp_path):
 
 
 def broken(trained, tmp_path):
-    saved = checkpoint.load(trained / checkpoint.LATEST, "x")
+    saved = checkpoint.read(trained / checkpoint.LATEST, "x")
     del saved["state_dict"]["module.encoder_q.layer1.0.conv1.weight"]
     torch.save(saved, tmp_path / "broken.pth.tar")
     return tmp_path / "broken.pth.tar"

@@ -21,7 +21,7 @@ FLAGS = [*TINY, *COMMON]
 
 def run(images, out, *flags, method="moco"):
     main_pretrain.main([*tiny(method), "--shards", f"{images}/train", "--output-dir", str(out), *COMMON, *map(str, flags)])
-    return checkpoint.load(out / checkpoint.LATEST, "--resume")
+    return checkpoint.read(out / checkpoint.LATEST, "--resume")
 
 
 def weights(saved):
@@ -201,7 +201,7 @@ def test_main_pretrain__foreign_checkpoint_is_one_line(images, tmp_path, capsys,
 @pytest.mark.parametrize("method, flags, message", [
     ("insdis", ["--nce-k", "12"], "--nce-k 12: was --nce-k 24 in .*, whose 1 epochs are done; pass that, or another"),
     ("moco", ["--unmix-prob", "0.5"], "--unmix-prob 0.5: was no --unmix-prob in .* 1 epochs are done"),
-    ("cmc", ["--epochs", "2", "--space", "HSV"], "--space HSV: .* holds features of Lab; pass that, or another --output-dir"),
+    ("cmc", ["--epochs", "2", "--space", "HSV"], "--space HSV: .* was trained with --space Lab; pass that, or another"),
     ("insdis", ["--lr-steps"], "--lr-steps: was --lr-steps 1 in .* 1 epochs are done"),
     ("insdis", ["--epochs", "2", "--nce-dim", "8"], "--resume .* names or shapes, those of .*--nce-dim 16.*; pass that"),
 ])  # fmt: skip
@@ -223,10 +223,10 @@ def test_main_pretrain__a_bank_is_of_its_images(images, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         run(images, tmp_path, "--epochs", "2", "--resume", "auto", "--shards", tmp_path / "other", method="insdis")
     line = capsys.readouterr().err.splitlines()[-1]
-    assert f"error: --shards {tmp_path / 'other'}: are not the images whose features {tmp_path}/checkpoint" in line
+    assert f"error: --shards {tmp_path / 'other'}: {tmp_path}/checkpoint" in line and "holds features of other images" in line
     with pytest.raises(SystemExit, match="2"):
         run(images, tmp_path, "--epochs", "1", "--resume", "auto", "--shards", tmp_path / "other", method="insdis")
-    assert "whose epochs are done, is of; pass those" in capsys.readouterr().err
+    assert "whose epochs are done, was trained on other images; pass those" in capsys.readouterr().err
 
 
 def test_main_pretrain__not_finite_loss_stops(images, tmp_path, capsys):

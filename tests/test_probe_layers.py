@@ -35,7 +35,7 @@ def test_main_lincls__layers_are_probed_as_if_alone(images, tmp_path, all_layers
     assert list(result["layers"]) == ["1", "2", "3", "4", "5"] and result["last"] == result["layers"]["5"]["last"]
     alone = probe(images, tmp_path, "--layer", layer)
     assert alone["last"] == result["layers"][str(layer)]["last"] and "layers" not in alone
-    saved = [checkpoint.load(f / checkpoint.LATEST, "x")["state_dict"] for f in (tmp_path, folder)]
+    saved = [checkpoint.read(f / checkpoint.LATEST, "x")["state_dict"] for f in (tmp_path, folder)]
     weights = [state[f"module.fc.{layer}.weight"] for state in saved]
     assert weights[0].shape == (2, width)
     torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-6)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers import forkserver
 
-from utils.run import checkpoint, files, saver
+from utils.run import checkpoint, files, resume, saver
 from utils.run.saver import Saver, write
 
 LATEST = checkpoint.LATEST
@@ -151,7 +151,7 @@ def test_write__killed_at_any_point_leaves_a_whole_newest(tmp_path, module, name
     process.start()
     process.join(60)
     assert process.exitcode == -signal.SIGKILL
-    newest = checkpoint.open_run(tmp_path, "auto")
+    newest = resume.open_run(tmp_path, "auto")
     replaced = name == "link" or (name == "replace" and after)
     assert value(newest) == (2 if replaced else 1) and value(tmp_path / LATEST) == 1
     assert not list(tmp_path.glob(".*"))
@@ -197,30 +197,49 @@ def empty(path):
 def test_open_run__falls_back_to_the_one_before_and_names_both(tmp_path, capsys, damage):
     first, second, third = three(tmp_path)
     damage(third)  # LATEST is the same file
-    assert checkpoint.open_run(tmp_path, "auto") == second
+    assert resume.open_run(tmp_path, "auto") == second
     line, *more = capsys.readouterr().out.splitlines()
-    assert not more and str(third.parent) in line and "is damaged" in line and f"going on from {second}" in line
+    assert not more and str(third.parent) in line and "is corrupt" in line and f"using {second}" in line
     damage(second)
-    assert checkpoint.open_run(tmp_path, "auto") == first
+    assert resume.open_run(tmp_path, "auto") == first
     assert capsys.readouterr().out.count("warning: ") == 2
     damage(first)
-    with pytest.raises(ValueError, match="there is no other checkpoint; pass --resume PATH") as error:
-        checkpoint.open_run(tmp_path, "auto")
-    assert all(str(path) in str(error.value) for path in (first, second))
+    with pytest.raises(ValueError, match="there is no other checkpoint in") as error:
+        resume.open_run(tmp_path, "auto")
+    assert str(first) in str(error.value)
 
 
 def test_open_run__a_copy_named_latest_may_be_the_good_one(tmp_path, monkeypatch):
     monkeypatch.setattr(files.os, "link", lambda *_: (_ for _ in ()).throw(OSError(95, "Operation not supported")))
     third = three(tmp_path)[-1]
     cut(third)
-    os.utime(tmp_path / LATEST, (1, 1))
-    assert value(checkpoint.open_run(tmp_path, "auto")) == 2
-    os.utime(tmp_path / LATEST)
-    assert value(checkpoint.open_run(tmp_path, "auto")) == 3
+    for when in (1, None):  # the time of a file decides nothing
+        os.utime(tmp_path / LATEST, when and (when, when))
+        assert value(resume.open_run(tmp_path, "auto")) == 3
 
 
-def test_open_run__goes_on_from_an_older_one_of_the_same_folder_and_then_from_what_was_written_last(tmp_path):
+def test_newest__is_by_the_content_and_not_by_the_time_or_the_name(tmp_path):
+    first, second, third = three(tmp_path)
+    os.utime(third, (1, 1))  # LATEST is the same file
+    assert checkpoint.newest(tmp_path, "x") == third
+    second.rename(tmp_path / "checkpoint_0099.pth.tar")
+    assert checkpoint.newest(tmp_path, "x") == third
+    os.utime(first, (1e10, 1e10))
+    first.rename(tmp_path / LATEST)
+    assert checkpoint.newest(tmp_path, "x") == third
+    third.unlink()
+    assert value(checkpoint.newest(tmp_path, "x")) == 2
+    assert checkpoint.newest(tmp_path / "nowhere", "x") is None
+
+
+def test_open_run__resumes_an_older_one_of_the_same_folder_and_then_the_second_try(tmp_path, capsys):
+    """The checkpoints of the abandoned try are later: they must neither be resumed nor push out those of the second try."""
     first = three(tmp_path)[0]
-    assert checkpoint.open_run(tmp_path, first) == first
-    write(tmp_path / checkpoint.name_of(0, 2), content(0, 2, 7.0))  # the second try
-    assert value(checkpoint.open_run(tmp_path, "auto")) == 7
+    assert resume.open_run(tmp_path, first) == first
+    keeper = Saver(tmp_path, 1, 0)
+    keeper.save(content(0, 2, 7.0))  # the second try
+    keeper.wait()
+    assert value(resume.open_run(tmp_path, "auto")) == 7 == value(tmp_path / LATEST)
+    abandoned = "abandoned_checkpoint_0000_000003.pth.tar"
+    assert names(tmp_path) == [abandoned, "checkpoint_0000_000002.pth.tar", LATEST]
+    assert f"renamed to {abandoned}" in capsys.readouterr().out

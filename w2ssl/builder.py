@@ -10,11 +10,11 @@ from torch.nn.functional import normalize
 from utils.data.photometric import normalized
 from utils.data.views import ViewSpec
 from utils.evaluation.probe import timm_trunk
-from utils.learning import amp, backbones
+from utils.learning import amp, backbones, layouts
 from utils.learning.contrast import Step, ema_, key_copy
 from utils.learning.optim import cosine
 from utils.learning.sync_bn import synchronized
-from utils.run import checkpoint, dist
+from utils.run import dist
 from utils.run.flags import in_range, positive
 from w2ssl.losses import location, supervised_contrastive
 from w2ssl.montage import compose, deal, separate
@@ -95,7 +95,7 @@ class W2SSL(nn.Module):
     @staticmethod
     def trunk(state_dict, args):
         """MoCo-v3's checkpoints have the same names; whatever head they have is called fc..."""
-        state = checkpoint.trunk_state(state_dict)
+        state = layouts.trunk_state(state_dict)
         return {name: value for name, value in state.items() if not name.startswith("fc")}
 
     def __init__(self, args):

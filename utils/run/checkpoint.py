@@ -1,10 +1,10 @@
-"""Checkpoints: their names, which one to go on from, read without unpickling code, in the layouts the field uses."""
+"""Checkpoints: their names, the newest of a folder, and how they are read without executing code."""
 
 import argparse
 import hashlib
+import math
 import pickle
 import re
-import tempfile
 import zipfile
 from pathlib import Path
 
@@ -13,12 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 LATEST = "checkpoint_latest.pth.tar"
-# where published checkpoints keep the trunk (METHODS.md, last table); the first prefix that occurs decides
-PREFIXES = (
-    "module.encoder_q.", "encoder_q.", "module.base_encoder.", "module.momentum_encoder.", "module.encoder.", "encoder.module.",
-    "module.", "",
-)  # fmt: skip
-# what a checkpoint may hold beside tensors and plain data: the flags of CMC's released ones
+# a checkpoint may hold these besides tensors and plain data: CMC's released ones hold their flags
 ALLOWED = [argparse.Namespace]
 
 
@@ -27,78 +22,79 @@ def name_of(epoch: int, step: int) -> str:
     return f"checkpoint_{epoch:04d}_{step:06d}.pth.tar" if step else f"checkpoint_{epoch - 1:04d}.pth.tar"
 
 
-def epoch_at_end(path: Path) -> int | None:
-    """How many whole epochs a checkpoint of this name has, None if it lies inside an epoch."""
-    found = re.fullmatch(r"checkpoint_(\d{4,})\.pth\.tar", Path(path).name)
-    return int(found[1]) + 1 if found else None
+def place_of(path: Path) -> tuple[int, int] | None:
+    """(whole epochs, steps of the next) from a checkpoint's name; None for LATEST and other names."""
+    found = re.fullmatch(r"checkpoint_(\d{4,})(?:_(\d{6,}))?\.pth\.tar", Path(path).name)
+    if found is None:
+        return None
+    return (int(found[1]), int(found[2])) if found[2] else (int(found[1]) + 1, 0)
 
 
 def saved_in(folder: Path) -> list[Path]:
-    """The checkpoints of a run, the one that was written last first. LATEST is one more name of that one, and left out."""
-    paths = [p for p in Path(folder).glob("checkpoint_*.pth.tar") if re.fullmatch(r"checkpoint_[\d_]+\.pth\.tar", p.name)]
-    return sorted(paths, key=lambda p: (p.stat().st_mtime_ns, p.name), reverse=True)
+    """The numbered checkpoints of a run, the newest first by (epoch, step). LATEST, another name of the newest, is left out."""
+    places = {path: place for path in Path(folder).glob("checkpoint_*.pth.tar") if (place := place_of(path))}
+    return sorted(places, key=places.__getitem__, reverse=True)
 
 
-def open_run(folder: str, resume: str | None) -> Path | None:
-    """Make the output folder of a run and find the checkpoint to resume from, None for a new run. Call on the first process."""
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ValueError(f"--output-dir {folder}: {error.strerror}; pass a folder you may write to") from None
-    there = [p for p in (folder / LATEST, *saved_in(folder)) if p.exists()]
-    there.sort(key=lambda p: p.stat().st_mtime_ns, reverse=True)  # a run may have been killed before it moved LATEST on
-    if resume is None and there:
-        raise ValueError(f"--output-dir {folder}: holds a run already; pass --resume auto to continue it, or another folder")
-    if resume not in (None, "auto") and there and Path(resume).resolve().parent != folder.resolve():
-        raise ValueError(f"--output-dir {folder}: holds another run, which --resume {resume} would go over; pass another")
-    for left in folder.glob(".checkpoint_*.tmp"):  # of a save that was killed
-        left.unlink(missing_ok=True)
-    if resume != "auto":
-        return Path(resume) if resume else None
-    return _newest_whole(there) if there else None
+def newest(folder: Path | str, flag: str) -> Path | None:
+    """The newest whole checkpoint in a folder, by the (epoch, step) in its content; None if the folder has no checkpoint.
 
-
-def _newest_whole(paths):
-    damaged = []
-    for path in paths:
-        if any(path.samefile(other) for other, _ in damaged):
+    A corrupt one is named in a warning, and the one before it is taken. Raises ValueError if all are corrupt.
+    """
+    there = [path for path in (*saved_in(Path(folder)), Path(folder) / LATEST) if path.exists()]
+    corrupt: list[Path] = []
+    for path in sorted(there, key=_place_in, reverse=True):
+        if any(path.samefile(other) for other in corrupt):
             continue
-        fault = _damage(path)
-        if fault is None:
-            for bad, why in damaged:
-                print(f"warning: {bad} is damaged ({why}); going on from {path}", flush=True)
+        try:
+            read(path, flag)
+        except ValueError as error:
+            corrupt.append(path)
+            reason = error
+        else:
+            for bad in corrupt:
+                print(f"warning: {bad} is corrupt; using {path}", flush=True)
             return path
-        damaged.append((path, fault))
-    raise ValueError(f"--resume auto: {', '.join(str(path) for path, _ in damaged)}: damaged, and there is no other "
-                     "checkpoint; pass --resume PATH of one elsewhere, or another --output-dir")  # fmt: skip
+    if corrupt:
+        raise ValueError(f"{reason}; there is no other checkpoint in {folder}")
+    return None
 
 
-def _damage(path):
-    """What is wrong with a file of torch.save, None if nothing: torch itself does not look at the checksums."""
+def _place_in(path: Path) -> tuple[float, float]:
+    """(epoch, step) in a checkpoint; its name decides where the content cannot be read, and a corrupt LATEST comes first."""
     try:
-        with zipfile.ZipFile(path) as file:
-            broken = file.testzip()
-    except (OSError, EOFError, zipfile.BadZipFile) as error:
-        return str(error)
-    return f"{broken} in it is" if broken else None
+        content = _unpickled(path, mmap=True)  # reads no tensor
+        return int(content["epoch"]), int(content.get("step", 0))
+    except Exception:  # whatever the unpickler meets: `read` will name it
+        return place_of(path) or (math.inf, 0)
 
 
-def load(path: Path, flag: str) -> dict:
-    """A checkpoint, on the CPU. Nothing in it is executed: what needs more than plain data and tensors is refused by name."""
+def _unpickled(path: Path, **how):
+    with torch.serialization.safe_globals(ALLOWED):
+        return torch.load(str(path), map_location="cpu", weights_only=True, **how)
+
+
+def read(path: Path | str, flag: str) -> dict:
+    """A checkpoint, on the CPU, its checksums verified. No code in it is executed: more than plain data and tensors is refused.
+
+    Raises FileNotFoundError or ValueError, in one line that names flag and path.
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{flag} {path}: no such file; pass a checkpoint such as {LATEST}")
     try:
-        with torch.serialization.safe_globals(ALLOWED):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        if zipfile.is_zipfile(path):  # torch before 1.6 wrote another format, without checksums
+            with zipfile.ZipFile(path) as file:
+                if broken := file.testzip():  # torch itself does not look at the checksums
+                    raise zipfile.BadZipFile(f"the checksum of {broken} is wrong")
+        content = _unpickled(path)
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"it holds a {named[1]}, which is code and not data" if named else "it is not a readable checkpoint"
-        raise ValueError(f"{flag} {path}: {what}; save it again as plain tensors, numbers and strings") from None
-    except Exception as error:  # torch passes on whatever its unpickler meets in a file that is none
+        reason = f"it holds a {named[1]}, which is code and not data" if named else "it is not a readable checkpoint"
+        raise ValueError(f"{flag} {path}: {reason}; save it again as plain tensors, numbers and strings") from None
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{flag} {path}: is corrupt ({error}); pass another checkpoint") from None
+    except Exception as error:  # torch passes on whatever its unpickler meets in a file of another kind
         raise ValueError(f"{flag} {path}: not a readable checkpoint ({type(error).__name__}); is it complete?") from None
     if not isinstance(content, dict):
         raise ValueError(f"{flag} {path}: holds a {type(content).__name__}, not a dictionary of weights")
@@ -117,38 +113,6 @@ def prefixed(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def unprefixed(state_dict: dict) -> dict:
     return {name.removeprefix("module."): value for name, value in state_dict.items()}
-
-
-def trunk_state(state_dict: dict) -> dict[str, torch.Tensor]:
-    """The encoder's part of a state dict, with the names of the timm or torchvision model, its head still on it."""
-    prefix = next(p for p in PREFIXES if any(name.startswith(p) for name in state_dict) or not p)
-    return {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
-
-
-def weights_of(saved: dict, source: str) -> dict:
-    """The state dict in a checkpoint, or the checkpoint itself if it is one. Raises ValueError for anything else."""
-    state = saved.get("state_dict", saved.get("model", saved))
-    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
-        raise ValueError(f"{source}: holds no weights by name; pass a checkpoint of a model")
-    return state
-
-
-def load_trunk(trunk: nn.Module, state: dict, classifier: str, source: str) -> None:
-    """Load a trunk whose weights `state` must cover exactly; only what belongs to the classifier is left out.
-
-    Raises ValueError that lists the keys which are missing, left over or of another shape.
-    """
-    state = {name: value for name, value in state.items() if not name.startswith(f"{classifier}.")}
-    wanted = trunk.state_dict()
-    faults = {
-        "missing": wanted.keys() - state.keys(),
-        "not in the trunk": state.keys() - wanted.keys(),
-        "of another shape": [n for n in wanted.keys() & state.keys() if wanted[n].shape != getattr(state[n], "shape", None)],
-    }
-    if any(faults.values()):
-        listed = "; ".join(f"{len(keys)} {what}: {', '.join(sorted(keys))}" for what, keys in faults.items() if keys)
-        raise ValueError(f"{source}: does not cover the trunk exactly ({listed}); pass the --arch it was trained with")
-    trunk.load_state_dict(state)
 
 
 def weights_hash(model: nn.Module) -> str:

@@ -2,11 +2,10 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from utils.data.loader import Batch
 from utils.run import dist
 from utils.run.flags import RunError
 from utils.run.log import Log
@@ -14,21 +13,21 @@ from utils.run.saver import Saver
 from utils.run.signals import Signals
 
 
-class Place(NamedTuple):
-    """A step under way, with what it is computed from."""
+class StepInputs(NamedTuple):
+    """A step, and the batch that it is computed from, which a failure writes down."""
 
     epoch: int
-    step: int
-    batch: Batch | None = None
+    step_in_epoch: int
+    batch: Any = None
 
 
 class NotFinite(RunError):
     """The loss or the gradient of a step is not finite on some process. Raised on all of them before the step's update."""
 
-    def __init__(self, place: Place):
-        where = f"epoch {place.epoch}, step {place.step}"
+    def __init__(self, inputs: StepInputs):
+        where = f"epoch {inputs.epoch}, step {inputs.step_in_epoch}"
         super().__init__(f"the loss or its gradient is not finite in {where}; try a lower --lr or --amp fp32")
-        self.place = place
+        self.inputs = inputs
 
 
 class Votes:
@@ -40,7 +39,7 @@ class Votes:
     def __init__(self, device: torch.device, late: bool):
         self.device, self.late, self.open = device, late, None
 
-    def __call__(self, place: Place, bad: torch.Tensor, *wishes: float) -> tuple[torch.Tensor, list[int]]:
+    def __call__(self, inputs: StepInputs, bad: torch.Tensor, *wishes: float) -> tuple[torch.Tensor, list[int]]:
         """bad: 0 or 1, on the device. -> (bad on any process, on the device; the wishes' outcome, if late of the step before).
 
         Raises NotFinite.
@@ -48,10 +47,10 @@ class Votes:
         wishes = torch.tensor(wishes, dtype=torch.float32, pin_memory=self.late).to(self.device, non_blocking=True)
         ballot = dist.largest(torch.cat([bad.float().view(1), wishes]))
         if not self.late:
-            return ballot[0], self._outcome(place, ballot)
+            return ballot[0], self._outcome(inputs, ballot)
         before, host = self.open, torch.empty(len(ballot), pin_memory=True)
         host.copy_(ballot, non_blocking=True)
-        self.open = place, host, torch.cuda.current_stream().record_event()
+        self.open = inputs, host, torch.cuda.current_stream().record_event()
         return ballot[0], self._read(before) if before else [0] * len(wishes)
 
     def settle(self) -> None:
@@ -61,14 +60,14 @@ class Votes:
             self.open = None
 
     def _read(self, vote):
-        place, host, event = vote
+        inputs, host, event = vote
         event.synchronize()
-        return self._outcome(place, host)
+        return self._outcome(inputs, host)
 
-    def _outcome(self, place, ballot):
+    def _outcome(self, inputs, ballot):
         bad, *wishes = map(int, ballot.tolist())
         if bad:
-            raise NotFinite(place)
+            raise NotFinite(inputs)
         return wishes
 
 
@@ -96,7 +95,7 @@ class Engine:
         self.saver.wait()
         self.signals.__exit__()
 
-    def update(self, loss: torch.Tensor, place: Place) -> dict[str, torch.Tensor]:
+    def update(self, loss: torch.Tensor, inputs: StepInputs) -> dict[str, torch.Tensor]:
         """Backward and the optimizer's step, if loss and gradient are finite on every process; else raises NotFinite before.
 
         An overflow that fp16's scaler meets is no failure: it leaves the step out and tries a smaller scale. -> stats.
@@ -110,7 +109,7 @@ class Engine:
             stats = {"grad_norm": torch.where(finite, norm, 0), "skipped": (~finite).float()}
         else:
             bad = bad | ~finite
-        bad = self._vote(place, bad)
+        bad = self._vote(inputs, bad)
         if self.votes.late and not scaled:
             self.optimizer.found_inf = bad
         self.scaler.step(self.optimizer)
@@ -128,7 +127,7 @@ class Engine:
 
     def asked_to_stop(self, epoch: int) -> bool:
         """Between the steps of what follows an epoch, an evaluation: True, having saved, if the run is to stop."""
-        self._vote(Place(epoch, self.steps), self.none_bad)
+        self._vote(StepInputs(epoch, self.steps), self.none_bad)
         return self.done(epoch, self.steps) if self.stopped_by else False
 
     def save(self, epoch: int, step: int) -> None:
@@ -147,7 +146,7 @@ class Engine:
                            f"({self.saver.reason()}); make room, and start the same command again: it goes on from the one "
                            "before")  # fmt: skip
 
-    def _vote(self, place, bad):
+    def _vote(self, inputs, bad):
         due = dist.rank() == 0 and self.saver.due()
-        bad, (self.stopped_by, self.wish_to_save) = self.votes(place, bad, self.signals.received, due)
+        bad, (self.stopped_by, self.wish_to_save) = self.votes(inputs, bad, self.signals.received, due)
         return bad

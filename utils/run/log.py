@@ -9,12 +9,12 @@ import time
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from utils.data.bad_samples import BadSamples
 from utils.run import dist
 from utils.run.files import Lines, atomic, whole_lines, write_json
 
@@ -38,6 +38,12 @@ def write_config(folder: Path, args, **facts) -> None:
     write_json(folder / "config.json", config)
 
 
+class Counts(Protocol):
+    """Unusable samples: takes the new ones of this process, and returns how many this start of the run has met in all."""
+
+    def add(self, records: list[dict[str, str]]) -> int: ...
+
+
 class Log:
     """Counts what happens between two log lines. Lives on every process, writes on the first.
 
@@ -47,7 +53,7 @@ class Log:
     """
 
     def __init__(
-        self, folder: Path, start: tuple[int, int], steps: int, print_freq: int, batch: int, bad: BadSamples, chance: float = 0
+        self, folder: Path, start: tuple[int, int], steps: int, print_freq: int, batch: int, bad: Counts, chance: float = 0
     ):
         self.steps, self.print_freq, self.batch, self.bad, self.chance = steps, print_freq, batch, bad, chance
         self.lines = self.writer = None
@@ -84,7 +90,7 @@ class Log:
         yield
         self.waited += time.perf_counter() - start
 
-    def step(self, step: int, loss: torch.Tensor, stats: dict[str, torch.Tensor], lr: float, bad: list[dict]) -> None:
+    def add(self, step: int, loss: torch.Tensor, stats: dict[str, torch.Tensor], lr: float, bad: list[dict]) -> None:
         """Add up a step without waiting for the device; every `print_freq` steps and at the epoch's end, write the means.
 
         bad: the unusable samples that this process has met. Raises RunError if there are too many in all.

@@ -1,12 +1,11 @@
 """A step whose loss or gradient was not finite: written down with all that it was computed from, and computed again."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
 import torch
 
-from utils.learning import amp
-from utils.learning.contrast import Step
 from utils.run import checkpoint, dist
 from utils.run.engine import NotFinite
 from utils.run.files import atomic
@@ -21,13 +20,13 @@ def write(failure: NotFinite, folder: Path, args, method: torch.nn.Module, scale
     failure is known one step late: weights and batch are the failed step's; queue, banks and key encoder have gone on, without
     what is not finite.
     """
-    place = failure.place
-    parts = dist.gather_objects_on_first([view.cpu() for view in place.batch.views])
-    samples = dist.gather(place.batch.index)
-    path = folder / f"failed_step_{place.epoch:04d}_{place.step:06d}.pth.tar"
+    inputs = failure.inputs
+    parts = dist.gather_objects_on_first([view.cpu() for view in inputs.batch.views])
+    samples = dist.gather(inputs.batch.index)
+    path = folder / f"failed_step_{inputs.epoch:04d}_{inputs.step_in_epoch:06d}.pth.tar"
     if dist.rank() == 0:
         content = {
-            "flags": vars(args), "processes": dist.world(), "epoch": place.epoch, "step": place.step, "steps": steps,
+            "flags": vars(args), "processes": dist.world(), "epoch": inputs.epoch, "step": inputs.step_in_epoch, "steps": steps,
             "views": [torch.cat(view) for view in zip(*parts, strict=True)], "samples": samples.cpu(),
             "state_dict": checkpoint.prefixed(method), "scaler": scaler.state_dict(),
         }  # fmt: skip
@@ -39,20 +38,22 @@ def write(failure: NotFinite, folder: Path, args, method: torch.nn.Module, scale
     raise RunError(f"{failure}, and see --replay {path}")
 
 
-def load(path: str) -> dict:
-    saved = checkpoint.load(Path(path), "--replay")
+def read_failed_step(path: str) -> dict:
+    """The file that `write` has left. Raises FileNotFoundError or ValueError in one line that names --replay."""
+    saved = checkpoint.read(path, "--replay")
     if not {"flags", "processes", "views", "samples", "epoch", "step", "steps", "state_dict", "scaler"} <= saved.keys():
         raise ValueError(f"--replay {path}: is no failed step; pass a failed_step_*.pth.tar that a run has left in its folder")
     return saved
 
 
-def run(method: torch.nn.Module, saved: dict, args, device: torch.device) -> bool:
+def run(method: torch.nn.Module, saved: dict, loss_of: Callable[[dict], torch.Tensor], scaler: torch.amp.GradScaler) -> bool:
     """Compute the step in one process, its processes as BatchNorm groups, and say where numbers stop being finite.
 
-    method: built with `bn_splits` times the run's processes. -> whether it failed again.
+    method: built with `bn_splits` times the run's processes. loss_of: computes the loss from `saved`, with `method` in training
+    mode. Returns whether it failed again.
     """
     method.load_state_dict(checkpoint.unprefixed(saved["state_dict"]))
-    scaler, strange = amp.scaler(args.amp), []
+    strange: list[str] = []
     if saved["scaler"] and scaler.is_enabled():
         scaler.load_state_dict(saved["scaler"])
 
@@ -65,9 +66,8 @@ def run(method: torch.nn.Module, saved: dict, args, device: torch.device) -> boo
 
     for name, module in method.named_modules():
         module.register_forward_hook(look(name or "the method"))
-    now = Step.at(saved["epoch"] * saved["steps"] + saved["step"], args.epochs * saved["steps"], args.seed)
-    now.seed_torch()
-    loss, _ = method.train()([view.to(device) for view in saved["views"]], saved["samples"].to(device), now)
+    method.train()
+    loss = loss_of(saved)
     scaler.scale(loss).backward()
     gradients = {name: p.grad for name, p in method.named_parameters() if p.grad is not None}
     bad = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]

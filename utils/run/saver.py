@@ -49,16 +49,21 @@ class Saver:
         path = self.folder / checkpoint.name_of(content["epoch"], content["step"])
         try:
             write(path, content)
-            self._tidy()
+            self._tidy(path)
             self.failure = None
         except (OSError, RuntimeError) as error:
             # torch's own error about a file that takes no more hides the system's, which says why
             self.failure = error.__context__ if isinstance(error.__context__, OSError) else error
             say(f"warning: {path} could not be written ({self.reason()}); training goes on, the next save tries again")
 
-    def _tidy(self):
-        ends = ((path, checkpoint.epoch_at_end(path)) for path in checkpoint.saved_in(self.folder))
-        passing = [path for path, epoch in ends if epoch is None or not self.keep_epochs or epoch % self.keep_epochs]
+    def _tidy(self, written):
+        """Delete passing checkpoints but the newest. A later one than `written` is of a try that this run does not continue."""
+        saved = checkpoint.saved_in(self.folder)
+        for path in saved[: saved.index(written)]:
+            path.rename(path.with_name(f"abandoned_{path.name}"))
+            say(f"warning: {path} is later than the checkpoint that was resumed; renamed to abandoned_{path.name}")
+        places = ((path, checkpoint.place_of(path)) for path in saved[saved.index(written) :])
+        passing = [path for path, (epoch, step) in places if step or not self.keep_epochs or epoch % self.keep_epochs]
         for path in passing[self.keep :]:
             path.unlink()
 
