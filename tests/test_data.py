@@ -1,4 +1,4 @@
-"""The embedded samples, against their description and what reads them."""
+"""The embedded samples agree with their description."""
 
 import hashlib
 import io
@@ -19,7 +19,7 @@ NAMES = {"train": "train", "test": "t10k"}
 
 
 @pytest.mark.parametrize("split, each", [("train", 600), ("test", 100)])
-def test_data__torchvision_loads_it_class_balanced(split, each):
+def test_data__torchvision_reads_balanced_classes(split, each):
     dataset = torchvision.datasets.FashionMNIST(str(DATA), train=split == "train")
     assert dataset.data.shape == (10 * each, 28, 28)
     assert Counter(dataset.targets.tolist()) == dict.fromkeys(range(10), each)
@@ -29,14 +29,14 @@ def test_data__torchvision_loads_it_class_balanced(split, each):
 
 @pytest.mark.parametrize("split, count", [("train", 6000), ("test", 1000)])
 def test_data__raw_layout(split, count):
-    """IDX: magic 8 (unsigned bytes) and number of axes, the axes as big-endian int32, the bytes."""
+    """IDX: the magic number (8 for unsigned bytes, then the number of axes), the axes as big-endian int32, then the bytes."""
     images = (RAW / f"{NAMES[split]}-images-idx3-ubyte").read_bytes()
     labels = (RAW / f"{NAMES[split]}-labels-idx1-ubyte").read_bytes()
     assert np.frombuffer(images[:16], ">i4").tolist() == [0x803, count, 28, 28] and len(images) == 16 + count * 28 * 28
     assert np.frombuffer(labels[:8], ">i4").tolist() == [0x801, count] and len(labels) == 8 + count
 
 
-def test_data__no_image_in_both_splits_and_none_blank():
+def test_data__no_image_in_both_splits_and_no_blank_image():
     seen = {}
     for split, stem in NAMES.items():
         pixels = np.frombuffer((RAW / f"{stem}-images-idx3-ubyte").read_bytes(), np.uint8, offset=16).reshape(-1, 784)
@@ -45,7 +45,7 @@ def test_data__no_image_in_both_splits_and_none_blank():
     assert not seen["train"] & seen["test"]
 
 
-def test_data__checksums_and_licence_are_as_in_the_readme():
+def test_data__checksums_and_licence_match_the_readme():
     text = (DATA / "README.md").read_text()
     stated = {}
     for line in text.splitlines():
@@ -66,7 +66,7 @@ CLIPART = {"train": 1507, "val": 376}
 
 
 @pytest.mark.parametrize("split", CLIPART)
-def test_clipart__shards_in_colour_with_their_index(split):
+def test_clipart__coloured_shards_with_an_index(split):
     index = load_index(str(DATA / "clipart" / split), verify_shards=True)
     assert index.classes == ("animals", "food", "people", "games", "flags", "tools", "transportation")
     assert index.total == CLIPART[split]

@@ -57,7 +57,7 @@ def convert(source, target, *flags):
 
 
 def refused(capsys, *argv):
-    """The one line that main leaves on stderr, below the progress bar if there is one; the exit code is 2."""
+    """The last line that main prints on stderr, where a progress bar may come before it. The exit code is 2."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         imagenet2wds.main([str(a) for a in argv])
@@ -147,8 +147,8 @@ def test_imagenet2wds__class_folders(tree, tmp_path):
         assert load_index(str(tmp_path / "out" / split)).classes == ("bird", "cat", "dog")
 
 
-def test_imagenet2wds__tree_without_splits_and_with_links(tree, tmp_path):
-    """As subsets of ImageNet are made: links to class folders. Hidden folders are passed over."""
+def test_imagenet2wds__links_to_class_folders_without_splits(tree, tmp_path):
+    """Subsets of ImageNet are often links to class folders. Hidden folders are skipped."""
     (tmp_path / "subset").mkdir()
     for name in ("dog", "cat"):
         (tmp_path / "subset" / name).symlink_to(tree / "train" / name)
@@ -190,7 +190,7 @@ def test_imagenet2wds__only_the_last_shard_is_short(tmp_path, count, size, expec
     assert found == expected == [entry["samples"] for entry in content["shards"]] and content["total"] == count
 
 
-def test_imagenet2wds__shuffle_is_of_the_whole_not_of_shards(flat, tmp_path):
+def test_imagenet2wds__shuffles_across_all_shards(flat, tmp_path):
     convert(flat, tmp_path / "out", "--shard-size", 8)
     place = {p.read_bytes(): i for i, p in enumerate(sorted(flat.iterdir()))}
     order = [place[data] for _, data, _ in samples(tmp_path / "out" / "train")]
@@ -199,7 +199,7 @@ def test_imagenet2wds__shuffle_is_of_the_whole_not_of_shards(flat, tmp_path):
         assert {i // 8 for i in order[start : start + 8]} == {0, 1, 2}
 
 
-def test_imagenet2wds__index_against_a_recount(tree, tmp_path):
+def test_imagenet2wds__index_equals_a_recount(tree, tmp_path):
     convert(tree, tmp_path / "out", "--shard-size", 5)
     folder = tmp_path / "out" / "train"
     content = json.loads((folder / "index.json").read_text())
@@ -230,9 +230,9 @@ def test_imagenet2wds__any_number_of_jobs_gives_the_same_bytes(flat, tmp_path):
     assert files(tmp_path / "1") == files(tmp_path / "2")
 
 
-def test_imagenet2wds__killed_and_started_again(flat, tmp_path):
-    """A pipe instead of an image holds the conversion up in mid-shard until it is killed, there and nowhere else."""
-    (flat / "11.jpg").write_bytes(b"")  # as long as a pipe
+def test_imagenet2wds__killed_conversion_resumes(flat, tmp_path):
+    """A pipe in place of an image stops the conversion within a shard, where it is killed."""
+    (flat / "11.jpg").write_bytes(b"")  # the size that a pipe has
     order = np.random.default_rng(0).permutation(23).tolist()
     ends = {i: sorted(flat.iterdir())[i] for i in (order[1], order[22])}  # of the first and the last shard
     ends[order[1]].write_bytes(ends[order[1]].read_bytes()[:-200])
@@ -254,7 +254,7 @@ def test_imagenet2wds__killed_and_started_again(flat, tmp_path):
                 time.sleep(0.01)
         finally:
             process.send_signal(signal.SIGKILL)
-        process.communicate(timeout=20)  # returns when the last holder of its stderr is gone: no worker survives
+        process.communicate(timeout=20)  # returns when no process holds stderr: no worker survives
     assert sorted(p.name for p in out.glob("*.tar")) == [f"train-{i:06d}.tar" for i in range(held)]
     assert not (out / "index.json").exists()
     kept = {p: p.stat().st_mtime_ns for p in out.glob("*.tar")}
@@ -263,11 +263,11 @@ def test_imagenet2wds__killed_and_started_again(flat, tmp_path):
     (flat / "11.jpg").write_bytes(b"")
     convert(flat, tmp_path / "out", "--shard-size", 3, "-j", 2)
     assert files(tmp_path / "out") == files(tmp_path / "unbroken")
-    assert {p: p.stat().st_mtime_ns for p in kept} == kept  # finished shards were not made again
+    assert {p: p.stat().st_mtime_ns for p in kept} == kept  # finished shards were not written again
 
 
 @pytest.mark.parametrize("size", [0, 600, 1536])
-def test_imagenet2wds__shard_damaged_since_is_made_again(flat, tmp_path, size):
+def test_imagenet2wds__damaged_shard_is_written_again(flat, tmp_path, size):
     convert(flat, tmp_path / "out", "--shard-size", 10)
     before = files(tmp_path / "out")
     os.truncate(tmp_path / "out" / "train" / "train-000001.tar", size)
@@ -304,31 +304,31 @@ def test_imagenet2wds__one_split_refused_leaves_the_other_alone(tree, tmp_path, 
 
 @pytest.fixture
 def damaged(flat):
-    """The flat folder, where 5 images are not readable as a whole; 18 are."""
+    """The flat folder, with 5 unreadable images and 18 readable ones."""
     (flat / "00.png").write_bytes(b"junk")
     (flat / "01.jpg").write_bytes(b"")
     data = (flat / "02.png").read_bytes()
     (flat / "02.png").write_bytes(data[: len(data) // 2])
     data = (flat / "21.jpg").read_bytes()
     (flat / "21.jpg").write_bytes(data[: len(data) // 2])
-    Image.new("1", (10_000, 10_000)).save(flat / "03.jpg", "PNG")  # 12 kB that become 100 million pixels
+    Image.new("1", (10_000, 10_000)).save(flat / "03.jpg", "PNG")  # 12 kB, 100 million pixels
     return flat
 
 
-def test_imagenet2wds__unreadable_images_are_listed_and_left_out(damaged, tmp_path, capfd):
+def test_imagenet2wds__unreadable_images_are_listed_and_skipped(damaged, tmp_path, capfd):
     convert(damaged, tmp_path / "out", "--shard-size", 10)
     assert len(samples(tmp_path / "out" / "train")) == load_index(str(tmp_path / "out" / "train")).total == 18
     listed = (tmp_path / "out" / "train" / "bad_images.txt").read_text().splitlines()
     assert [line.split("\t")[0] for line in listed] == ["00.png", "01.jpg", "02.png", "03.jpg", "21.jpg"]
-    assert " at 0x" not in "".join(listed)  # no addresses: the list is the same in every run
+    assert " at 0x" not in "".join(listed)  # no addresses, so the list is the same in every run
     out, err = capfd.readouterr()
-    assert "train: 5 unreadable images left out" in out and "Warning" not in err
+    assert "train: 5 unreadable images skipped" in out and "Warning" not in err
     before = files(tmp_path / "out")
     convert(damaged, tmp_path / "out", "--shard-size", 10)
     assert files(tmp_path / "out") == before
 
 
-def test_imagenet2wds__image_mended_since(flat, tmp_path):
+def test_imagenet2wds__repaired_image_is_added(flat, tmp_path):
     good = (flat / "05.jpg").read_bytes()
     (flat / "05.jpg").write_bytes(bytes(len(good)))
     convert(flat, tmp_path / "out", "--shard-size", 10)
@@ -343,7 +343,7 @@ def test_imagenet2wds__image_mended_since(flat, tmp_path):
 def test_imagenet2wds__strict_stops_at_the_first(damaged, tmp_path, capsys, jobs):
     line = refused(capsys, "-i", damaged, "-o", tmp_path / "out", "--strict", "--shard-size", 10, "-j", jobs)
     assert re.search("--strict: unreadable image (00.png|01.jpg|02.png|03.jpg|21.jpg) ", line)
-    assert line.endswith("; mend or remove it")
+    assert line.endswith("; fix or remove it")
     assert not (tmp_path / "out" / "train" / "index.json").exists()
     assert not list((tmp_path / "out" / "train").glob(".*"))
 
@@ -361,7 +361,7 @@ def test_imagenet2wds__full_disk_leaves_only_whole_shards(flat, tmp_path, capsys
     write = webdataset.TarWriter.write
 
     def full(self, sample):
-        if sample["__key__"] == "000002-000001":  # one image of the shard is in the file already
+        if sample["__key__"] == "000002-000001":  # the file already holds one image of the shard
             raise OSError(28, "No space left on device")
         return write(self, sample)
 
@@ -376,17 +376,17 @@ def test_imagenet2wds__full_disk_leaves_only_whole_shards(flat, tmp_path, capsys
 
 
 def test_imagenet2wds__target_that_cannot_be_written(flat, tmp_path, capsys, monkeypatch):
-    """The tests may run as root, whom no permission stops."""
+    """A faked error: permissions do not stop root, who may run the tests."""
 
-    def refuse(path):
+    def refuse(path, content):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(imagenet2wds, "atomic", refuse)
+    monkeypatch.setattr(imagenet2wds, "write_json", refuse)
     line = refused(capsys, "-i", flat, "-o", tmp_path / "out", "-j", 1)
-    assert f"-o {tmp_path / 'out' / 'train'}: cannot be written (Permission denied); pass a folder that can" in line
+    assert f"-o {tmp_path / 'out' / 'train'}: cannot be written (Permission denied); pass a writable folder" in line
 
 
-def test_imagenet2wds__shards_of_someone_else_are_not_touched(flat, tmp_path, capsys):
+def test_imagenet2wds__foreign_shards_are_not_touched(flat, tmp_path, capsys):
     convert(flat, tmp_path / "out")
     (tmp_path / "out" / "train" / "conversion.json").unlink()
     before = files(tmp_path / "out")
@@ -397,14 +397,14 @@ def test_imagenet2wds__shards_of_someone_else_are_not_touched(flat, tmp_path, ca
 
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory):
-    """The embedded sample as the launchers convert it, and what the script printed."""
+    """The embedded sample, converted as the launchers do, and the output of the script."""
     out = tmp_path_factory.mktemp("sample")
     command = [sys.executable, "-W", "error", ROOT / "imagenet2wds.py", "-i", SAMPLE, "-o", out, "--dataset", "FashionMNIST"]
     return out, subprocess.run([*command, "-j", "2"], check=True, capture_output=True, text=True).stdout
 
 
 @pytest.mark.parametrize("split, each", [("train", 600), ("val", 100)])
-def test_imagenet2wds__torchvision_data_set_is_stored_without_loss(sample, split, each):
+def test_imagenet2wds__torchvision_data_set_keeps_every_pixel(sample, split, each):
     dataset = torchvision.datasets.FashionMNIST(str(SAMPLE), train=split == "train")
     expected = Counter((bytes(image.numpy()), int(label)) for image, label in zip(dataset.data, dataset.targets, strict=True))
     found = samples(sample[0] / split)
@@ -414,7 +414,7 @@ def test_imagenet2wds__torchvision_data_set_is_stored_without_loss(sample, split
     assert load_index(str(sample[0] / split)).classes == tuple(dataset.classes)
 
 
-def test_imagenet2wds__says_where_what_and_what_next(sample):
+def test_imagenet2wds__prints_counts_and_the_next_command(sample):
     out, printed = sample
     assert printed.splitlines() == [
         f"{out}/train: 6000 images in 6 shards, 10 classes",
@@ -424,7 +424,7 @@ def test_imagenet2wds__says_where_what_and_what_next(sample):
 
 
 class Coloured:
-    """A data set of arrays as some of torchvision's are: splits by name, labels under a name of its own."""
+    """Arrays, as some torchvision data sets have them: splits by name, labels in an attribute with a special name."""
 
     def __init__(self, root, split):
         if split not in ("train", "test"):
@@ -439,7 +439,7 @@ class Coloured:
 
 
 class Boxes(Coloured):
-    """A data set whose labels are no classes."""
+    """A data set without class labels."""
 
     def __getitem__(self, i):
         return np.zeros((4, 6, 3), np.uint8), {"boxes": []}
@@ -450,7 +450,7 @@ class Boxes(Coloured):
     _labels = property(lambda self: None, lambda self, value: None)
 
 
-def test_imagenet2wds__data_set_of_another_make(tmp_path, monkeypatch):
+def test_imagenet2wds__data_set_with_other_keywords(tmp_path, monkeypatch):
     monkeypatch.setattr(torchvision.datasets, "Coloured", Coloured, raising=False)
     convert(tmp_path, tmp_path / "out", "--dataset", "Coloured")
     found = [(np.asarray(Image.open(io.BytesIO(data))).mean(), label) for _, data, label in samples(tmp_path / "out" / "train")]
@@ -466,7 +466,7 @@ def test_imagenet2wds__data_set_without_classes(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def archives(tree, tmp_path, monkeypatch):
-    """The ILSVRC2012 archives of a small world, and a development kit that was read already."""
+    """Small ILSVRC2012 archives, with a development kit that needs no parsing."""
     folder = tmp_path / "ilsvrc"
     folder.mkdir()
     with tarfile.open(folder / "ILSVRC2012_img_train.tar", "w") as outer:
@@ -491,8 +491,8 @@ def archives(tree, tmp_path, monkeypatch):
     return folder
 
 
-def test_imagenet2wds__archives_give_what_their_folders_give(archives, tree, tmp_path):
-    draw(archives / "train.partial" / "dog" / "8.jpg")  # of an extraction that was killed
+def test_imagenet2wds__archives_equal_their_folders(archives, tree, tmp_path):
+    draw(archives / "train.partial" / "dog" / "8.jpg")  # left by a killed extraction
     convert(archives, tmp_path / "a")
     convert(tree, tmp_path / "b")
     for split in ("train", "val"):
@@ -500,8 +500,8 @@ def test_imagenet2wds__archives_give_what_their_folders_give(archives, tree, tmp
     assert sorted(p.name for p in archives.iterdir() if p.is_dir()) == ["train", "val"]
 
 
-def test_imagenet2wds__archives_with_a_kit_that_torchvision_reads(archives, tree, tmp_path, monkeypatch):
-    """A development kit in miniature: the synsets in another order than their names, and one that is no class."""
+def test_imagenet2wds__archives_with_a_development_kit(archives, tree, tmp_path, monkeypatch):
+    """A small development kit: synsets are not sorted by name, and one is not a class."""
     wnids = [at.name for p in sorted((tree / "val").rglob("*.jpg")) for at in [p.parent]]
     number = {"dog": 1, "bird": 2, "cat": 3}
     fields = [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O"), ("gloss", "O"), ("num_children", "O")]
@@ -525,14 +525,14 @@ def test_imagenet2wds__archives_with_a_kit_that_torchvision_reads(archives, tree
 def test_imagenet2wds__archives_without_kit(archives, tmp_path, monkeypatch, capsys):
     monkeypatch.undo()
     line = refused(capsys, "-i", archives, "-o", tmp_path / "out")
-    assert f"-i {archives}: " in line and "ILSVRC2012_devkit_t12.tar.gz beside the archives, and pip install scipy" in line
+    assert f"-i {archives}: " in line and "ILSVRC2012_devkit_t12.tar.gz in the same folder, and pip install scipy" in line
     assert not (archives / "train").exists() and not (archives / "val").exists() and not (tmp_path / "out").exists()
 
 
 def test_imagenet2wds__subset_of_the_archives(archives, tmp_path):
     (tmp_path / "classes.txt").write_text("dog a hound\nbird\n")
     convert(archives, tmp_path / "out", "--imagenet-subset", tmp_path / "classes.txt")
-    os.truncate(archives / "ILSVRC2012_img_train.tar", 0)  # no more needed: train/ is there
+    os.truncate(archives / "ILSVRC2012_img_train.tar", 0)  # not needed any more: train/ exists
     convert(archives, tmp_path / "out", "--imagenet-subset", tmp_path / "classes.txt")
     assert load_index(str(tmp_path / "out" / "train")).classes == ("bird", "dog")
     for split, counts in (("train", {0: 4, 1: 5}), ("val", {0: 1, 1: 2})):
@@ -578,7 +578,11 @@ def unknown_class(tree):
 BAD = {
     "no source": ("-i {t}/none -o {o}", None, "-i {t}/none: no such folder; pass the one that holds the images"),
     "no images": ("-i {t}/empty -o {o}", empty, "-i {t}/empty: no images in it"),
-    "images beside classes": ("-i {t} -o {o}", beside, "-i {t}/train: has images beside its class folders, such as 0.jpg;"),
+    "images beside classes": (
+        "-i {t} -o {o}",
+        beside,
+        "-i {t}/train: has class folders and also images without a class, such as 0.jpg;",
+    ),
     "class of val only": ("-i {t} -o {o}", unknown_class, "-i {t}/val: the training split has no class wolf; rename"),
     "unknown data set": ("-i {t} -o {o} --dataset Fashion", None, "--dataset Fashion: torchvision has no such data set; pass"),
     "no data set": ("-i {t} -o {o} --dataset transforms", None, "--dataset transforms: torchvision has no such data set; pass"),
@@ -612,7 +616,7 @@ def test_imagenet2wds__bad_input_is_one_clear_line(tree, tmp_path, capsys, case)
 def test_imagenet2wds__worker_that_dies_ends_the_run(flat, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(imagenet2wds, "write_shard", die)
     line = refused(capsys, "-i", flat, "-o", tmp_path / "out", "-j", 2)
-    assert "-j 2: a process was killed; start again to go on, with fewer jobs" in line
+    assert "-j 2: a process was killed; the same command resumes, with fewer jobs" in line
 
 
 def die(number, chosen):

@@ -1,4 +1,4 @@
-"""A mirrored copy of a data set: the same samples in the same order, about half of them turned round."""
+"""The mirrored copy of a data set: the same samples in the same order, about half of them mirrored."""
 
 import io
 
@@ -22,7 +22,7 @@ def pixels_of(folder):
     return found
 
 
-def test_mirror__every_sample_as_it_was_or_turned_round(images, tmp_path):
+def test_mirror__each_sample_is_equal_or_mirrored(images, tmp_path):
     copy = tmp_path / "copy"
     mirror.main(["--shards", f"{images}/train", str(copy)])
     before, after = pixels_of(images / "train"), pixels_of(copy)
@@ -37,7 +37,7 @@ def test_mirror__every_sample_as_it_was_or_turned_round(images, tmp_path):
     assert load_index(str(tmp_path / "again")).hash == load_index(str(copy)).hash
 
 
-def test_mirror__goes_over_nothing(images, tmp_path, capsys):
+def test_mirror__refuses_a_folder_with_files(images, tmp_path, capsys):
     (tmp_path / "x").write_text("")
     with pytest.raises(SystemExit, match="2"):
         mirror.main(["--shards", f"{images}/train", str(tmp_path)])

@@ -1,4 +1,4 @@
-"""Sources and targets that could be taken for something else."""
+"""Inputs and output folders that could be mistaken for others."""
 
 import io
 import shutil
@@ -18,7 +18,7 @@ from utils.data.sources import read_subset
 def test_find_splits__class_called_train(tmp_path, capsys):
     for name in ("bus", "car", "train"):
         draw(tmp_path / "in" / name / "0.jpg")
-    refused(capsys, "-i", tmp_path / "in", "-o", tmp_path / "out")  # or all three classes are converted
+    refused(capsys, "-i", tmp_path / "in", "-o", tmp_path / "out")  # converting all three classes would be right too
 
 
 def test_find_splits__val_without_train(tmp_path, capsys):
@@ -35,7 +35,7 @@ def test_check__source_of_same_names_and_sizes(tmp_path, capsys):
     refused(capsys, "-i", tmp_path / "b", "-o", tmp_path / "out")
 
 
-def test_load_index__unfinished_conversion_is_not_someone_elses(flat, tmp_path):  # noqa: F811
+def test_load_index__unfinished_conversion_names_the_script(flat, tmp_path):  # noqa: F811
     convert(flat, tmp_path / "out", "--shard-size", 5)
     (tmp_path / "out/train/index.json").unlink()
     (tmp_path / "out/train/train-000004.tar").unlink()
@@ -96,7 +96,7 @@ def two_splits(folder):
     return folder
 
 
-def test_imagenet_subset__only_these_classes_numbered_anew(tmp_path):
+def test_read_subset__only_these_classes_with_new_numbers(tmp_path):
     source, chosen = two_splits(tmp_path / "source"), tmp_path / "classes.txt"
     chosen.write_text("# a comment\n\nn04 and what it means\nn02\n")
     imagenet2wds.main(["-i", str(source), "-o", str(tmp_path / "out"), "-j", "1", "--imagenet-subset", str(chosen)])
@@ -114,7 +114,7 @@ def test_imagenet_subset__only_these_classes_numbered_anew(tmp_path):
     (None, [], "cannot be read"), ("n02".encode("utf-16"), [], "cannot be read"),
     ("n02", ["--dataset", "CIFAR10"], "is for class folders; leave out --dataset CIFAR10"),
 ])  # fmt: skip
-def test_imagenet_subset__bad_input_is_one_line(tmp_path, capsys, text, more, message):
+def test_read_subset__bad_input_is_one_line(tmp_path, capsys, text, more, message):
     source, chosen = two_splits(tmp_path / "source"), tmp_path / "classes.txt"
     (source / "train" / "n05").mkdir()
     if text is not None:
@@ -131,16 +131,16 @@ def test_imagenet_subset__bad_input_is_one_line(tmp_path, capsys, text, more, me
     ("\ufeffn01440764\r\n\r\ngreat white\r\n", {"n01440764", "great white"}), ("\tgreat white # a shark", {"great white"}),
     ("great white shark", {"great"}), ("great\ngreat\n", {"great"}), ("h\u00e9ron", {"h\u00e9ron"}),
 ])  # fmt: skip
-def test_read_subset__a_line_is_a_class_or_begins_with_one(tmp_path, text, expected):
+def test_read_subset__a_line_starts_with_a_class(tmp_path, text, expected):
     for name in ("n01440764", "great", "great white", "h\u00e9ron"):
         (tmp_path / "source" / "train" / name).mkdir(parents=True)
     (tmp_path / "classes.txt").write_bytes(text.encode())
     assert read_subset(str(tmp_path / "classes.txt"), tmp_path / "source") == expected
 
 
-@pytest.mark.parametrize("flat_splits, line", [(["test"], "test left out"), (["test", "val"], "val and test left out")])
-def test_find_splits__subset_leaves_out_splits_without_labels(tmp_path, capsys, flat_splits, line):
-    """As the Kaggle layout has it: test/ holds images alone."""
+@pytest.mark.parametrize("flat_splits, line", [(["test"], "test skipped"), (["test", "val"], "val and test skipped")])
+def test_find_splits__subset_skips_splits_without_labels(tmp_path, capsys, flat_splits, line):
+    """In Kaggle's layout test/ holds images without class folders."""
     source, chosen = two_splits(tmp_path / "source"), tmp_path / "classes.txt"
     for name in flat_splits:
         shutil.rmtree(source / name, ignore_errors=True)
@@ -149,18 +149,18 @@ def test_find_splits__subset_leaves_out_splits_without_labels(tmp_path, capsys, 
     convert(source, tmp_path / "out", "--imagenet-subset", chosen)
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"train", "val"} - set(flat_splits)
     assert load_index(str(tmp_path / "out" / "train")).total == 6
-    printed = [text for text in capsys.readouterr().out.splitlines() if "left out" in text]
-    assert printed == [f"--imagenet-subset {chosen}: {line}, for want of class folders"]
+    printed = [text for text in capsys.readouterr().out.splitlines() if "skipped" in text]
+    assert printed == [f"--imagenet-subset {chosen}: {line}, without class folders"]
 
 
 def test_find_splits__subset_of_a_train_split_without_labels(flat, tmp_path, capsys):  # noqa: F811
-    (flat / "n01").mkdir()  # holds nothing, so the images stay unlabelled
+    (flat / "n01").mkdir()  # an empty folder: the images have no labels
     (tmp_path / "classes.txt").write_text("n01\n")
     error = refused(capsys, "-i", flat, "-o", tmp_path / "out", "--imagenet-subset", tmp_path / "classes.txt")
     assert f"n01: no images in {flat}" in error and not (tmp_path / "out").exists()
 
 
-def test_subset__labelled_split_left_with_no_image(tmp_path, capsys):
+def test_subset__labelled_split_without_an_image(tmp_path, capsys):
     source, chosen = two_splits(tmp_path / "source"), tmp_path / "classes.txt"
     for name in ("n02", "n04"):
         shutil.rmtree(source / "val" / name)
@@ -169,5 +169,5 @@ def test_subset__labelled_split_left_with_no_image(tmp_path, capsys):
     assert load_index(str(tmp_path / "both" / "val")).total == 2
     chosen.write_text("n02\nn04\n")
     error = refused(capsys, "-i", source, "-o", tmp_path / "out", "--imagenet-subset", chosen)
-    assert f"--imagenet-subset {chosen}: {source / 'val'} has no image of these; name a class that it has" in error
+    assert f"--imagenet-subset {chosen}: {source / 'val'} has no image of these classes; add a class that it has" in error
     assert not (tmp_path / "out").exists()

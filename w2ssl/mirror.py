@@ -1,16 +1,15 @@
-"""A copy of a data set in which every image is mirrored with probability 1/2, so that its statistics are mirror-symmetric.
+"""A copy of a data set in which each image is mirrored with probability 1/2. Its statistics are mirror-symmetric.
 
-python -m w2ssl.mirror --shards output/sample-shards/train output/mirrored-shards/train
+    python -m w2ssl.mirror --shards output/sample-shards/train output/mirrored-shards/train
 
-To see what the location loss learns there: as published nothing, with --flip-aware-location something. w2ssl/losses.py has the
-reason.
+On it the published location loss learns nothing, and with --flip-aware-location it learns. w2ssl/losses.py says why.
 """
 
+import argparse
 import io
+import os
 from pathlib import Path
-from typing import BinaryIO
 
-import numpy as np
 import webdataset
 from PIL import Image, ImageOps
 
@@ -18,30 +17,25 @@ from utils.data.index import describe, load_index, write_index
 from utils.data.tars import LABEL_EXTENSION, local_samples
 from utils.run.files import atomic
 from utils.run.flags import Parser, in_range, one_line_errors
+from utils.run.streams import mirrored_copy
 
 
-def get_args(argv=None):
-    parser = Parser(prog="w2ssl.mirror", description=__doc__.split("\n\n")[0])
-    parser.add_argument("folder", help="where to write the copy: a folder that is empty or not there yet")
+def get_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(prog="w2ssl.mirror", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("folder", help="folder for the copy: empty, or not there yet")
     parser.add_argument("--shards", required=True, metavar="DIR", help="local shards: a folder, a glob, or a brace pattern")
-    parser.add_argument("--seed", type=int, default=0, help="decides which images are mirrored")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the choice of mirrored images")
     return parser.parse_args(argv)
 
 
 def mirrored(data: bytes) -> bytes:
-    """An encoded image -> a PNG of its mirror image."""
-    out = io.BytesIO()
-    with Image.open(io.BytesIO(data)) as image:
+    """The mirror image of an encoded image, as PNG."""
+    with Image.open(io.BytesIO(data)) as image, io.BytesIO() as out:
         ImageOps.mirror(image).save(out, "png")
-    return out.getvalue()
+        return out.getvalue()
 
 
-def read(file: BinaryIO, offset: int, size: int) -> bytes:
-    file.seek(offset)
-    return file.read(size)
-
-
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     args = get_args(argv)
     folder = Path(args.folder)
     with one_line_errors("w2ssl.mirror"):
@@ -50,19 +44,20 @@ def main(argv=None):
         if folder.exists() and any(folder.iterdir()):
             raise ValueError(f"folder {folder}: is not empty; pass another")
         folder.mkdir(parents=True, exist_ok=True)
-        rng, entries = np.random.default_rng(args.seed), []
+        rng, entries = mirrored_copy(args.seed), []
         for shard in index.shards:
             path = folder / shard.name
             with open(shard.path, "rb") as source, atomic(path) as file, webdataset.TarWriter(file, mtime=0) as tar:
                 for sample in local_samples(shard.path):
-                    kept = [name for name in (sample.image, LABEL_EXTENSION) if name in sample.members]
-                    parts = {name: read(source, *sample.members[name]) for name in kept}
+                    kept = [name for name in (str(sample.image), LABEL_EXTENSION) if name in sample.members]
+                    places = [(name, *sample.members[name]) for name in kept]
+                    parts = {name: os.pread(source.fileno(), size, offset) for name, offset, size in places}
                     if rng.random() < 0.5:
-                        parts["png"] = mirrored(parts.pop(sample.image))
+                        parts["png"] = mirrored(parts.pop(kept[0]))
                     tar.write({"__key__": sample.key, **parts})
             entries.append(describe(path, shard.samples))
         write_index(folder, entries, index.classes)
-    print(f"{folder}: {index.total} images, each mirrored or not")
+    print(f"{folder}: {index.total} images, each mirrored with probability 1/2")
 
 
 if __name__ == "__main__":

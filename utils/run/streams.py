@@ -40,3 +40,8 @@ def classifier_seed(seed: int, layer: int) -> int:
 def conversion_order(seed: int) -> np.random.Generator:
     """The order of the images that imagenet2wds.py writes."""
     return np.random.default_rng(seed)
+
+
+def mirrored_copy(seed: int) -> np.random.Generator:
+    """Which images w2ssl.mirror mirrors."""
+    return np.random.default_rng(seed)
