@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from methods import METHODS
 from utils.data.bad_samples import BadSamples
 from utils.data.index import load_index
-from utils.data.loader import load, training_batches
+from utils.data.loader import load_batches
+from utils.data.shards import steps_per_epoch, training_plan
 from utils.data.views import ViewSpec
 from utils.evaluation.probe import Classifiers, Frozen, evaluate
 from utils.learning import amp, layouts, optim
@@ -179,12 +180,13 @@ def main(argv=None):
 
 def train(args, train_index, val_index, frozen, fc, optimizer, progress, identity, lr, device):
     """Carries `progress` on, to the end or until a signal. -> the signal, or 0."""
-    steps, folder, start = train_index.total // args.batch_size, Path(args.output_dir), (progress["epoch"], progress["step"])
+    steps = steps_per_epoch(train_index.total, args.batch_size)
+    folder, start = Path(args.output_dir), (progress["epoch"], progress["step"])
     model = dist.data_parallel(fc, device)
     epochs = range(start[0], args.epochs)
     specs = [ViewSpec("train", args.size, (args.crop_min, 1.0))]
-    batches = training_batches(train_index, args.batch_size, args.seed, epochs, first_step=start[1])
-    batches = load(train_index, specs, batches, args.seed, args.workers, device, args.photometric)
+    plan = training_plan(train_index, args.batch_size, args.seed, epochs, first_step=start[1])
+    batches = load_batches(train_index, specs, plan, args.seed, args.workers, device, args.photometric)
     bad = BadSamples(folder, train_index.total + val_index.total, args.max_bad)
 
     def content(epoch, step):
@@ -202,10 +204,10 @@ def train(args, train_index, val_index, frozen, fc, optimizer, progress, identit
                 with log.waiting():
                     batch = next(batches)
                 logits = model(frozen.features(batch.views[0], args.amp))
-                loss = sum(F.cross_entropy(x, batch.label) for x in logits.values())  # no layer's gradient meets another's
+                loss = sum(F.cross_entropy(x, batch.labels) for x in logits.values())  # no layer's gradient meets another's
                 stats = engine.update(loss, StepInputs(epoch, step))
                 for layer, x in logits.items():
-                    stats[named("top1", layer, logits)] = (x.argmax(1) == batch.label).float().mean() * 100
+                    stats[named("top1", layer, logits)] = (x.argmax(1) == batch.labels).float().mean() * 100
                 log.add(step, loss, stats, lr_now, batch.bad)
                 if engine.done(epoch, step + 1):
                     return engine.stopped_by

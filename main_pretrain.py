@@ -17,7 +17,9 @@ import torch
 from methods import METHODS
 from utils.data.bad_samples import BadSamples
 from utils.data.index import load_index
-from utils.data.loader import load, training_batches, worker_ms
+from utils.data.loader import load_batches
+from utils.data.measure import worker_ms
+from utils.data.shards import lanes_of, steps_per_epoch, training_plan
 from utils.learning import amp, optim
 from utils.learning.contrast import Step
 from utils.run import checkpoint, dist, replay, resume
@@ -94,8 +96,7 @@ def check(args, samples: int) -> None:
     if args.dry_run is not None:
         in_range("--dry-run", args.dry_run, 1e-3, 1e9)
     check_batch(args, samples, getattr(args, "bn_splits", 1))
-    if args.lanes and args.batch_size % args.lanes:
-        raise ValueError(f"--lanes {args.lanes}: must divide --batch-size {args.batch_size}")
+    lanes_of(args.lanes, args.batch_size)
     METHODS[args.method].check(args, samples)
 
 
@@ -130,7 +131,7 @@ def main(argv=None):
         try:
             stopped_by = train(args, index, model, optimizer, scaler, start, lr, device)
         except NotFinite as failure:
-            replay.write(failure, folder, args, method, scaler, index.total // args.batch_size)
+            replay.write(failure, folder, args, method, scaler, steps_per_epoch(index.total, args.batch_size))
     if stopped_by:
         say(stopped(stopped_by))
     del model, method, optimizer  # before their process group: the other way round, torch 2.9 may wait for itself
@@ -150,7 +151,8 @@ def build(args, device):
 
 def train(args, index, model, optimizer, scaler, start, lr, device):
     """-> the signal that stopped it after a checkpoint, or 0."""
-    steps, folder, method, (first_epoch, first_step) = index.total // args.batch_size, Path(args.output_dir), bare(model), start
+    steps = steps_per_epoch(index.total, args.batch_size)
+    folder, method, (first_epoch, first_step) = Path(args.output_dir), bare(model), start
     at = f" (from its step {first_step})" if first_step else ""
     say(f"{args.method} {args.arch} on {dist.world()} x {device.type} {args.amp}: {index.total} images, "
         f"batch {args.batch_size}, {steps} steps an epoch, epochs {first_epoch}{at} to {args.epochs}, learning rate "
@@ -160,8 +162,8 @@ def train(args, index, model, optimizer, scaler, start, lr, device):
     model.train()
     specs = METHODS[args.method].views(args)
     epochs = range(first_epoch, args.epochs)
-    batches = training_batches(index, args.batch_size, args.seed, epochs, args.lanes, first_step)
-    batches = load(index, specs, batches, args.seed, args.workers, device, args.photometric)
+    plan = training_plan(index, args.batch_size, args.seed, epochs, args.lanes, first_step)
+    batches = load_batches(index, specs, plan, args.seed, args.workers, device, args.photometric)
     bad = BadSamples(folder, index.total, args.max_bad)
 
     def content(epoch, step):
@@ -182,8 +184,10 @@ def train(args, index, model, optimizer, scaler, start, lr, device):
                 lr_now = optim.set_lr(optimizer, optim.lr_at(lr, at, args.epochs, *schedule))
                 with log.waiting():
                     batch = next(batches)
+                if getattr(args, "flip_aware_location", False):
+                    batch.views += [flips.to(device) for flips in batch.flips[:2]]
                 now.seed_torch()
-                loss, stats = model(batch.views, batch.index, now)
+                loss, stats = model(batch.views, batch.sample_ids, now)
                 stats |= engine.update(loss, StepInputs(epoch, step, batch))
                 method.commit(now)
                 log.add(step, loss, stats, lr_now, batch.bad)
@@ -200,7 +204,7 @@ def dry_run(args, index):
     """What the measurement of benchmarks/input_pipeline.py says of these shards, these views and this machine."""
     specs, rate = METHODS[args.method].views(args), args.dry_run
     ms = worker_ms(index, specs, args.seed)
-    say(f"dry run: all flags are good; {index.total} images, {index.total // args.batch_size} steps an epoch")
+    say(f"dry run: all flags are good; {index.total} images, {steps_per_epoch(index.total, args.batch_size)} steps an epoch")
     say(f"a worker needs {ms:.2f} ms of a core for an image and feeds {1e3 / ms:.0f} images/s; a device that trains {rate:.0f} "
         f"images/s needs --workers {math.ceil(rate * ms / 1e3)}, which is {args.workers} now, for its process")  # fmt: skip
 

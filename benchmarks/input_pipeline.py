@@ -14,7 +14,6 @@ import platform
 import random
 import statistics
 import tempfile
-import time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -25,9 +24,11 @@ from PIL import Image, ImageFilter
 from torchvision import transforms
 
 from utils.data.index import Index, load_index
-from utils.data.loader import Chunks, load, training_batches
+from utils.data.loader import Chunks
+from utils.data.measure import images_per_second
 from utils.data.photometric import MEAN, STD, normalized
 from utils.data.reader import Reader
+from utils.data.shards import training_plan
 from utils.data.views import ViewSpec, moco_v2_view
 from utils.run.cpu import cpu_ms, keep_freed_memory
 from utils.run.flags import Parser, one_line_errors, positive
@@ -83,8 +84,8 @@ def pil_chain(spec: ViewSpec):
 def rows(index: Index, specs: list[ViewSpec]) -> dict:
     """name -> what is measured: a function of sample numbers."""
     reader = Reader(index)
-    batches = training_batches(index, 1, 0, range(1))
-    on_device, in_worker = (Chunks(index, specs, batches, seed=0, photometric_here=here) for here in (False, True))
+    plan = training_plan(index, 1, 0, range(1))
+    on_device, in_worker = (Chunks(index, specs, plan, seed=0, photometric_here=here) for here in (False, True))
     chains = [pil_chain(spec) for spec in specs for _ in range(spec.count)]
 
     def images(samples):
@@ -158,18 +159,6 @@ def medians(measured: dict, samples: np.ndarray, rounds: int) -> dict[str, float
     """CPU ms per image of each row, which take turns; the first round warms up."""
     times = [{name: cpu_ms(work, samples) for name, work in measured.items()} for _ in range(rounds + 1)]
     return {name: statistics.median(turn[name] for turn in times[1:]) for name in measured}
-
-
-def images_per_second(index: Index, specs: list[ViewSpec], workers: int) -> float:
-    """Finished batches on the CPU, from that many worker processes."""
-    batch, epochs = 64, range(1 + 4096 // index.total)
-    batches = load(index, specs, training_batches(index, min(batch, index.total), 0, epochs), 0, workers, torch.device("cpu"))
-    for _ in range(2 * workers):
-        next(batches)  # what the workers have ready when the clock starts
-    start, images = time.perf_counter(), 0
-    for images_now in itertools.islice(batches, 16):
-        images += len(images_now.index)
-    return images / (time.perf_counter() - start)
 
 
 def main(argv=None):

@@ -11,8 +11,9 @@ from torchvision.utils import draw_bounding_boxes, make_grid
 from mosrep.builder import MosRep
 from mosrep.mosaic import compose, draw_offset, shift, tile_boxes
 from utils.data.index import load_index
-from utils.data.loader import load, training_batches
+from utils.data.loader import load_batches
 from utils.data.photometric import MEAN, STD, normalized
+from utils.data.shards import training_plan
 from utils.run.flags import Parser, add_shard_flags, one_line_errors, shard_flags
 
 
@@ -33,8 +34,8 @@ def main(argv=None):
         index = load_index(args.shards, **shard_flags(args))
         if not 4 <= args.mosaics <= index.total:
             raise ValueError(f"--mosaics {args.mosaics}: must lie in [4, {index.total}], the number of images")
-    batches = training_batches(index, args.mosaics, args.seed, range(1))
-    batch = next(load(index, MosRep.views(args)[-1:], batches, args.seed, 0, torch.device("cpu")))
+    plan = training_plan(index, args.mosaics, args.seed, range(1))
+    batch = next(load_batches(index, MosRep.views(args)[-1:], plan, args.seed, 0, torch.device("cpu")))
     mean, std = (torch.tensor(c).view(3, 1, 1) for c in (MEAN, STD))
     rng = np.random.default_rng(args.seed)
     scale = max(1, 192 // args.size)  # draws small mosaics larger, so that the lines of the boxes are thin

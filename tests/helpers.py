@@ -89,7 +89,8 @@ def uint8_views(args, seed=1):
     specs, n, rng = METHODS[args.method].views(args), args.batch_size, torch.Generator().manual_seed(seed)
     shapes = [(n, *([spec.count] if spec.count > 1 else []), 3, spec.size, spec.size) for spec in specs]
     views = [torch.randint(0, 256, shape, generator=rng, dtype=torch.uint8) for shape in shapes]
-    return views + [torch.rand(n, spec.count, generator=rng) < 0.5 for spec in specs if spec.flips]
+    flips = [torch.rand(n, spec.count, generator=rng) < 0.5 for spec in specs[:2]]
+    return views + (flips if getattr(args, "flip_aware_location", False) else [])
 
 
 def in_two(method):

@@ -21,12 +21,14 @@ from shards_helpers import (
     write_shards,
 )
 
-from utils.data import loader
+from utils.data import loader, shards
+from utils.data.batch import Batch
 from utils.data.index import load_index
-from utils.data.loader import Batches, evaluation_batches, load, training_batches, worker_ms
+from utils.data.loader import load_batches
+from utils.data.measure import worker_ms
 from utils.data.photometric import photometric
 from utils.data.reader import Reader
-from utils.data.shards import epoch_plan
+from utils.data.shards import BatchPlan, epoch_plan, evaluation_plan, training_plan
 from utils.data.views import ViewSpec, cut_views, draw, moco_v2_view, parameters_of
 from utils.run.cpu import keep_freed_memory
 from utils.run.flags import RunError
@@ -54,8 +56,8 @@ def photographs(tmp_path_factory):
 
 
 def as_process(monkeypatch, rank, world):
-    monkeypatch.setattr(loader.dist, "rank", lambda: rank)
-    monkeypatch.setattr(loader.dist, "world", lambda: world)
+    monkeypatch.setattr(shards.dist, "rank", lambda: rank)
+    monkeypatch.setattr(shards.dist, "world", lambda: world)
 
 
 def train(monkeypatch, index, batch, world=1, workers=0, specs=MOCO, seed=0, epochs=range(2), first_step=0, on="auto"):
@@ -63,8 +65,8 @@ def train(monkeypatch, index, batch, world=1, workers=0, specs=MOCO, seed=0, epo
     out = []
     for rank in range(world):
         as_process(monkeypatch, rank, world)
-        batches = training_batches(index, batch, seed, epochs, first_step=first_step)
-        out.append(list(load(index, specs, batches, seed, workers, CPU, on)))
+        batches = training_plan(index, batch, seed, epochs, first_step=first_step)
+        out.append(list(load_batches(index, specs, batches, seed, workers, CPU, on)))
     return out
 
 
@@ -73,7 +75,7 @@ def joined(processes):
     parts = []
     for step in zip(*processes, strict=True):  # strict: equal step counts
         views = [torch.cat(v) for v in zip(*[b.views for b in step], strict=True)]
-        parts.append([*views, torch.cat([b.index for b in step]), torch.cat([b.label for b in step])])
+        parts.append([*views, torch.cat([b.sample_ids for b in step]), torch.cat([b.labels for b in step])])
     return parts
 
 
@@ -95,7 +97,7 @@ def test_load__global_batches_do_not_depend_on_processes_and_workers(monkeypatch
     """Equal step counts, every sample at most once an epoch, and the very same bytes: pixels, numbers and labels."""
     processes = train(monkeypatch, photographs, 12, world, workers)
     assert [len(p) for p in processes] == [2 * (37 // 12)] * world
-    assert all(len(batch.index) == 12 // world and batch.bad == [] for p in processes for batch in p)
+    assert all(len(batch.sample_ids) == 12 // world and batch.bad == [] for p in processes for batch in p)
     batches = joined(processes)
     for epoch in (batches[:3], batches[3:]):
         numbers = torch.cat([b[-2] for b in epoch]).tolist()
@@ -119,14 +121,14 @@ def test_load__every_sample_exactly_once_where_the_batch_divides(monkeypatch, co
 def test_load__images_and_labels_belong_to_their_numbers(monkeypatch, colors):
     for workers in (0, 2):
         for batch in train(monkeypatch, colors, 4, workers=workers, specs=PLAIN)[0]:
-            for view, number, label in zip(batch.views[0], batch.index.tolist(), batch.label.tolist(), strict=True):
+            for view, number, label in zip(batch.views[0], batch.sample_ids.tolist(), batch.labels.tolist(), strict=True):
                 assert (view.numpy() == np.array(color_of(number))[:, None, None]).all() and label == number % 3
 
 
 @pytest.mark.parametrize("on", ["worker", "device"])
 def test_load__shapes(monkeypatch, photographs, on):
     batch = train(monkeypatch, photographs, 6, on=on)[0][0]
-    (global_, local), numbers, labels = batch.views, batch.index, batch.label
+    (global_, local), numbers, labels = batch.views, batch.sample_ids, batch.labels
     assert global_.shape == (6, 3, 16, 16) and local.shape == (6, 2, 3, 8, 8)
     assert global_.dtype == local.dtype == torch.uint8 and numbers.dtype == labels.dtype == torch.long
     assert numbers.shape == labels.shape == (6,) and batch.bad == []
@@ -199,7 +201,7 @@ def test_load__each_view_has_its_own_box_and_colours(monkeypatch, tmp_path):
     index = write_shards(tmp_path / "x", SIZES, image=one_png)
     specs = [ViewSpec("a", 8), ViewSpec("b", 8, count=2), moco_v2_view("c", 8, (0.2, 1.0), count=2)]
     for batch in train(monkeypatch, index, 18, workers=2, specs=specs, seed=5, epochs=range(3, 4))[0]:
-        for i, number in enumerate(batch.index.tolist()):
+        for i, number in enumerate(batch.sample_ids.tolist()):
             found = views_of(batch, i)
             for view, expected in zip(found, finished(one_png(number), specs, 5, 3, number), strict=True):
                 assert torch.equal(view, expected)
@@ -274,21 +276,21 @@ def test_load__evaluation_sees_each_sample_exactly_once(monkeypatch, colors, bat
     seen = []
     for rank in range(world):
         as_process(monkeypatch, rank, world)
-        mine = list(load(colors, TEST, evaluation_batches(colors, batch), 0, workers, CPU))
-        assert all(len(b.index) <= max(1, batch // world) and b.bad == [] for b in mine)
+        mine = list(load_batches(colors, TEST, evaluation_plan(colors, batch), 0, workers, CPU))
+        assert all(len(b.sample_ids) <= max(1, batch // world) and b.bad == [] for b in mine)
         for b in mine:
-            assert b.label.tolist() == [i % 3 for i in b.index.tolist()]
-            assert b.views[0].shape == (len(b.index), 3, 4, 4)
-            seen += b.index.tolist()
+            assert b.labels.tolist() == [i % 3 for i in b.sample_ids.tolist()]
+            assert b.views[0].shape == (len(b.sample_ids), 3, 4, 4)
+            seen += b.sample_ids.tolist()
     assert sorted(seen) == list(range(37))
 
 
 @pytest.mark.parametrize("samples, batch, world", [(2, 8, 3), (7, 2, 3), (1, 1, 1), (9, 8, 2), (16, 8, 2)])
-def test_evaluation_batches__few_samples_and_small_batches(monkeypatch, tmp_path, samples, batch, world):
+def test_evaluation_plan__few_samples_and_small_batches(monkeypatch, tmp_path, samples, batch, world):
     index, seen, counts = write_shards(tmp_path / "x", (samples,)), [], set()
     for rank in range(world):
         as_process(monkeypatch, rank, world)
-        ((epoch, steps),) = evaluation_batches(index, batch).epochs()
+        ((epoch, steps),) = evaluation_plan(index, batch).epochs()
         assert epoch == 0
         counts.add(len(steps))
         seen += [number for numbers in steps for number in numbers.tolist()]
@@ -354,7 +356,7 @@ def test_load__an_unusable_sample_is_replaced_by_the_next_usable_one(faulty, fau
     for step, batch in enumerate(faulty_alone[0]):
         planned = epoch_plan(faulty, 12, 0, step // 4)[step % 4].tolist()
         taken, met = zip(*map(slow_replacement, planned), strict=True)
-        assert batch.index.tolist() == list(taken) and batch.label.tolist() == [number % 3 for number in taken]
+        assert batch.sample_ids.tolist() == list(taken) and batch.labels.tolist() == [number % 3 for number in taken]
         check_records(faulty, batch.bad, sum(met, []))
         for i, number in enumerate(planned):
             replaced += number != taken[i]
@@ -377,11 +379,11 @@ def test_load__evaluation_leaves_unusable_samples_out(monkeypatch, faulty, world
     seen, bad = [], []
     for rank in range(world):
         as_process(monkeypatch, rank, world)
-        for batch in load(faulty, TEST, evaluation_batches(faulty, 5), 0, workers, CPU):
-            assert batch.label.tolist() == [number % 3 for number in batch.index.tolist()]
-            for i, number in enumerate(batch.index.tolist()):
+        for batch in load_batches(faulty, TEST, evaluation_plan(faulty, 5), 0, workers, CPU):
+            assert batch.labels.tolist() == [number % 3 for number in batch.sample_ids.tolist()]
+            for i, number in enumerate(batch.sample_ids.tolist()):
                 assert torch.equal(batch.views[0][i], finished(one_png(number), TEST, 0, 0, number)[0])
-            seen += batch.index.tolist()
+            seen += batch.sample_ids.tolist()
             bad += batch.bad
     assert seen == [number for number in range(48) if number not in FAULTS]
     check_records(faulty, bad, list(FAULTS))
@@ -391,9 +393,9 @@ def test_load__evaluation_leaves_unusable_samples_out(monkeypatch, faulty, world
 def test_load__evaluation_of_nothing_but_unusable_samples(tmp_path, workers):
     """However many they are: empty batches, no error here."""
     index = write_shards(tmp_path / "x", (110,), image=lambda number: b"junk")
-    batches = list(load(index, TEST, evaluation_batches(index, 50), 0, workers, CPU))
+    batches = list(load_batches(index, TEST, evaluation_plan(index, 50), 0, workers, CPU))
     assert [batch.views[0].shape for batch in batches] == [(0, 3, 4, 4)] * 3
-    assert [len(batch.bad) for batch in batches] == [50, 50, 10] and all(len(batch.index) == 0 for batch in batches)
+    assert [len(batch.bad) for batch in batches] == [50, 50, 10] and all(len(batch.sample_ids) == 0 for batch in batches)
 
 
 def test_load__keys_that_come_again_and_groups_without_image(monkeypatch, tmp_path):
@@ -406,9 +408,11 @@ def test_load__keys_that_come_again_and_groups_without_image(monkeypatch, tmp_pa
     assert index.total == 4 and index.labelled
     for workers in (0, 2):
         (batch,) = train(monkeypatch, index, 4, workers=workers, specs=PLAIN, epochs=range(1))[0]
-        assert sorted(zip(batch.index.tolist(), batch.label.tolist(), strict=True)) == [(0, 0), (1, 1), (2, 2), (3, 0)]
+        assert sorted(zip(batch.sample_ids.tolist(), batch.labels.tolist(), strict=True)) == [(0, 0), (1, 1), (2, 2), (3, 0)]
         color = {number: torch.tensor(color_of(number), dtype=torch.uint8).view(3, 1, 1) for number in range(4)}
-        assert all(torch.equal(v, color[i].expand_as(v)) for v, i in zip(batch.views[0], batch.index.tolist(), strict=True))
+        assert all(
+            torch.equal(v, color[i].expand_as(v)) for v, i in zip(batch.views[0], batch.sample_ids.tolist(), strict=True)
+        )
         assert batch.bad == []
 
 
@@ -440,7 +444,7 @@ def test_load__hundred_unusable_samples_in_a_row_end_the_run(monkeypatch, tmp_pa
 def test_load__fewer_than_hundred_in_a_row_are_passed_over(monkeypatch, tmp_path):
     index = junk_below(tmp_path / "x", 99)
     batches = train(monkeypatch, index, 10, specs=PLAIN, epochs=range(1))[0]
-    numbers = Counter(number for batch in batches for number in batch.index.tolist())
+    numbers = Counter(number for batch in batches for number in batch.sample_ids.tolist())
     assert numbers == {99: 100} | dict.fromkeys(range(100, 130), 1)
     met = Counter(record["key"] for batch in batches for record in batch.bad)
     assert met == {f"{number:05d}": number + 1 for number in range(99)}
@@ -478,8 +482,8 @@ def test_load__leaves_the_number_of_threads(monkeypatch, colors):
     monkeypatch.setattr(loader, "cut_views", lambda *args: inside.add(torch.get_num_threads()) or cut(*args))
     torch.set_num_threads(2)
     try:
-        for batch in load(colors, PLAIN, training_batches(colors, 18, 0, range(1)), 0, 0, CPU):
-            assert torch.get_num_threads() == 2 and len(batch.index) == 18
+        for batch in load_batches(colors, PLAIN, training_plan(colors, 18, 0, range(1)), 0, 0, CPU):
+            assert torch.get_num_threads() == 2 and len(batch.sample_ids) == 18
         assert torch.get_num_threads() == 2 and inside == {1}
     finally:
         torch.set_num_threads(threads)
@@ -506,17 +510,17 @@ def test_load__batches_come_one_by_one(monkeypatch, colors, tmp_path):
             asked.append(epoch)
             yield epoch, [np.array([2 * epoch]), np.array([2 * epoch + 1])]
 
-    stream = load(colors, PLAIN, Batches(epochs, replace=True), 0, 0, CPU)
-    assert [next(stream).index.tolist() for _ in range(3)] == [[0], [1], [2]]
+    stream = load_batches(colors, PLAIN, BatchPlan(epochs, replace=True), 0, 0, CPU)
+    assert [next(stream).sample_ids.tolist() for _ in range(3)] == [[0], [1], [2]]
     assert len(numbers()) <= 4 and len(asked) <= 2
 
 
 def test_keep_freed_memory__twice(colors):
-    before = [b.views[0] for b in load(colors, PLAIN, evaluation_batches(colors, 8), 0, 0, CPU)]
+    before = [b.views[0] for b in load_batches(colors, PLAIN, evaluation_plan(colors, 8), 0, 0, CPU)]
     assert keep_freed_memory() is None and keep_freed_memory() is None
     kept = [torch.full((1 << 20,), float(i)) for i in range(20)]
     assert all((x == i).all() for i, x in enumerate(kept))
-    after = [b.views[0] for b in load(colors, PLAIN, evaluation_batches(colors, 8), 0, 0, CPU)]
+    after = [b.views[0] for b in load_batches(colors, PLAIN, evaluation_plan(colors, 8), 0, 0, CPU)]
     assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
 
 
@@ -571,7 +575,7 @@ def test_load__on_cuda_a_batch_is_made_beside_the_step(monkeypatch):
     def batches():
         for _ in range(2):
             Stream.told.append(("made in", Stream.now.name))
-            yield loader.Batch([Tensor()], Tensor(), Tensor(), [])
+            yield Batch([Tensor()], [], Tensor(), Tensor(), [])
 
     for name, value in (("Stream", lambda device: Stream()), ("stream", stream), ("current_stream", lambda device: Stream.now)):
         monkeypatch.setattr(torch.cuda, name, value)

@@ -15,7 +15,7 @@ import main_pretrain
 import utils.evaluation.probe
 from methods import METHODS
 from utils.data.bad_samples import BadSamples
-from utils.data.loader import Batches
+from utils.data.shards import BatchPlan
 from utils.evaluation.probe import Classifiers, evaluate
 from utils.learning import backbones, layouts, optim
 from utils.run import checkpoint
@@ -167,8 +167,8 @@ def test_evaluate__nothing_but_unusable_images_is_one_line(faulty, tmp_path):
 
 
 def test_evaluate__lost_images_are_an_error(images, tmp_path, monkeypatch):
-    short = Batches(lambda: iter([(0, [torch.arange(10).numpy()])]), replace=False)
-    monkeypatch.setattr(utils.evaluation.probe, "evaluation_batches", lambda index, batch: short)
+    short = BatchPlan(lambda: iter([(0, [torch.arange(10).numpy()])]), replace=False)
+    monkeypatch.setattr(utils.evaluation.probe, "evaluation_plan", lambda index, batch: short)
     with pytest.raises(RuntimeError, match="validation counted 10 . 0 images, the index has 11"):
         evaluate_here(images, torch.nn.Linear(96, 2).state_dict(), 4, tmp_path)
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 import main_lincls
 import main_pretrain
-from utils.data import loader
+from utils.data import shards
 from utils.data.bad_samples import BadSamples
 from utils.data.index import load_index
 from utils.evaluation import probe as probe_parts
@@ -133,19 +133,19 @@ def test_evaluate__fewer_images_than_processes(data, tmp_path):
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
 @pytest.mark.parametrize("batch", [1, 4, 16])
 @pytest.mark.parametrize("split, total", [("one", 1), ("val", 11), ("train", 28)])
-def test_evaluation_batches__no_image_twice_and_none_lost(data, monkeypatch, world, batch, split, total):
+def test_evaluation_plan__no_image_twice_and_none_lost(data, monkeypatch, world, batch, split, total):
     index, seen = load_index(f"{data}/{split}"), []
     for rank in range(world):
         monkeypatch.setattr(dist, "rank", lambda rank=rank: rank)
         monkeypatch.setattr(dist, "world", lambda: world)
-        seen += [int(i) for _, steps in loader.evaluation_batches(index, batch).epochs() for step in steps for i in step]
+        seen += [int(i) for _, steps in shards.evaluation_plan(index, batch).epochs() for step in steps for i in step]
     assert sorted(seen) == list(range(total))
 
 
 def test_evaluate__counting_images_twice_is_an_error(data, monkeypatch, tmp_path):
-    real = probe_parts.evaluation_batches
-    twice = lambda *a: loader.Batches(lambda: [*real(*a).epochs(), *real(*a).epochs()], replace=False)  # noqa: E731
-    monkeypatch.setattr(probe_parts, "evaluation_batches", twice)
+    real = probe_parts.evaluation_plan
+    twice = lambda *a: shards.BatchPlan(lambda: [*real(*a).epochs(), *real(*a).epochs()], replace=False)  # noqa: E731
+    monkeypatch.setattr(probe_parts, "evaluation_plan", twice)
     with pytest.raises(RuntimeError, match="2.*1"):
         evaluate_one(data, tmp_path)
 

@@ -22,12 +22,12 @@ from helpers import TINY
 from shards_helpers import one_png, overwrite, write_members, write_shards
 
 import main_pretrain
-from utils.data import loader, reader, remote
+from utils.data import reader, remote, shards
 from utils.data.index import Index, load_index
-from utils.data.loader import evaluation_batches, load, training_batches
+from utils.data.loader import load_batches
 from utils.data.reader import BadSample, Reader, RemoteShard
 from utils.data.remote import RemoteError, copy, is_remote, place, tar_name
-from utils.data.shards import epoch_plan
+from utils.data.shards import epoch_plan, evaluation_plan, training_plan
 from utils.data.views import moco_v2_view
 from utils.run.flags import RunError
 
@@ -152,14 +152,14 @@ def global_batches(index, world=1, workers=0, epochs=range(2), first_step=0, lan
     processes = []
     with pytest.MonkeyPatch.context() as patch:
         for rank in range(world):
-            patch.setattr(loader.dist, "rank", lambda rank=rank: rank)
-            patch.setattr(loader.dist, "world", lambda: world)
-            batches = training_batches(index, BATCH, 0, epochs, lanes, first_step)
-            processes.append(list(load(index, SPECS, batches, 0, workers, torch.device("cpu"))))
+            patch.setattr(shards.dist, "rank", lambda rank=rank: rank)
+            patch.setattr(shards.dist, "world", lambda: world)
+            batches = training_plan(index, BATCH, 0, epochs, lanes, first_step)
+            processes.append(list(load_batches(index, SPECS, batches, 0, workers, torch.device("cpu"))))
     steps = list(zip(*processes, strict=True))
     return [
-        (torch.cat([b.views[0] for b in step]), [n for b in step for n in b.index.tolist()],
-         [n for b in step for n in b.label.tolist()], [r for b in step for r in b.bad])
+        (torch.cat([b.views[0] for b in step]), [n for b in step for n in b.sample_ids.tolist()],
+         [n for b in step for n in b.labels.tolist()], [r for b in step for r in b.bad])
         for step in steps
     ]  # fmt: skip
 
@@ -242,11 +242,11 @@ def test_load__a_remote_shard_is_opened_once_an_epoch(elsewhere, lanes):
 def test_load__evaluation_of_remote_shards(local, elsewhere, tmp_path, workers, cached):
     index = load_index(HOST, cache_dir=str(tmp_path / "cache") if cached else None)
     there, here = (
-        list(load(which, SPECS, evaluation_batches(which, 4), 0, workers, torch.device("cpu"))) for which in (index, local)
+        list(load_batches(which, SPECS, evaluation_plan(which, 4), 0, workers, torch.device("cpu"))) for which in (index, local)
     )
-    assert [n for batch in there for n in batch.index.tolist()] == list(range(TOTAL))
+    assert [n for batch in there for n in batch.sample_ids.tolist()] == list(range(TOTAL))
     for batch, other in zip(there, here, strict=True):
-        assert torch.equal(batch.views[0], other.views[0]) and torch.equal(batch.label, other.label) and batch.bad == []
+        assert torch.equal(batch.views[0], other.views[0]) and torch.equal(batch.labels, other.labels) and batch.bad == []
 
 
 def test_remote_shard__holds_what_is_wanted_and_reads_no_further(local, elsewhere):

@@ -8,7 +8,7 @@ from shards_helpers import chi_square
 
 from utils.data import shards
 from utils.data.index import Index, Shard
-from utils.data.shards import default_lanes, epoch_plan, shuffle_buffer
+from utils.data.shards import epoch_plan, lanes_of, shuffle_buffer, steps_per_epoch
 
 SIZES = (10, 10, 10, 7)
 
@@ -18,9 +18,9 @@ def index_of(*sizes):
     return Index(tuple(Shard(f"/nowhere/{i}.tar", f"{i}.tar", size, 0, "") for i, size in enumerate(sizes)), None)
 
 
-def test_default_lanes__largest_power_of_two_up_to_64_that_divides():
+def test_lanes_of__default_is_the_largest_power_of_two_up_to_64_that_divides():
     for batch in range(1, 1100):
-        assert default_lanes(batch) == max(p for p in (1, 2, 4, 8, 16, 32, 64) if batch % p == 0)
+        assert lanes_of(None, batch) == max(p for p in (1, 2, 4, 8, 16, 32, 64) if batch % p == 0)
 
 
 @pytest.mark.parametrize("pool", [1, 5, 4096])
@@ -65,7 +65,7 @@ def test_epoch_plan__positions_are_uniform_over_epochs(monkeypatch, pool, sizes,
     """Exact law: any sample is at any position, or among those left over, with equal probability. Even without any mixing."""
     monkeypatch.setattr(shards, "POOL", pool)
     index, epochs = index_of(*sizes), 1500
-    counts = np.zeros((index.total, index.total // batch * batch))
+    counts = np.zeros((index.total, steps_per_epoch(index.total, batch) * batch))
     for epoch in range(epochs):
         plan = epoch_plan(index, batch, 7, epoch, lanes).ravel()
         counts[plan, np.arange(len(plan))] += 1

@@ -64,7 +64,6 @@ def test_views__are_the_published_ones():
         assert (spec.size, spec.scale, spec.count, spec.ratio, spec.flip_p) == (112, (0.2, 1.0), 1, (3 / 4, 4 / 3), 0.5)
         assert (spec.jitter, spec.jitter_p, spec.gray_p, spec.blur) == ((0.4, 0.4, 0.2, 0.1), 0.8, 0.2, (0.1, 2.0))
         assert (spec.blur_p, spec.solarize_p) == ((1.0, 0.0) if spec.name.endswith("1") else (0.1, 0.2))
-        assert not spec.flips
 
 
 # ---- montages

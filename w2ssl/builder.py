@@ -83,7 +83,7 @@ class W2SSL(nn.Module):
     def views(args) -> list[ViewSpec]:
         share = (1 + args.overlap) / 2
         common = {"jitter": (0.4, 0.4, 0.2, 0.1), "jitter_p": 0.8, "gray_p": 0.2}
-        first = {"blur_p": 1.0, "flips": args.flip_aware_location}
+        first = {"blur_p": 1.0}
         return [
             ViewSpec(f"{half} {number}", args.size // 2, (args.crop_min, 1.0), part=part, **common, **own)
             for number, own in ((1, first), (2, {"blur_p": 0.1, "solarize_p": 0.2}))

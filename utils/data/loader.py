@@ -1,55 +1,24 @@
 """Shards and views -> batches on the device."""
 
-import itertools
 import re
-import statistics
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from utils.data.batch import Batch
 from utils.data.index import Index
 from utils.data.photometric import COLUMNS, photometric
 from utils.data.reader import BadSample, Reader
-from utils.data.shards import default_lanes, epoch_plan
+from utils.data.shards import BatchPlan
 from utils.data.views import DRAWS, ViewSpec, cut_views, draw, parameters_of
-from utils.run import dist
-from utils.run.cpu import cpu_ms, keep_freed_memory
+from utils.run.cpu import keep_freed_memory
 from utils.run.flags import RunError
 from utils.run.signals import leave_to_parent
 
 NEIGHBOURS = 100  # that are tried in the place of an unusable sample
-
-
-@dataclass
-class Batch:
-    """This process's part of a global batch.
-
-    A view is n x 3 x H x W uint8, or n x count x 3 x H x W if its spec counts several. It is normalised where an encoder takes
-    it, and until then a quarter as large.
-    """
-
-    views: list[torch.Tensor]  # and behind them, for each spec with `flips`, which were mirrored: n x count bool
-    index: torch.Tensor  # n, sample numbers
-    label: torch.Tensor  # n, -1 where there is none
-    bad: list[dict[str, str]]  # the unusable samples that were met: shard, key, error
-
-
-@dataclass
-class Batches:
-    """Which samples a process takes: each call gives (epoch, the sample numbers of each step), epoch after epoch.
-
-    An unusable sample is replaced by the next usable one of the index, or, without `replace`, left out. lanes: the lane of each
-    place in a step, if there are several.
-    """
-
-    epochs: Callable[[], Iterator[tuple[int, list[np.ndarray]]]]
-    replace: bool
-    lanes: np.ndarray | None = None
 
 
 class Chunks(IterableDataset):
@@ -57,17 +26,17 @@ class Chunks(IterableDataset):
     numbers, labels, unusable samples). The crops are finished uint8 views with `photometric_here`.
     """
 
-    def __init__(self, index: Index, specs: list[ViewSpec], batches: Batches, seed: int, photometric_here: bool):
-        self.index, self.specs, self.batches, self.seed, self.photometric_here = index, specs, batches, seed, photometric_here
+    def __init__(self, index: Index, specs: list[ViewSpec], plan: BatchPlan, seed: int, photometric_here: bool):
+        self.index, self.specs, self.plan, self.seed, self.photometric_here = index, specs, plan, seed, photometric_here
 
     def __iter__(self):
         worker = get_worker_info()
         share, shares = (worker.id, worker.num_workers) if worker else (0, 1)
         keep_freed_memory()
         reader = Reader(self.index)
-        for epoch, steps in self.batches.epochs():
+        for epoch, steps in self.plan.epochs():
             mine = [np.array_split(samples, shares)[share] for samples in steps]
-            lanes = None if self.batches.lanes is None else np.array_split(self.batches.lanes, shares)[share]
+            lanes = None if self.plan.lane_of_place is None else np.array_split(self.plan.lane_of_place, shares)[share]
             reader.expect(np.concatenate([np.empty(0, int), *mine]), None if lanes is None else np.tile(lanes, len(mine)))
             for samples in mine:
                 threads = torch.get_num_threads()
@@ -119,35 +88,16 @@ class Chunks(IterableDataset):
                     raise BadSample(shard, found.key, reason, number + 1) from None
             except BadSample as error:
                 bad.append(error.record)
-                if not self.batches.replace:
+                if not self.plan.replace:
                     return None
                 number, planned = error.following % self.index.total, False
         raise RunError(f"{NEIGHBOURS} samples in a row cannot be used; the first: {bad[-NEIGHBOURS]}")
 
 
-def worker_ms(index: Index, specs: list[ViewSpec], seed: int, images: int = 256, rounds: int = 5) -> float:
-    """CPU time per image of the worker's part, in ms: the median of some rounds, after one that warms up."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    chunks, reader = Chunks(index, specs, training_batches(index, 1, seed, range(1)), seed, False), Reader(index)
-    keep_freed_memory()
-    epoch = itertools.count()  # other views each time
-
-    def work(samples):
-        reader.expect(samples)
-        chunks.chunk(reader, next(epoch), samples)
-
-    try:
-        times = [cpu_ms(work, np.arange(min(images, index.total))) for _ in range(rounds + 1)]
-    finally:
-        torch.set_num_threads(threads)
-    return statistics.median(times[1:])
-
-
-def load(
+def load_batches(
     index: Index,
     specs: list[ViewSpec],
-    batches: Batches,
+    plan: BatchPlan,
     seed: int,
     workers: int,
     device: torch.device,
@@ -161,7 +111,7 @@ def load(
         keep_freed_memory()  # of the batches too
     in_worker = photometric_on == "worker" or (photometric_on == "auto" and device.type == "cpu")
     chunks = DataLoader(
-        Chunks(index, specs, batches, seed, in_worker),
+        Chunks(index, specs, plan, seed, in_worker),
         batch_size=None,
         num_workers=workers,
         pin_memory=device.type == "cuda",
@@ -184,10 +134,9 @@ def _finished(stream, specs, workers, device, in_worker):
             if not in_worker:
                 view = photometric(view, torch.cat([p[i] for p in parameters]).view(-1, len(COLUMNS)))
             views.append(view if spec.count == 1 else view.unflatten(0, (-1, spec.count)))
-        told = [torch.cat([p[i] for p in parameters])[..., -1].bool() for i, spec in enumerate(specs) if spec.flips]
-        views += [flips.to(device, non_blocking=True) for flips in told]
+        flips = [torch.cat([p[i] for p in parameters])[..., -1].bool() for i in range(len(specs))]
         samples, labels = (torch.cat(x).to(device, non_blocking=True) for x in (samples, labels))
-        yield Batch(views, samples, labels, sum(bad, []))
+        yield Batch(views, flips, samples, labels, sum(bad, []))
 
 
 def _beside_the_step(batches, device):
@@ -202,7 +151,7 @@ def _beside_the_step(batches, device):
             return
         step = torch.cuda.current_stream(device)
         step.wait_stream(side)
-        for x in (*batch.views, batch.index, batch.label):
+        for x in (*batch.views, batch.sample_ids, batch.labels):
             x.record_stream(step)  # or its memory could be given to the next batch while the step reads it
         yield batch
 
@@ -215,34 +164,3 @@ def _until_a_worker_dies(chunks):
         if chunks.num_workers:
             time.sleep(10)  # until torch's signal handler names the worker, by a RuntimeError
         raise
-
-
-def training_batches(
-    index: Index, batch: int, seed: int, epochs: range, lanes: int | None = None, first_step: int = 0
-) -> Batches:
-    """This process's part of every global batch of these epochs, in order; the first epoch from `first_step` on."""
-    lanes, rank, world = lanes or default_lanes(batch), dist.rank(), dist.world()
-    epochs_of = partial(_training_epochs, index, batch, seed, epochs, lanes, first_step, rank, world)
-    lane_of_place = np.array_split(np.arange(batch) // max(1, batch // lanes), world)[rank]
-    return Batches(epochs_of, replace=True, lanes=lane_of_place)
-
-
-def _training_epochs(index, batch, seed, epochs, lanes, first_step, rank, world):
-    n = batch // world
-    for epoch in epochs:
-        plan = epoch_plan(index, batch, seed, epoch, lanes)[:, rank * n : (rank + 1) * n]
-        yield epoch, list(plan[first_step if epoch == epochs[0] else 0 :])
-
-
-def evaluation_batches(index: Index, batch: int) -> Batches:
-    """This process's part of the index, each sample on exactly one process, in order. `batch` is global.
-
-    All processes have equally many batches; the last ones may be empty.
-    """
-    n = max(1, batch // dist.world())
-    return Batches(partial(_evaluation_epoch, index, n, dist.rank(), dist.world()), replace=False)
-
-
-def _evaluation_epoch(index, n, rank, world):
-    parts = np.array_split(np.arange(index.total), world)
-    yield 0, [parts[rank][start : start + n] for start in range(0, len(parts[0]), n)]  # the first part is the longest

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from utils.run import streams
+
 try:
     from torchvision.io import decode_jpeg
 except ImportError:
@@ -49,7 +51,6 @@ class ViewSpec:
     flip_p: float = 0.5
     resize: int | None = None
     part: tuple[float, float] = (0.0, 1.0)  # of the image's width, of which the view is cut
-    flips: bool = False  # whether the batch also tells which views were mirrored
 
 
 def moco_v2_view(name: str, size: int, scale: tuple[float, float], count: int = 1) -> ViewSpec:
@@ -64,8 +65,7 @@ def moco_v1_view(name: str, size: int, scale: tuple[float, float]) -> ViewSpec:
 
 def draw(seed: int, epoch: int, sample: int, views: int) -> np.ndarray:
     """views x DRAWS numbers, uniform in [0, 1). Counter-based: row v depends on (seed, epoch, sample, v) and nothing else."""
-    bits = np.random.Philox(key=[seed, epoch], counter=[0, sample, 0, 0])
-    return np.random.Generator(bits).random((views, DRAWS))
+    return streams.view_numbers(seed, epoch, sample, (views, DRAWS))
 
 
 def crop_box(spec: ViewSpec, u: np.ndarray, height: int, width: int) -> tuple[int, int, int, int]:

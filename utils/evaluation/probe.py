@@ -8,8 +8,9 @@ from torch import nn
 
 from utils.data.bad_samples import BadSamples
 from utils.data.index import Index
-from utils.data.loader import evaluation_batches, load
+from utils.data.loader import load_batches
 from utils.data.photometric import normalized
+from utils.data.shards import evaluation_plan
 from utils.data.views import ViewSpec
 from utils.learning import amp, backbones
 from utils.run import dist
@@ -74,14 +75,14 @@ def evaluate(args, index: Index, frozen: Frozen, fc: Classifiers, device, bad: B
     right = torch.zeros(len(fc.fc), 2, dtype=torch.long, device=device)  # top-1, top-5
     seen = torch.zeros((), dtype=torch.long, device=device)
     met = []
-    batches = evaluation_batches(index, args.batch_size)
-    for batch in load(index, [spec], batches, args.seed, args.workers, device, args.photometric):
+    plan = evaluation_plan(index, args.batch_size)
+    for batch in load_batches(index, [spec], plan, args.seed, args.workers, device, args.photometric):
         if asked_to_stop():
             return None
         met += batch.bad
-        seen += len(batch.label)
+        seen += len(batch.labels)
         for row, logits in zip(right, fc(frozen.features(batch.views[0], args.amp)).values(), strict=True):
-            hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == batch.label.unsqueeze(1)  # n x 5
+            hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == batch.labels.unsqueeze(1)  # n x 5
             row += torch.stack([hits[:, 0].sum(), hits.any(1).sum()])
     bad.add(met)
     unusable = sum(len(part) for part in dist.gather_objects(met))

@@ -22,7 +22,7 @@ def write(failure: NotFinite, folder: Path, args, method: torch.nn.Module, scale
     """
     inputs = failure.inputs
     parts = dist.gather_objects_on_first([view.cpu() for view in inputs.batch.views])
-    samples = dist.gather(inputs.batch.index)
+    samples = dist.gather(inputs.batch.sample_ids)
     path = folder / f"failed_step_{inputs.epoch:04d}_{inputs.step_in_epoch:06d}.pth.tar"
     if dist.rank() == 0:
         content = {
