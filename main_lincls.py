@@ -49,10 +49,12 @@ def get_args(argv=None):
     first = Parser(prog=PROG, add_help=False)
     first.add_argument("--method", choices=METHODS, default="mosrep", help="whose published protocol to use as defaults")
     parser = Parser(prog=PROG, description=__doc__.split("\n\n")[0], parents=[first])
-    add = parser.add_argument
+    add = parser.group("data", identity=False).add_argument
     add("--pretrained", required=True, metavar="PATH", help="checkpoint, folder of a run, or `random` for an untrained trunk")
     add("--train-shards", required=True, metavar="DIR", help="folder of labelled training shards, a glob or a brace pattern")
     add("--val-shards", required=True, metavar="DIR", help="the same for validation; every image counts exactly once")
+    optimization = parser.group("optimization")
+    add = optimization.add_argument
     add("-a", "--arch", help="timm trunk; default: the checkpoint's")
     add("--size", type=int, default=224, help="side of a view in pixels")
     add("--resize", type=int, help="test images: shorter side in pixels before the centre is cut; default: 8/7 of --size")
@@ -63,7 +65,7 @@ def get_args(argv=None):
     add("--momentum", type=float, default=0.9, help="of SGD")
     add("--weight-decay", type=float, default=0.0, help="of SGD")
     add("--trust", type=float, help="trust coefficient of the layer-wise adaptive rate; 0 is plain SGD")
-    add_lr_steps(parser)
+    add_lr_steps(optimization)
     add("--layer", type=int, nargs="+",
         help="layers to probe, all in one pass: 1 to 5 of AlexNet, 6 for pooled features; default: the last")  # fmt: skip
     add_run_flags(parser, output_dir=None, output_help="default: `linear` in the run's folder, or linear-FILE beside a FILE")

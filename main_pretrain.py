@@ -26,6 +26,7 @@ from utils.run import checkpoint, dist, replay, resume
 from utils.run.checkpoint import bare
 from utils.run.engine import Engine, NotFinite, StepInputs
 from utils.run.flags import (
+    Flags,
     Parser,
     add_lr_steps,
     add_run_flags,
@@ -44,50 +45,76 @@ from utils.run.signals import exit_code, stopped
 PROG = "main_pretrain.py"
 
 
-def get_args(argv=None):
+def get_args(argv=None) -> Flags:
     first = Parser(prog=PROG, add_help=False)
-    first.add_argument("--method", choices=METHODS, default="mosrep", help="what to train; --help shows its own flags")
-    first.add_argument("--replay", metavar="FILE",
-        help="compute a failed_step_*.pth.tar again in one process, with its flags where none are given, and stop")  # fmt: skip
+    add_first_flags(first)
     known = first.parse_known_args(argv)[0]
     failed = replay.read_failed_step(known.replay) if known.replay else None
     name = failed["flags"]["method"] if failed else known.method
 
-    parser = Parser(prog=PROG, description=__doc__.split("\n\n")[0], parents=[first])
-    add = parser.add_argument
+    parser = Parser(
+        elsewhere=lambda flag: other_method(flag, name), prog=PROG, usage="%(prog)s [--method NAME] --shards DIR [flags]",
+        description="\n\n".join(__doc__.split("\n\n")[:2]),
+    )  # fmt: skip
+    add = parser.group("data", identity=False).add_argument
     add("--shards", required=not failed, metavar="DIR", help="folder of training shards, a glob, or a brace pattern of tars")
-    add("-a", "--arch", default="resnet50", help="trunk: a timm model that gives a feature map; CMC's own end in v1 to v3")
+    add("--lanes", type=int, identity=True,
+        help="ranges an epoch is cut into; default: the largest power of two up to 64 that divides the batch")  # fmt: skip
+    optimization = parser.group("optimization")
+    add = optimization.add_argument
     add("--epochs", type=int, default=200, help="times every image is shown")
     add("--batch-size", type=int, default=256, help="images in a step, over all processes together")
     add("--lr", type=float, default=0.03, help="learning rate for a batch of 256; scaled once by batch size / 256")
     add("--momentum", type=float, default=0.9, help="of SGD and LARS")
     add("--weight-decay", type=float, default=1e-4, help="of SGD, on every parameter; of LARS, not on biases and BatchNorm")
     add("--trust", type=float, default=0.0, help="trust coefficient of LARS, layer-wise adaptive rates; 0 is plain SGD")
-    add("--warmup-epochs", type=float, default=0.0, help="in which the learning rate rises linearly from 0, step by step")
-    add("--lr-per", choices=["epoch", "step"], default="epoch", help="after which the learning rate's cosine moves on")
-    add_lr_steps(parser)
-    add("--lanes", type=int,
-        help="ranges an epoch is cut into; default: the largest power of two up to 64 that divides the batch")  # fmt: skip
+    add(
+        "--warmup-epochs", type=float, default=0.0, help="epochs in which the learning rate rises linearly from 0, step by step"
+    )
+    add("--lr-per", choices=["epoch", "step"], default="epoch", help="how often the cosine changes the learning rate")
+    add_lr_steps(optimization)
+    add_first_flags(parser)
+    parser.group("method").add_argument("-a", "--arch", default="resnet50",
+        help="trunk: a timm model that gives a feature map; CMC's own end in v1 to v3")  # fmt: skip
+    METHODS[name].add_flags(parser.group("method"))
+    add_run_flags(parser, output_dir="output/run", output_help="folder of checkpoints, metrics and configuration")
+    add = parser.group("run", identity=False).add_argument
     add("--save-freq", type=int, default=10, help="epochs between two checkpoints that stay")
     add("--compile", action="store_true", help="compile the encoders with torch.compile")
     add("--dry-run", nargs="?", type=float, const=1000.0, metavar="RATE",
-        help="check all, measure the --workers that a device needs which trains RATE (1000) images/s, and stop")  # fmt: skip
-    add_run_flags(parser, output_dir="output/run", output_help="checkpoints, metrics and configuration go here")
-    METHODS[name].add_flags(parser.add_argument_group(f"--method {name}"))
-    if failed:
-        flags = failed["flags"]
-        if "bn_splits" in flags:
-            flags |= {"bn_splits": failed["processes"] * flags["bn_splits"]}
+        help="check everything, say how many --workers feed a device that trains RATE (1000) images/s, and stop")  # fmt: skip
+    if failed:  # one process computes it, with the processes of the run as groups of BatchNorm
+        flags = failed["flags"] | {"bn_splits": failed["processes"] * failed["flags"].get("bn_splits", 1)}
         parser.set_defaults(**{key: value for key, value in flags.items() if key not in ("device", "replay")})
     return parser.parse_args(argv)
 
 
-def check(args, samples: int) -> None:
-    """Raise ValueError for flags that cannot work, naming flag, value and mend, before anything slow."""
+def add_first_flags(parser: Parser) -> None:
+    """The flags that decide which other flags there are."""
+    parser.group("method").add_argument("--method", choices=METHODS, default="mosrep",
+        help="method to train; --method NAME --help shows its flags")  # fmt: skip
+    parser.group("run").add_argument("--replay", metavar="FILE", identity=False,
+        help="compute a failed_step_*.pth.tar again in one process, with the flags of its run, and stop")  # fmt: skip
+
+
+def other_method(flag: str, method: str) -> str | None:
+    """The method that has a flag which `method` lacks."""
+    for name in METHODS:
+        parser = Parser(add_help=False)
+        METHODS[name].add_flags(parser.group("method"))
+        if name != method and flag in parser.format_help().replace(",", " ").split():
+            return f"--method {name}"
+    return None
+
+
+def check(args: Flags, samples: int) -> None:
+    """Raise ValueError for flags that cannot work, naming flag, value and a value that works, before anything slow."""
     check_run_flags(args)
     check_lr_steps(args)
     if args.lr_steps and args.lr_per == "step":
-        raise ValueError("--lr-per step: is of the cosine, which --lr-steps replaces; pass --lr-per epoch, or no --lr-steps")
+        raise ValueError(
+            "--lr-per step: belongs to the cosine, which --lr-steps replaces; pass --lr-per epoch, or no --lr-steps"
+        )
     grouped = ["--bn-splits"] if "bn_splits" in args else []
     positive(["--epochs", "--batch-size", "--lr", "--save-freq", *grouped], args)
     in_range("--trust", args.trust, 0, 1)
@@ -109,6 +136,7 @@ def main(argv=None):
             return compute_again(args, device)
         index = dist.first_process_does(lambda: load_index(args.shards, **shard_flags(args)))
         args.samples = index.total  # not a flag: a memory bank has a row for each
+        args.outside |= {"samples"}
         check(args, index.total)
         if args.dry_run is None:
             resume_from = dist.first_process_does(lambda: resume.open_run(args.output_dir, args.resume))
@@ -201,18 +229,20 @@ def train(args, index, model, optimizer, scaler, start, lr, device):
 
 
 def dry_run(args, index):
-    """What the measurement of benchmarks/input_pipeline.py says of these shards, these views and this machine."""
+    """Measure how many images/s a worker makes of these shards and views on this machine (as benchmarks/input_pipeline.py)."""
     specs, rate = METHODS[args.method].views(args), args.dry_run
     ms = worker_ms(index, specs, args.seed)
-    say(f"dry run: all flags are good; {index.total} images, {steps_per_epoch(index.total, args.batch_size)} steps an epoch")
-    say(f"a worker needs {ms:.2f} ms of a core for an image and feeds {1e3 / ms:.0f} images/s; a device that trains {rate:.0f} "
-        f"images/s needs --workers {math.ceil(rate * ms / 1e3)}, which is {args.workers} now, for its process")  # fmt: skip
+    say(f"dry run: all flags work; {index.total} images, {steps_per_epoch(index.total, args.batch_size)} steps an epoch")
+    say(f"a worker needs {ms:.2f} ms of a core for an image and feeds {1e3 / ms:.0f} images/s; a process that trains "
+        f"{rate:.0f} images/s needs --workers {math.ceil(rate * ms / 1e3)} (now: {args.workers})")  # fmt: skip
 
 
 def compute_again(args, device):
-    """--replay."""
+    """--replay: compute a failed step once more; exit code 0 if it fails again."""
     if dist.world() > 1:
-        raise ValueError(f"--replay {args.replay}: computes in one process, this is one of {dist.world()}; leave torchrun out")
+        raise ValueError(
+            f"--replay {args.replay}: runs in one process, and there are {dist.world()}; start it without torchrun"
+        )
     method = build(args, device)
 
     def loss_of(saved):

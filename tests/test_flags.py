@@ -14,6 +14,7 @@ import main_lincls
 import main_pretrain
 from methods import METHODS
 from utils.data.index import load_index
+from utils.learning import amp
 from utils.run import flags
 from utils.run.flags import Parser, RunError, one_line_ends, one_line_errors
 
@@ -38,12 +39,16 @@ def test_parser__unknown_flags_and_abbreviations_are_refused(capsys, get_args, r
     assert "--epochs" in fails(capsys, get_args, [*required, "--epochs", "ten"])
     assert re.search("ten", fails(capsys, get_args, [*required, "--epochs", "ten"]))
     assert "simclr" in fails(capsys, get_args, ["--method", "simclr", *required])
+    line = fails(capsys, get_args, [*required, "--batchsize", "8"])
+    assert line.endswith("error: --batchsize: no such flag; did you mean --batch-size?")
+    assert fails(capsys, get_args, [*required, "stray"]).endswith("stray: no such flag; --help lists the flags")
 
 
 def test_parser__a_flag_of_another_method_is_an_error(capsys):
     for flag in ("--shift-range", "--shift-enable", "--shift-beta"):
         main_pretrain.get_args(["--method", "mosrep", *PRETRAIN, flag, "1"])
-        assert flag in fails(capsys, main_pretrain.get_args, ["--method", "moco", *PRETRAIN, flag, "1"])
+        line = fails(capsys, main_pretrain.get_args, ["--method", "moco", *PRETRAIN, flag, "1"])
+        assert line.endswith(f"error: {flag}: no such flag here; --method mosrep has it")
     main_pretrain.get_args(["--method", "moco", *PRETRAIN, "--local-crops", "4"])
     assert "--local-crops" in fails(capsys, main_pretrain.get_args, ["--method", "mosrep", *PRETRAIN, "--local-crops", "4"])
 
@@ -69,6 +74,44 @@ def test_parser__help_shows_the_default_of_the_parser(capsys):
     with pytest.raises(SystemExit) as stop:
         parser.parse_args(["--help"])
     assert stop.value.code == 0 and "in pixels (default: 17)" in " ".join(capsys.readouterr().out.split())
+
+
+def test_parser__a_misspelt_flag_of_no_parser_we_know(capsys):
+    parser = Parser(prog="p")
+    parser.add_argument("--height", type=int)
+    assert fails(capsys, parser.parse_args, ["--heigth=3"]) == "p: error: --heigth: no such flag; did you mean --height?"
+
+
+def test_group__identity_is_of_the_group_or_of_the_flag():
+    parser = Parser(prog="p")
+    parser.add_argument("--plain")
+    where, how = parser.group("where", identity=False), parser.group("how")
+    where.add_argument("--folder-name")
+    where.add_argument("-s", "--seed", identity=True)
+    how.add_argument("--rate", type=float)
+    how.add_argument("--workers", identity=False)
+    parser.group("where").add_argument("--again")  # the same part of the help
+    how.set_defaults(rate=3.0)
+    args = parser.parse_args(["--folder-name", "x"])
+    assert flags.meaning(args) == {"plain": None, "seed": None, "rate": 3.0, "again": None}
+    assert vars(args).keys() == {"plain", "folder_name", "seed", "rate", "workers", "again"}
+    assert parser.format_help().count("where:") == 1
+
+
+@pytest.mark.parametrize("get_args, parts", [
+    (main_pretrain.get_args, ["python main_pretrain.py", "\ndata:", "\noptimization:", "\nmethod:", "\nrun:"]),
+    (main_lincls.get_args, ["\ndata:", "\noptimization:", "\nrun:"]),
+])  # fmt: skip
+def test_parser__help_has_an_example_at_its_head_and_groups(capsys, get_args, parts):
+    with pytest.raises(SystemExit):
+        get_args(["--help"])
+    text = capsys.readouterr().out
+    places = [text.find(part) for part in parts]
+    assert -1 not in places and places == sorted(places)
+
+
+def test_amp__has_the_choices_of_learning():
+    assert ("auto", *amp.DTYPES) == flags.AMP
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -181,7 +224,7 @@ def test_in_range__ends_belong_and_nan_does_not():
             flags.in_range("--moco-m", value, 0, 1)
 
 
-def test_meaning__leaves_out_only_place_and_inputs():
+def test_meaning__leaves_out_only_place_speed_and_inputs():
     args = main_pretrain.get_args(["--method", "moco", *PRETRAIN])
     rest = {"shards", "output_dir", "resume", "device", "workers", "print_freq", "save_freq", "photometric", "max_bad"}
     rest |= {"cache_dir", "allow_pipe", "verify_shards", "dry_run", "save_steps", "save_minutes", "keep", "dist_timeout"}
@@ -197,12 +240,16 @@ def test_default_workers__shares_the_cores(monkeypatch, processes):
         assert 0 <= flags.default_workers() <= 8 and flags.default_workers() * processes <= cores
 
 
-class Recording(argparse.Namespace):
-    """Notes who reads which flag."""
+class Recording(flags.Flags):
+    """Notes which flags are read."""
+
+    def __init__(self, args):
+        super().__init__(**vars(args))
+        self.outside = args.outside
 
     def __getattribute__(self, name):
         function = sys._getframe(1).f_code.co_name
-        if function not in {"check", "check_run_flags", "positive", "in_range", "meaning", "restore"}:
+        if function not in {"check", "check_run_flags", "positive", "in_range", "meaning", "check_same_run"}:
             READ.add(name)
         return super().__getattribute__(name)
 
@@ -214,7 +261,7 @@ READ = set()
 def test_main_pretrain__every_flag_that_is_parsed_is_read(images, tmp_path, monkeypatch, method):
     """Not only by a check: it must get where something is done with it."""
     argv = [*tiny(method), "--shards", f"{images}/train", "--output-dir", str(tmp_path), "--epochs", "1", "--workers", "0"]
-    args = Recording(**vars(main_pretrain.get_args([*argv, "--device", "cpu", "--amp", "fp32"])))
+    args = Recording(main_pretrain.get_args([*argv, "--device", "cpu", "--amp", "fp32"]))
     monkeypatch.setattr(main_pretrain, "get_args", lambda argv: args)
     READ.clear()
     flags = set(vars(args))
@@ -225,7 +272,7 @@ def test_main_pretrain__every_flag_that_is_parsed_is_read(images, tmp_path, monk
 def test_main_lincls__every_flag_that_is_parsed_is_read(images, tmp_path, monkeypatch):
     argv = ["--pretrained", "random", "--arch", "tiny_resnet", "--size", "32", "--epochs", "1", "--batch-size", "20"]
     argv += ["--train-shards", f"{images}/train", "--val-shards", f"{images}/val", "--output-dir", str(tmp_path)]
-    args = Recording(**vars(main_lincls.get_args([*argv, "--workers", "0", "--device", "cpu", "--amp", "fp32"])))
+    args = Recording(main_lincls.get_args([*argv, "--workers", "0", "--device", "cpu", "--amp", "fp32"]))
     monkeypatch.setattr(main_lincls, "get_args", lambda argv: args)
     READ.clear()
     main_lincls.main()

@@ -117,8 +117,8 @@ BAD = {
     "other device": (["--amp", "fp16"], "--amp fp16: .*--amp auto"),
     "missing checkpoint": (["--resume", "/nowhere/c.pth.tar"], "--resume /nowhere/c.pth.tar: no such file"),
     "output below a file": (["--output-dir", "/proc/version/run"], "--output-dir /proc/version/run: "),
-    "abbreviation": (["--epoch", "1"], "unrecognized arguments: --epoch 1"),
-    "flag of another method": (["--shift-range", "3"], "unrecognized arguments: --shift-range 3"),
+    "abbreviation": (["--epoch", "1"], "--epoch: no such flag; did you mean --epochs?"),
+    "flag of another method": (["--shift-range", "3"], "--shift-range: no such flag here; --method mosrep has it"),
 }
 
 

@@ -1,38 +1,83 @@
-"""Command lines: flat argparse, strict flags, bad input as one clear line."""
+"""Command lines: flat argparse, strict flags, bad input reported in one line."""
 
 import argparse
 import contextlib
+import difflib
 import math
 import os
 import sys
+from collections.abc import Callable
 
 from torch.distributed import DistError
 
-from utils.learning.amp import DTYPES
 from utils.run import dist
+
+AMP = ("auto", "bf16", "fp16", "fp32")  # of utils/learning/amp.py, which this room may not import
 
 
 class RunError(Exception):
-    """Why a run cannot go on, in one line that needs no traceback."""
+    """The reason why a run must stop, in one line that needs no traceback."""
+
+
+class Flags(argparse.Namespace):
+    """The flags of a command. `outside`: names of those that are not part of a run's identity."""
+
+    __slots__ = ("outside",)  # so that `vars` gives the flags alone
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse without abbreviations, with defaults in the help, `-` and `_` alike inside a flag name, errors in one line."""
+    """argparse without abbreviations, with defaults in the help, `-` and `_` alike inside a flag name, errors in one line.
 
-    def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, formatter_class=_Help, **kwargs)
+    elsewhere: (flag) -> who has it, or None; asked for a flag that this parser does not know.
+    """
+
+    def __init__(self, elsewhere: Callable[[str], str | None] = lambda flag: None, **options):
+        super().__init__(allow_abbrev=False, formatter_class=_Help, **options)
+        self.elsewhere, self.groups, self.outside = elsewhere, {}, set()
+
+    def group(self, title: str, identity: bool = True) -> "Group":
+        """The group of the help with this title. identity: default for the flags that are added to the returned object."""
+        if title not in self.groups:
+            self.groups[title] = self.add_argument_group(title)
+        return Group(self, self.groups[title], identity)
 
     def parse_known_args(self, args=None, namespace=None):
         args = [_dashes(a) for a in (sys.argv[1:] if args is None else args)]
-        return super().parse_known_args(args, namespace)
+        flags, unknown = super().parse_known_args(args, Flags() if namespace is None else namespace)
+        flags.outside = frozenset(self.outside)
+        return flags, unknown
+
+    def parse_args(self, args=None, namespace=None):
+        flags, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            name = next((a for a in unknown if a.startswith("-")), unknown[0]).partition("=")[0]
+            other, near = self.elsewhere(name), difflib.get_close_matches(name, self._option_string_actions, 1, 0.7)
+            hint = f"{other} has it" if other else f"did you mean {near[0]}?" if near else "--help lists the flags"
+            self.error(f"{name}: no such flag{' here' if other else ''}; {hint}")
+        return flags
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-class _Help(argparse.ArgumentDefaultsHelpFormatter):
+class Group:
+    """A titled part of a parser's help. A flag with `identity` belongs to a run's identity: another value is another run."""
+
+    def __init__(self, parser: Parser, arguments, identity: bool):
+        self.parser, self.arguments, self.identity = parser, arguments, identity
+
+    def add_argument(self, *names: str, identity: bool | None = None, **options) -> None:
+        action = self.arguments.add_argument(*names, **options)
+        if not (self.identity if identity is None else identity):
+            self.parser.outside.add(action.dest)
+
+    def set_defaults(self, **values) -> None:
+        self.parser.set_defaults(**values)
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action):
-        return action.help if action.default is None else super()._get_help_string(action)
+        return action.help if action.default in (None, []) else super()._get_help_string(action)
 
 
 def _dashes(arg: str) -> str:
@@ -54,7 +99,7 @@ def one_line_errors(prog: str, kinds: tuple[type[Exception], ...] = (ValueError,
 
 @contextlib.contextmanager
 def one_line_ends(prog: str):
-    """Around what runs for long: one line and exit code 2 for a known reason why it cannot go on; a traceback for others."""
+    """Around training: one line and exit code 2 for a known reason why it must stop; a traceback for others."""
     with one_line_errors(prog, (RunError,)):
         try:
             yield
@@ -65,7 +110,7 @@ def one_line_ends(prog: str):
                 reason = str(error).splitlines()[0]
                 raise RunError(f"another process was lost, or took longer than --dist-timeout: {reason}") from None
             if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-                raise RunError(f"--compile: {str(error).splitlines()[0]}; leave it out, or mend what it needs") from None
+                raise RunError(f"--compile: {str(error).splitlines()[0]}; fix the compiler, or run without --compile") from None
             raise
 
 
@@ -84,39 +129,39 @@ def in_range(flag: str, value: float, low: float, high: float) -> None:
 
 
 def add_run_flags(parser: Parser, output_dir: str | None, output_help: str) -> None:
-    """The flags of how and where a run goes, the same for every entry point."""
-    add = parser.add_argument
-    add("--output-dir", default=output_dir, metavar="DIR", help=output_help)
-    add("--resume", metavar="auto|PATH", help="continue a run: the newest checkpoint of --output-dir, if any, or this one")
-    add("--seed", type=int, default=0, help="decides weights, order and views")
-    add("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"], help="where to compute")
-    add("--amp", default="auto", choices=["auto", *DTYPES], help="dtype of the encoders; losses are always fp32")
+    """The flags of where and how to run, the same for every entry point: in the groups "data" and "run"."""
+    add = parser.group("data", identity=False).add_argument
     add("--workers", type=int, default=default_workers(), help="loader processes for each process; changes no result")
-    add("--print-freq", type=int, default=50, help="steps between two log lines")
     add("--photometric", default="auto", choices=["auto", "device", "worker"],
-        help="where colours and blur are made; auto: on an accelerator, else in the workers; changes no result")  # fmt: skip
-    add("--save-steps", type=int, default=0, help="steps between two checkpoints, beside that of every epoch; 0 for none")
+        help="where to compute colours and blur; auto: on an accelerator, else in the workers; changes no result")  # fmt: skip
+    add("--max-bad", type=float, default=0.01, help="share of the images that may be unusable before the run stops")
+    add_shard_flags(parser)
+    add = parser.group("run", identity=False).add_argument
+    add("--output-dir", default=output_dir, metavar="DIR", help=output_help)
+    add("--resume", metavar="auto|PATH", help="resume a run: auto takes the newest checkpoint of --output-dir, if any")
+    add("--seed", type=int, default=0, identity=True, help="decides weights, order and views")
+    add("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"], help="where to compute")
+    add("--amp", default="auto", choices=AMP, identity=True, help="dtype of the encoders; losses are always fp32")
+    add("--print-freq", type=int, default=50, help="steps between two log lines")
+    add("--save-steps", type=int, default=0, help="steps between two checkpoints, besides that of every epoch; 0 for none")
     add("--save-minutes", type=float, default=15.0, help="minutes without a checkpoint after which one is due; 0 for never")
     add("--keep", type=int, default=3, help="newest checkpoints that stay; older ones are deleted")
     add("--dist-timeout", type=float, default=dist.TIMEOUT, help="seconds that a process waits for another before all fail")
-    add("--max-bad", type=float, default=0.01, help="share of the images that may be unusable before the run stops")
-    add_shard_flags(parser)
 
 
 def add_shard_flags(parser: Parser) -> None:
-    """How shards are opened, the same for everything that reads them."""
-    add = parser.add_argument
+    """How to open shards, the same for every command that reads them."""
+    add = parser.group("data", identity=False).add_argument
     add("--cache-dir", metavar="DIR", help="keep a copy here of each remote shard that is read")
-    add("--allow-pipe", action="store_true", help="allow shards that a shell command gives, pipe:COMMAND")
+    add("--allow-pipe", action="store_true", help="allow pipe:COMMAND, the shard that a shell command prints")
     add("--verify-shards", action="store_true", help="compare the sha256 of every local shard with its index first")
 
 
-def add_lr_steps(parser: Parser) -> None:
+def add_lr_steps(group: Group) -> None:
     """Steps of the learning rate, in training and probe."""
-    add = parser.add_argument
-    add("--lr-steps", type=int, nargs="*", default=[], metavar="EPOCH",
+    group.add_argument("--lr-steps", type=int, nargs="*", default=[], metavar="EPOCH",
         help="epochs after which the learning rate is multiplied by --lr-gamma; none: it follows a cosine")  # fmt: skip
-    add("--lr-gamma", type=float, default=0.1, help="factor of --lr-steps")
+    group.add_argument("--lr-gamma", type=float, default=0.1, help="factor of --lr-steps")
 
 
 def check_lr_steps(args: argparse.Namespace) -> None:
@@ -129,15 +174,15 @@ def check_lr_steps(args: argparse.Namespace) -> None:
 
 
 def shard_flags(args: argparse.Namespace) -> dict:
-    """What add_shard_flags has added."""
+    """The values of the flags of add_shard_flags."""
     return {"cache_dir": args.cache_dir, "allow_pipe": args.allow_pipe, "verify_shards": args.verify_shards}
 
 
-def check_batch(args: argparse.Namespace, samples: int, bn_splits: int = 1) -> None:
+def check_batch(args: argparse.Namespace, samples: int, bn_groups: int = 1) -> None:
     """A global batch must divide evenly over processes and BatchNorm groups, and not exceed the data set."""
-    groups = dist.world() * bn_splits
+    groups = dist.world() * bn_groups
     if args.batch_size % groups:
-        over = f"{dist.world()} processes" + (f" x {bn_splits} BatchNorm groups" if bn_splits > 1 else "")
+        over = f"{dist.world()} processes" + (f" x {bn_groups} BatchNorm groups" if bn_groups > 1 else "")
         raise ValueError(f"--batch-size {args.batch_size}: must divide evenly over {over}; "
                          f"{max(1, args.batch_size // groups) * groups} would do")  # fmt: skip
     if args.batch_size > samples:
@@ -145,7 +190,7 @@ def check_batch(args: argparse.Namespace, samples: int, bn_splits: int = 1) -> N
 
 
 def check_run_flags(args: argparse.Namespace) -> None:
-    """The checks that go with add_run_flags, and with --momentum and --weight-decay of every optimizer."""
+    """The checks of add_run_flags, and of the optimizer's --momentum and --weight-decay."""
     positive(["--print-freq", "--keep", "--dist-timeout"], args)
     for flag in ("--workers", "--seed", "--weight-decay", "--save-steps", "--save-minutes"):
         in_range(flag, getattr(args, flag[2:].replace("-", "_")), 0, math.inf)
@@ -153,17 +198,13 @@ def check_run_flags(args: argparse.Namespace) -> None:
     in_range("--max-bad", args.max_bad, 0, 0.5)
 
 
-def meaning(args: argparse.Namespace) -> dict:
-    """The flags that decide what is computed, without those of where and how it runs."""
-    place = {"output_dir", "resume", "device", "workers", "print_freq", "save_freq", "photometric", "max_bad",
-             "save_steps", "save_minutes", "keep", "dist_timeout", "compile", "replay",
-             "cache_dir", "allow_pipe", "verify_shards", "dry_run"}  # fmt: skip
-    inputs = {"shards", "samples", "train_shards", "val_shards", "pretrained"}  # compared by what they hold, not by their paths
-    return {name: value for name, value in vars(args).items() if name not in place | inputs}
+def meaning(args: Flags) -> dict:
+    """The flags of a run's identity: they decide the result. Inputs, such as shards, are compared by content instead."""
+    return {name: value for name, value in vars(args).items() if name not in args.outside}
 
 
 def typed(name: str, value) -> str:
-    """A flag with its value, as a command line has it."""
+    """A flag with its value, as one types it."""
     flag = f"--{name.replace('_', '-')}"
     if value is None or value is False:
         return f"no {flag}"
@@ -171,6 +212,6 @@ def typed(name: str, value) -> str:
 
 
 def default_workers() -> int:
-    """The CPU cores there are for each process of this machine, up to 8."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    """The CPU cores of this machine for each of its processes, at most 8."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
