@@ -9,8 +9,10 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from shards_helpers import (
     color_of,
+    encode,
     member_at,
     name_classes,
     one_color,
@@ -29,7 +31,7 @@ from utils.data.measure import worker_ms
 from utils.data.photometric import photometric
 from utils.data.reader import Reader
 from utils.data.shards import BatchPlan, epoch_plan, evaluation_plan, training_plan
-from utils.data.views import ViewSpec, cut_views, draw, moco_v2_view, parameters_of
+from utils.data.views import ViewSpec, cut_views, draw, make_views, moco_v2_view, parameters_of
 from utils.run.cpu import keep_freed_memory
 from utils.run.flags import RunError
 
@@ -93,7 +95,7 @@ def alone(photographs):
 
 
 @pytest.mark.parametrize("world, workers", [*list(itertools.product((1, 2, 3), (0, 1, 2, 3)))[1:], (4, 1)])
-def test_load__global_batches_do_not_depend_on_processes_and_workers(monkeypatch, photographs, alone, world, workers):
+def test_load_batches__global_batches_do_not_depend_on_processes_and_workers(monkeypatch, photographs, alone, world, workers):
     """Equal step counts, every sample at most once an epoch, and the very same bytes: pixels, numbers and labels."""
     processes = train(monkeypatch, photographs, 12, world, workers)
     assert [len(p) for p in processes] == [2 * (37 // 12)] * world
@@ -108,7 +110,7 @@ def test_load__global_batches_do_not_depend_on_processes_and_workers(monkeypatch
 @pytest.mark.parametrize(
     "batch, world, workers", [(37, 1, 2), (1, 1, 3), (4, 2, 3), *[(12, *layout) for layout in LAYOUTS], (36, 4, 1)]
 )
-def test_load__every_sample_exactly_once_where_the_batch_divides(monkeypatch, colors, tmp_path, batch, world, workers):
+def test_load_batches__every_sample_exactly_once_where_the_batch_divides(monkeypatch, colors, tmp_path, batch, world, workers):
     """Also with more workers than a batch has samples."""
     index = colors if 37 % batch == 0 else write_shards(tmp_path / "x", (10, 10, 10, 6))
     batches = joined(train(monkeypatch, index, batch, world, workers, PLAIN))
@@ -118,7 +120,7 @@ def test_load__every_sample_exactly_once_where_the_batch_divides(monkeypatch, co
         assert sorted(torch.cat([b[-2] for b in epoch]).tolist()) == list(range(index.total))
 
 
-def test_load__images_and_labels_belong_to_their_numbers(monkeypatch, colors):
+def test_load_batches__images_and_labels_belong_to_their_numbers(monkeypatch, colors):
     for workers in (0, 2):
         for batch in train(monkeypatch, colors, 4, workers=workers, specs=PLAIN)[0]:
             for view, number, label in zip(batch.views[0], batch.sample_ids.tolist(), batch.labels.tolist(), strict=True):
@@ -126,17 +128,31 @@ def test_load__images_and_labels_belong_to_their_numbers(monkeypatch, colors):
 
 
 @pytest.mark.parametrize("on", ["worker", "device"])
-def test_load__shapes(monkeypatch, photographs, on):
+def test_load_batches__shapes(monkeypatch, photographs, on):
     batch = train(monkeypatch, photographs, 6, on=on)[0][0]
     (global_, local), numbers, labels = batch.views, batch.sample_ids, batch.labels
     assert global_.shape == (6, 3, 16, 16) and local.shape == (6, 2, 3, 8, 8)
     assert global_.dtype == local.dtype == torch.uint8 and numbers.dtype == labels.dtype == torch.long
     assert numbers.shape == labels.shape == (6,) and batch.bad == []
     assert not torch.equal(local[:, 0], local[:, 1])
+    assert [(flips.shape, flips.dtype) for flips in batch.flips] == [((6, 1), torch.bool), ((6, 2), torch.bool)]
+
+
+@pytest.mark.parametrize("world, workers", LAYOUTS)
+def test_load_batches__flips_tell_which_views_are_mirrored(monkeypatch, tmp_path, world, workers):
+    """Of every view, on the CPU. The images become brighter from left to right, a mirrored view from right to left."""
+    ramp = encode(Image.fromarray(np.tile(np.arange(256, dtype=np.uint8), (256, 1))), "PNG")
+    index, seen = write_shards(tmp_path / "x", (8,), image=lambda number: ramp), Counter()
+    for batch in sum(train(monkeypatch, index, 8, world, workers, specs=[ViewSpec("one", 8), ViewSpec("two", 8, count=2)]), []):
+        for view, flips in zip(batch.views, batch.flips, strict=True):
+            first, last = view[..., 0].float().mean((-1, -2)), view[..., -1].float().mean((-1, -2))
+            assert flips.device.type == "cpu" and torch.equal((first > last).view(flips.shape), flips)
+            seen.update(flips.flatten().tolist())
+    assert seen.keys() == {False, True}
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_load__photometric_gives_the_same_in_the_worker_and_on_the_device(monkeypatch, photographs, alone, workers):
+def test_load_batches__photometric_gives_the_same_in_the_worker_and_on_the_device(monkeypatch, photographs, alone, workers):
     """To the bit, and `auto` is one of them."""
     here, spied = [], loader.photometric
     monkeypatch.setattr(loader, "photometric", lambda *args: here.append(1) or spied(*args))
@@ -147,13 +163,13 @@ def test_load__photometric_gives_the_same_in_the_worker_and_on_the_device(monkey
         assert len(here) == in_this_process
 
 
-def test_load__no_labels_is_minus_one(monkeypatch, tmp_path):
+def test_load_batches__no_labels_is_minus_one(monkeypatch, tmp_path):
     index = write_shards(tmp_path / "x", (5, 3), label=None)
     batches = joined(train(monkeypatch, index, 4, specs=PLAIN, epochs=range(1)))
     assert [b[-1].tolist() for b in batches] == [[-1] * 4] * 2
 
 
-def test_load__view_is_a_function_of_seed_epoch_and_sample(monkeypatch, photographs, alone):
+def test_load_batches__view_is_a_function_of_seed_epoch_and_sample(monkeypatch, photographs, alone):
     """Not of the batch it comes in, nor of its place there. A new epoch and a new seed give new views and another order."""
     views = {}
     for step, (*parts, numbers, _) in enumerate(alone):
@@ -187,7 +203,7 @@ def finished(image, specs, seed, epoch, planned):
     views = []
     for v, spec in enumerate(kinds):
         (view,) = cut_views(image, [ViewSpec(**vars(spec) | {"count": 1})], u[v : v + 1])
-        views.append(photometric(view, torch.from_numpy(parameters_of(spec, u[v]))))
+        views.append(photometric(view, torch.tensor(parameters_of(spec, u[v].tolist()))))
     return views
 
 
@@ -196,7 +212,7 @@ def views_of(batch, i):
     return [view for part in batch.views for view in (part[i] if part.ndim == 5 else part[i : i + 1])]
 
 
-def test_load__each_view_has_its_own_box_and_colours(monkeypatch, tmp_path):
+def test_load_batches__each_view_has_its_own_box_and_colours(monkeypatch, tmp_path):
     """View number v over all specs is cut with row v of the sample's draws and coloured by it."""
     index = write_shards(tmp_path / "x", SIZES, image=one_png)
     specs = [ViewSpec("a", 8), ViewSpec("b", 8, count=2), moco_v2_view("c", 8, (0.2, 1.0), count=2)]
@@ -209,7 +225,7 @@ def test_load__each_view_has_its_own_box_and_colours(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_load__global_random_state_decides_nothing(monkeypatch, photographs, alone, workers):
+def test_load_batches__global_random_state_decides_nothing(monkeypatch, photographs, alone, workers):
     for seed in (1, 2):
         torch.manual_seed(seed)
         np.random.seed(seed)
@@ -218,7 +234,7 @@ def test_load__global_random_state_decides_nothing(monkeypatch, photographs, alo
 
 
 @pytest.mark.parametrize("epoch", [1, 2])
-def test_load__continued_at_an_epoch(monkeypatch, photographs, epoch):
+def test_load_batches__continued_at_an_epoch(monkeypatch, photographs, epoch):
     unbroken = joined(train(monkeypatch, photographs, 12, epochs=range(3)))
     continued = joined(train(monkeypatch, photographs, 12, workers=1, epochs=range(epoch, 3)))
     assert same(continued, unbroken[3 * epoch :])
@@ -235,7 +251,7 @@ def unbroken(photographs):
 
 
 @pytest.mark.parametrize("world, workers", [(1, 0), (1, 2), (2, 1)])
-def test_load__continued_at_any_step(monkeypatch, photographs, unbroken, world, workers):
+def test_load_batches__continued_at_any_step(monkeypatch, photographs, unbroken, world, workers):
     """What comes after a step needs nothing of what came before it."""
     assert len(unbroken) == 54
     for stop in range(7, 54, 7):
@@ -244,7 +260,7 @@ def test_load__continued_at_any_step(monkeypatch, photographs, unbroken, world, 
         assert same(joined(rest), unbroken[stop:])
 
 
-def test_load__continued_behind_the_last_step_of_an_epoch(monkeypatch, photographs, unbroken):
+def test_load_batches__continued_behind_the_last_step_of_an_epoch(monkeypatch, photographs, unbroken):
     assert same(joined(train(monkeypatch, photographs, 2, specs=SMALL, epochs=range(1, 3), first_step=18)), unbroken[36:])
 
 
@@ -262,7 +278,7 @@ def spy_on_reader(monkeypatch, path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_load__continued_reads_nothing_from_before(monkeypatch, photographs, tmp_path, workers):
+def test_load_batches__continued_reads_nothing_from_before(monkeypatch, photographs, tmp_path, workers):
     numbers = spy_on_reader(monkeypatch, tmp_path / "numbers")
     plan = epoch_plan(photographs, 2, 0, 1)
     list(train(monkeypatch, photographs, 2, workers=workers, specs=SMALL, epochs=range(1, 2), first_step=13))
@@ -271,7 +287,7 @@ def test_load__continued_reads_nothing_from_before(monkeypatch, photographs, tmp
 
 @pytest.mark.parametrize("world, workers", list(itertools.product((1, 2, 3), (0, 1, 2, 3))))
 @pytest.mark.parametrize("batch", [8, 37])
-def test_load__evaluation_sees_each_sample_exactly_once(monkeypatch, colors, batch, world, workers):
+def test_load_batches__evaluation_sees_each_sample_exactly_once(monkeypatch, colors, batch, world, workers):
     """The last short batch included, and each with its own label, however many processes and workers share the work."""
     seen = []
     for rank in range(world):
@@ -350,7 +366,7 @@ def faulty_alone(faulty):
         return train(monkeypatch, faulty, 12)
 
 
-def test_load__an_unusable_sample_is_replaced_by_the_next_usable_one(faulty, faulty_alone):
+def test_load_batches__an_unusable_sample_is_replaced_by_the_next_usable_one(faulty, faulty_alone):
     """Its number and label are in the batch, its views are drawn for the planned one, and each that is met is on record."""
     replaced = 0
     for step, batch in enumerate(faulty_alone[0]):
@@ -366,7 +382,7 @@ def test_load__an_unusable_sample_is_replaced_by_the_next_usable_one(faulty, fau
 
 
 @pytest.mark.parametrize("world, workers", LAYOUTS[1:])
-def test_load__replacements_do_not_depend_on_processes_and_workers(monkeypatch, faulty, faulty_alone, world, workers):
+def test_load_batches__replacements_do_not_depend_on_processes_and_workers(monkeypatch, faulty, faulty_alone, world, workers):
     processes = train(monkeypatch, faulty, 12, world, workers)
     assert same(joined(processes), joined(faulty_alone))
     for step, alone in zip(zip(*processes, strict=True), faulty_alone[0], strict=True):
@@ -374,7 +390,7 @@ def test_load__replacements_do_not_depend_on_processes_and_workers(monkeypatch, 
 
 
 @pytest.mark.parametrize("world, workers", LAYOUTS)
-def test_load__evaluation_leaves_unusable_samples_out(monkeypatch, faulty, world, workers):
+def test_load_batches__evaluation_leaves_unusable_samples_out(monkeypatch, faulty, world, workers):
     """Every other is there once, and each of these is on record once."""
     seen, bad = [], []
     for rank in range(world):
@@ -390,7 +406,7 @@ def test_load__evaluation_leaves_unusable_samples_out(monkeypatch, faulty, world
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_load__evaluation_of_nothing_but_unusable_samples(tmp_path, workers):
+def test_load_batches__evaluation_of_nothing_but_unusable_samples(tmp_path, workers):
     """However many they are: empty batches, no error here."""
     index = write_shards(tmp_path / "x", (110,), image=lambda number: b"junk")
     batches = list(load_batches(index, TEST, evaluation_plan(index, 50), 0, workers, CPU))
@@ -398,7 +414,7 @@ def test_load__evaluation_of_nothing_but_unusable_samples(tmp_path, workers):
     assert [len(batch.bad) for batch in batches] == [50, 50, 10] and all(len(batch.sample_ids) == 0 for batch in batches)
 
 
-def test_load__keys_that_come_again_and_groups_without_image(monkeypatch, tmp_path):
+def test_load_batches__keys_that_come_again_and_groups_without_image(monkeypatch, tmp_path):
     """Samples of equal keys are all seen; what has no image is none, and is nowhere on record."""
     write_members(tmp_path / "x.tar", [
         ("a.png", one_color(0)), ("a.cls", b"0"), ("a.png", one_color(1)), ("a.cls", b"1"), ("lone.cls", b"2"),
@@ -431,7 +447,7 @@ def why_it_ends(monkeypatch, index, batch, workers):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_load__hundred_unusable_samples_in_a_row_end_the_run(monkeypatch, tmp_path, workers):
+def test_load_batches__hundred_unusable_samples_in_a_row_end_the_run(monkeypatch, tmp_path, workers):
     """In the training process, with one line that names the first of them."""
     index = junk_below(tmp_path / "x", 120)
     text = why_it_ends(monkeypatch, index, 10, workers)
@@ -441,7 +457,7 @@ def test_load__hundred_unusable_samples_in_a_row_end_the_run(monkeypatch, tmp_pa
     assert int(first) < 21 or int(first) == 129  # the planned one
 
 
-def test_load__fewer_than_hundred_in_a_row_are_passed_over(monkeypatch, tmp_path):
+def test_load_batches__fewer_than_hundred_in_a_row_are_passed_over(monkeypatch, tmp_path):
     index = junk_below(tmp_path / "x", 99)
     batches = train(monkeypatch, index, 10, specs=PLAIN, epochs=range(1))[0]
     numbers = Counter(number for batch in batches for number in batch.sample_ids.tolist())
@@ -451,12 +467,12 @@ def test_load__fewer_than_hundred_in_a_row_are_passed_over(monkeypatch, tmp_path
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_load__few_samples_of_which_none_is_usable(monkeypatch, tmp_path, workers):
+def test_load_batches__few_samples_of_which_none_is_usable(monkeypatch, tmp_path, workers):
     index = write_shards(tmp_path / "x", (3, 2), image=lambda number: b"junk")
     assert why_it_ends(monkeypatch, index, 5, workers).startswith("100 samples in a row")
 
 
-def test_load__workers_are_gone_when_it_ends_the_run(monkeypatch, tmp_path):
+def test_load_batches__workers_are_gone_when_it_ends_the_run(monkeypatch, tmp_path):
     """They are not left to the garbage collector, which takes five seconds for each."""
     index = write_shards(tmp_path / "x", (3,), image=lambda number: b"junk")
     try:
@@ -467,7 +483,7 @@ def test_load__workers_are_gone_when_it_ends_the_run(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_load__shard_with_another_number_of_samples_ends_the_run(monkeypatch, tmp_path, workers):
+def test_load_batches__shard_with_another_number_of_samples_ends_the_run(monkeypatch, tmp_path, workers):
     """It is not the shard of the index: its samples are other ones."""
     index = write_shards(tmp_path / "x", (5, 5))
     write_shards(tmp_path / "y", (5, 6))
@@ -476,10 +492,10 @@ def test_load__shard_with_another_number_of_samples_ends_the_run(monkeypatch, tm
     assert "/001.tar holds 6 samples, its index says 5" in text and "\n" not in text
 
 
-def test_load__leaves_the_number_of_threads(monkeypatch, colors):
-    """And cuts views with one."""
-    threads, cut, inside = torch.get_num_threads(), loader.cut_views, set()
-    monkeypatch.setattr(loader, "cut_views", lambda *args: inside.add(torch.get_num_threads()) or cut(*args))
+def test_load_batches__leaves_the_number_of_threads(monkeypatch, colors):
+    """And crops views with one."""
+    threads, inside = torch.get_num_threads(), set()
+    monkeypatch.setattr(loader, "make_views", lambda *args: inside.add(torch.get_num_threads()) or make_views(*args))
     torch.set_num_threads(2)
     try:
         for batch in load_batches(colors, PLAIN, training_plan(colors, 18, 0, range(1)), 0, 0, CPU):
@@ -489,7 +505,7 @@ def test_load__leaves_the_number_of_threads(monkeypatch, colors):
         torch.set_num_threads(threads)
 
 
-def test_load__leaves_the_number_of_threads_when_it_ends_the_run(monkeypatch, tmp_path):
+def test_load_batches__leaves_the_number_of_threads_when_it_ends_the_run(monkeypatch, tmp_path):
     index = write_shards(tmp_path / "x", (3,), image=lambda number: b"junk")
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
@@ -501,7 +517,7 @@ def test_load__leaves_the_number_of_threads_when_it_ends_the_run(monkeypatch, tm
         torch.set_num_threads(threads)
 
 
-def test_load__batches_come_one_by_one(monkeypatch, colors, tmp_path):
+def test_load_batches__batches_come_one_by_one(monkeypatch, colors, tmp_path):
     """It reads no further than it is asked to."""
     numbers, asked = spy_on_reader(monkeypatch, tmp_path / "numbers"), []
 
@@ -562,7 +578,7 @@ class Tensor:
         Stream.told.append(("used in", stream.name))
 
 
-def test_load__on_cuda_a_batch_is_made_beside_the_step(monkeypatch):
+def test_load_batches__on_cuda_a_batch_is_made_beside_the_step(monkeypatch):
     """With stand-ins for streams: work goes to a stream of its own, for which the step waits, and which knows of its use."""
     main = Stream.now = Stream("main")
 

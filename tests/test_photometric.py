@@ -11,15 +11,16 @@ from shards_helpers import PHOTOGRAPHS, photograph
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from utils.data import photometric as unit
-from utils.data.photometric import COLUMNS, normalized, photometric
+from utils.data.photometric import COLUMNS, OPERATIONS, normalized, photometric
 
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
 STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
-NEUTRAL = {"brightness": 1, "contrast": 1, "saturation": 1, "hue": 0, "order": -1} | dict.fromkeys(COLUMNS[5:], 0)
+NEUTRAL = dict.fromkeys(COLUMNS, 0) | {"brightness": 1, "contrast": 1, "saturation": 1, "order": -1}
+COLOR_JITTER = ("brightness", "contrast", "saturation", "hue")
 
 
 def row(**values):
-    assert list(NEUTRAL) == list(COLUMNS)
+    assert not values.keys() - set(COLUMNS)
     return torch.tensor([{**NEUTRAL, **values}[name] for name in COLUMNS], dtype=torch.float32)
 
 
@@ -54,10 +55,14 @@ def random_rows(n, seed=0, strong=False):
     """n rows as they occur in training, all operations mixed; with `strong`, far from neutral."""
     rng = np.random.default_rng(seed)
     low, high, turn = (0.2, 1.8, 0.5) if strong else (0.6, 1.4, 0.1)
-    return torch.tensor(np.stack([
-        *rng.uniform(low, high, (3, n)), rng.uniform(-turn, turn, n), rng.integers(-1, 24, n), rng.random(n) < 0.3,
-        rng.uniform(0.1, 2, n) * (rng.random(n) < 0.6), rng.random(n) < 0.4, rng.random(n) < 0.5,
-    ], axis=1), dtype=torch.float32)  # fmt: skip
+    values = dict(zip(COLOR_JITTER, [*rng.uniform(low, high, (3, n)), rng.uniform(-turn, turn, n)], strict=True))
+    values |= {"order": rng.integers(-1, 24, n), "gray": rng.random(n) < 0.3, "gray_first": np.zeros(n)}
+    values |= {
+        "sigma": rng.uniform(0.1, 2, n) * (rng.random(n) < 0.6),
+        "solarize": rng.random(n) < 0.4,
+        "flip": rng.random(n) < 0.5,
+    }
+    return torch.tensor(np.stack([values[name] for name in COLUMNS], axis=1), dtype=torch.float32)
 
 
 # one operation at a time, against torchvision on PIL images
@@ -78,7 +83,7 @@ ALONE = {  # name: (torchvision's operation, values, bound in 1/255)
 def test_photometric__operation_agrees_with_pil_on_photographs(operation, name):
     apply, values, bound = ALONE[operation]
     image = photo(name)
-    order = {"order": 5} if operation in COLUMNS[:4] else {}
+    order = {"order": 5} if operation in COLOR_JITTER else {}
     ours = seen(to_tensor(image).repeat(len(values), 1, 1, 1), torch.stack([row(**{operation: v}, **order) for v in values]))
     for view, value in zip(ours, values, strict=True):
         theirs = to_tensor(apply(image, value))
@@ -127,7 +132,7 @@ def test_photometric__neutral_changes_nothing():
     views = torch.stack([to_tensor(photo(name)) for name in PHOTOGRAPHS])
     no_jitter = row(brightness=0.2, contrast=1.9, saturation=0.1, hue=0.4, order=-1)  # drawn, but not applied
     for values in (row(order=-1), row(order=0), row(order=11), row(order=23), no_jitter):
-        out = photometric(views, values.expand(3, 9))
+        out = photometric(views, values.expand(3, len(COLUMNS)))
         assert torch.equal(out, views) and out.data_ptr() != views.data_ptr()
 
 
@@ -146,8 +151,15 @@ def test_normalized__is_torchvisions(shape):
 def test_photometric__flip_mirrors_what_is_there_in_the_end(name):
     views, rows = to_tensor(photo(name)).repeat(6, 1, 1, 1), random_rows(6, seed=3)
     plain, flipped = rows.clone(), rows.clone()
-    plain[:, 8], flipped[:, 8] = 0, 1
+    flip = COLUMNS.index("flip")
+    plain[:, flip], flipped[:, flip] = 0, 1
     assert torch.equal(photometric(views, flipped), photometric(views, plain).flip(3))
+
+
+def test_photometric__operations_have_neutral_values_and_the_flip_is_the_last():
+    """The four of the color jitter, whose order is drawn, lie side by side."""
+    assert {name: neutral for name, (_, neutral) in OPERATIONS.items()} == {name: NEUTRAL[name] for name in OPERATIONS}
+    assert list(OPERATIONS)[-1] == "flip" and tuple(list(OPERATIONS)[unit.JITTER]) == COLOR_JITTER
 
 
 # several operations
@@ -166,7 +178,7 @@ def test_photometric__each_sample_has_its_own_order():
         for operation in order:
             x = JITTER[operation](x, factors[operation])
         loops[order] = x * 255
-    rows = [row(order=code, **dict(zip(COLUMNS, factors, strict=False))) for code in range(24)]
+    rows = [row(order=code, **dict(zip(COLOR_JITTER, factors, strict=True))) for code in range(24)]
     ours = exact(to_tensor(image).repeat(24, 1, 1, 1), torch.stack(rows))
     found = []
     for view in ours:
@@ -193,24 +205,26 @@ def order_of(code):
 
 @pytest.mark.parametrize("name", PHOTOGRAPHS)
 def test_photometric__chain_agrees_with_a_loop_over_pil_images(name):
-    """Jitter in the drawn order, gray behind it (1) or before it (2), blur, solarize, each only if drawn."""
+    """Jitter in the drawn order, gray before it or after it, blur, solarize, flip, each only if drawn."""
     image = photo(name)
     codes = (3, 8, 14, 21)
     rows = random_rows(8, seed=4)
-    rows[:, 4] = torch.tensor([*codes, *codes])
-    rows[:, 5] = torch.tensor([0, 2, 0, 1, 0, 0, 2, 1])
-    rows[:, 6] = torch.tensor([0, 1.2, 0, 0.8, 2, 0, 0.6, 0])
-    rows[:, 7] = torch.tensor([0, 0, 0, 0, 0, 1, 0, 0])
+    for name, values in {
+        "order": [*codes, *codes], "gray_first": [0, 1, 0, 0, 0, 0, 1, 0], "gray": [0, 0, 0, 1, 0, 0, 0, 1],
+        "sigma": [0, 1.2, 0, 0.8, 2, 0, 0.6, 0], "solarize": [0, 0, 0, 0, 0, 1, 0, 0],
+    }.items():  # fmt: skip
+        rows[:, COLUMNS.index(name)] = torch.tensor(values)
     ours = seen(to_tensor(image).repeat(8, 1, 1, 1), rows)
     orders = {code: order_of(code) for code in codes}
-    for view, values in zip(ours, rows.tolist(), strict=True):
-        x = T.rgb_to_grayscale(image, 3) if values[5] == 2 else image
-        for operation in orders[values[4]]:
-            x = JITTER[operation](x, values[operation])
-        x = T.rgb_to_grayscale(x, 3) if values[5] == 1 else x
-        x = x.filter(ImageFilter.GaussianBlur(values[6])) if values[6] else x
-        x = T.solarize(x, 128) if values[7] else x
-        x = T.hflip(x) if values[8] else x
+    for view, row_ in zip(ours, rows.tolist(), strict=True):
+        values = dict(zip(COLUMNS, row_, strict=True))
+        x = T.rgb_to_grayscale(image, 3) if values["gray_first"] else image
+        for operation in orders[values["order"]]:
+            x = JITTER[operation](x, values[COLOR_JITTER[operation]])
+        x = T.rgb_to_grayscale(x, 3) if values["gray"] else x
+        x = x.filter(ImageFilter.GaussianBlur(values["sigma"])) if values["sigma"] else x
+        x = T.solarize(x, 128) if values["solarize"] else x
+        x = T.hflip(x) if values["flip"] else x
         assert apart(view, to_tensor(x)) < 3
 
 
@@ -258,7 +272,7 @@ def test_photometric__any_leading_dimensions(shape):
     n = math.prod(shape)
     views = torch.stack([to_tensor(photo("chelsea", (20, 30)))] * max(n, 1))[:n]
     rows = random_rows(n)
-    out = photometric(views.view(*shape, 3, 30, 20), rows.view(*shape, 9))
+    out = photometric(views.view(*shape, 3, 30, 20), rows.view(*shape, len(COLUMNS)))
     assert out.shape == (*shape, 3, 30, 20) and out.dtype == torch.uint8
     assert torch.equal(out.view(n, 3, 30, 20), photometric(views, rows))
 
@@ -281,7 +295,7 @@ def test_photometric__non_contiguous_views_are_left_unchanged(layout):
 
 def test_photometric__contiguous_views_are_left_unchanged():
     views = torch.randint(256, (4, 2, 3, 16, 16), dtype=torch.uint8)
-    before, rows = views.clone(), random_rows(8, strong=True).view(4, 2, 9)
+    before, rows = views.clone(), random_rows(8, strong=True).view(4, 2, len(COLUMNS))
     rows_before = rows.clone()
     photometric(views, rows)
     assert torch.equal(views, before) and torch.equal(rows, rows_before)
@@ -297,12 +311,12 @@ def test_photometric__plain_extremes_stay_within_range(value):
 def test_photometric__rows_do_not_leak_into_other_samples():
     """Only the sample whose row is changed changes."""
     views = torch.stack([to_tensor(photo("astronaut", (24, 24)))] * 5)
-    plain = photometric(views, row().expand(5, 9))
+    plain = photometric(views, row().expand(5, len(COLUMNS)))
     changes = {"brightness": 0.5, "contrast": 0.5, "saturation": 0.1, "hue": 0.2}
     changes |= {"gray": 1, "sigma": 2, "solarize": 1, "flip": 1}
     for name, value in changes.items():
         rows = row().repeat(5, 1)
-        rows[3] = row(**{"order": 1 if name in COLUMNS[:4] else -1, name: value})
+        rows[3] = row(**{"order": 1 if name in COLOR_JITTER else -1, name: value})
         out = photometric(views, rows)
         same = [torch.equal(a, b) for a, b in zip(out, plain, strict=True)]
         assert same == [True, True, True, False, True], name

@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import itertools
 import math
@@ -15,10 +16,10 @@ import main_pretrain
 from methods import METHODS
 from utils.data import views
 from utils.data.photometric import COLUMNS
-from utils.data.views import SPARE, ViewSpec, crop_box, cut_views, draw, parameters_of
+from utils.data.views import DRAWS, NUMBERS, SPARE, ViewSpec, crop_box, cut_views, draw, make_views, parameters_of
 
 ROWS = 20_000
-LAST = 1 - 2**-53  # the largest number that `draw` gives
+LAST = 1 - 2**-53  # the largest number of `draw`
 
 
 def rows(n=ROWS, seed=0):
@@ -29,6 +30,13 @@ def rows(n=ROWS, seed=0):
 @pytest.fixture(scope="module")
 def many():
     return rows()
+
+
+def parameters(spec, u):
+    """{name: its value in each of these rows}"""
+    found = np.array([parameters_of(spec, row) for row in u.tolist()], np.float32)
+    assert found.shape == (len(u), len(COLUMNS))
+    return dict(zip(COLUMNS, found.T, strict=True))
 
 
 def to_tensor(image):
@@ -186,7 +194,7 @@ def test_cut__tiny_images(many, shape):
 
 def test_parameters_of__flip_is_drawn_with_its_probability(many):
     for p in (0.0, 0.2, 0.5, 0.9, 1.0):
-        assert often(parameters_of(ViewSpec("v", 4, flip_p=p), many)[:, 8], p)
+        assert often(parameters(ViewSpec("v", 4, flip_p=p), many)["flip"], p)
 
 
 @pytest.mark.parametrize("shape", [(375, 500), (500, 333), (257, 301), (301, 257), (256, 256), (225, 999), (70, 41)])
@@ -200,14 +208,15 @@ def test_cut__test_view_is_resize_and_centre_crop(many, shape):
     assert max(apart(view.roll(1, dim), pil) for dim in (1, 2)) > 2  # a centre one pixel off would show
     for u in many[1:4]:
         assert torch.equal(cut(to_tensor(photo), spec, u), view)  # nothing random
-    neutral = torch.tensor([1, 1, 1, 0, -1, 0, 0, 0, 0]).float()
-    assert torch.equal(torch.from_numpy(parameters_of(spec, many[:50])), neutral.expand(50, 9))
+    neutral = dict.fromkeys(COLUMNS, 0) | {"brightness": 1, "contrast": 1, "saturation": 1, "order": -1}
+    for name, values in parameters(spec, many[:50]).items():
+        assert (values == neutral[name]).all(), name
 
 
 # parameters_of
 
 JITTER = (0.4, 0.4, 0.4, 0.1)
-PUBLISHED = {  # METHODS.md, "Shared augmentation vocabulary", and its kinds of views in order: (count, size, scale)
+PUBLISHED = {  # the kinds of views of a method, in order: (count, size, scale)
     "moco": (["--method", "moco"], [(1, 224, (0.2, 1.0))] * 2),
     "moco multi-crop": (["--method", "moco", "--local-crops", "4"],
                         [(1, 224, (0.2, 1.0))] * 2 + [(4, 112, (0.1, 0.6))]),
@@ -245,10 +254,8 @@ def test_parameters_of__of_the_w2ssl_views(many, view, blur_p, solarize_p):
 
 
 def check_parameters(spec, u, jitter, jitter_p, gray_p, blur_p, solarize_p):
-    """The frequencies of all flags and orders and the distributions of all values over these draws."""
-    parameters = parameters_of(spec, u)
-    assert parameters.shape == (len(u), 9) and parameters.dtype == np.float32
-    p = dict(zip(COLUMNS, parameters.T, strict=True))
+    """The frequencies of flags and orders, and the distributions of the values, over these draws."""
+    p = parameters(spec, u)
     for name, strength in zip(("brightness", "contrast", "saturation"), jitter, strict=False):
         assert uniform(p[name], 1 - strength, 1 + strength), name
     assert uniform(p["hue"], -jitter[3], jitter[3])
@@ -273,10 +280,51 @@ def check_parameters(spec, u, jitter, jitter_p, gray_p, blur_p, solarize_p):
 
 
 def test_parameters_of__factors_do_not_go_below_zero(many):
-    p = parameters_of(ViewSpec("v", 8, jitter=(1.5, 2.0, 1.0, 0.5), jitter_p=1.0), many)
-    for column, high in enumerate((2.5, 3.0, 2.0)):
-        assert uniform(p[:, column], 0.0, high)  # max(0, 1 - strength) to 1 + strength, as torchvision's ColorJitter
-    assert uniform(p[:, 3], -0.5, 0.5)
+    p = parameters(ViewSpec("v", 8, jitter=(1.5, 2.0, 1.0, 0.5), jitter_p=1.0), many)
+    for name, high in zip(("brightness", "contrast", "saturation"), (2.5, 3.0, 2.0), strict=True):
+        assert uniform(p[name], 0.0, high)  # max(0, 1 - strength) to 1 + strength, as torchvision's ColorJitter
+    assert uniform(p["hue"], -0.5, 0.5)
+
+
+def test_parameters_of__gray_comes_before_or_after_the_jitter(many):
+    """Of the same draw, by gray_first."""
+    after, before = (parameters(ViewSpec("v", 8, gray_p=0.3, gray_first=first), many) for first in (False, True))
+    assert often(after["gray"], 0.3) and not after["gray_first"].any() and not before["gray"].any()
+    assert np.array_equal(after["gray"], before["gray_first"])
+
+
+def test_draws__each_number_has_one_use():
+    """Two parameters that shared a number would not be independent. The two grays exclude each other."""
+    assert set(DRAWS) == set(COLUMNS)
+    used = [number for name, (numbers, _) in DRAWS.items() if name != "gray_first" for number in numbers]
+    assert len(set(used)) == len(used) and set(used) <= set(range(22, NUMBERS)) and DRAWS["gray_first"][0] == DRAWS["gray"][0]
+
+
+def test_draws__numbers_keep_their_use(many):
+    """What each is compared with or scaled to; a change would give every seed other views."""
+    numbers = {name: numbers for name, (numbers, _) in DRAWS.items()}
+    assert numbers == {
+        "flip": (22,), "order": (23, 28), "brightness": (24,), "contrast": (25,), "saturation": (26,), "hue": (27,),
+        "gray": (29,), "gray_first": (29,), "sigma": (30, 31), "solarize": (32,),
+    }  # fmt: skip
+    p = parameters(ViewSpec("v", 8, jitter=JITTER, jitter_p=0.8, blur_p=0.5), many)
+    expected = np.where(many[:, 23] < 0.8, np.floor(24 * many[:, 28]), -1).astype(np.float32)
+    assert np.array_equal(p["order"], expected)
+    expected = np.where(many[:, 30] < 0.5, 0.1 + many[:, 31] * (2.0 - 0.1), 0).astype(np.float32)
+    assert np.array_equal(p["sigma"], expected)
+    assert np.array_equal(p["brightness"], (0.6 + many[:, 24] * (1 + 0.4 - 0.6)).astype(np.float32))
+
+
+def test_make_views__is_a_function_of_the_key(many):
+    """Crops and parameters of all views, in the order of the specs, as those that are made one by one."""
+    specs = [LOCAL, ViewSpec("second", 16, count=2, jitter=JITTER, jitter_p=0.8)]
+    data, u = encode(PHOTO, "PNG"), draw(3, 2, 11, 3)
+    crops, drawn = make_views(data, specs, (3, 2, 11))
+    for view, row, spec, numbers in zip(crops, drawn, [specs[0], specs[1], specs[1]], u, strict=True):
+        assert torch.equal(view, cut(data, dataclasses.replace(spec, count=1), numbers))
+        assert row == parameters_of(spec, numbers.tolist())
+    others = make_views(data, specs, (3, 2, 12))
+    assert all(not torch.equal(a, b) for a, b in zip(crops, others[0], strict=True)) and drawn != others[1]
 
 
 # decode
@@ -379,7 +427,7 @@ LARGE = photograph("astronaut").crop((100, 0, 400, 300)).resize((1504, 1504), Im
 
 
 def decoded_sizes(monkeypatch, data, specs, u):
-    """The sizes of the decoded images behind these views, and the views."""
+    """The sizes of the images that these views are cropped from, and the views."""
     sizes, real = [], views._pixels
 
     def spy(image, data, reduction):

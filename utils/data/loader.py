@@ -3,6 +3,7 @@
 import re
 import time
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,84 +14,88 @@ from utils.data.index import Index
 from utils.data.photometric import COLUMNS, photometric
 from utils.data.reader import BadSample, Reader
 from utils.data.shards import BatchPlan
-from utils.data.views import DRAWS, ViewSpec, cut_views, draw, parameters_of
+from utils.data.views import ViewSpec, make_views
 from utils.run.cpu import keep_freed_memory
 from utils.run.flags import RunError
 from utils.run.signals import leave_to_parent
 
-NEIGHBOURS = 100  # that are tried in the place of an unusable sample
+NEIGHBOURS = 100  # samples that are tried in place of an unusable one
+
+
+class Chunk(NamedTuple):
+    """A worker's part of a batch: n images."""
+
+    crops: list[torch.Tensor]  # of each spec: n x count x 3 x size x size uint8; finished views if the worker colors them
+    parameters: list[torch.Tensor]  # of each spec: n x count x len(COLUMNS)
+    sample_ids: torch.Tensor  # n
+    labels: torch.Tensor  # n
+    bad: list[dict[str, str]]
 
 
 class Chunks(IterableDataset):
-    """One worker's share of each batch, decoded and cut, a chunk for each batch: (crops and parameters of each spec, sample
-    numbers, labels, unusable samples). The crops are finished uint8 views with `photometric_here`.
-    """
+    """A worker's chunk of each batch, in order. photometric_here: whether the worker applies `photometric`."""
 
     def __init__(self, index: Index, specs: list[ViewSpec], plan: BatchPlan, seed: int, photometric_here: bool):
         self.index, self.specs, self.plan, self.seed, self.photometric_here = index, specs, plan, seed, photometric_here
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Chunk | RunError]:
         worker = get_worker_info()
         share, shares = (worker.id, worker.num_workers) if worker else (0, 1)
         keep_freed_memory()
         reader = Reader(self.index)
         for epoch, steps in self.plan.epochs():
-            mine = [np.array_split(samples, shares)[share] for samples in steps]
-            lanes = None if self.plan.lane_of_place is None else np.array_split(self.plan.lane_of_place, shares)[share]
-            reader.expect(np.concatenate([np.empty(0, int), *mine]), None if lanes is None else np.tile(lanes, len(mine)))
-            for samples in mine:
+            mine = [np.array_split(sample_ids, shares)[share] for sample_ids in steps]
+            lanes = self.plan.lane_of_place
+            lanes = None if lanes is None else np.tile(np.array_split(lanes, shares)[share], len(mine))
+            reader.expect(np.concatenate([np.empty(0, int), *mine]), lanes)
+            for sample_ids in mine:
                 threads = torch.get_num_threads()
-                torch.set_num_threads(1)  # a view is too small to share between cores
+                torch.set_num_threads(1)  # a view is too small for several cores
                 try:
-                    chunk = self.chunk(reader, epoch, samples)
-                except RunError as error:  # raised in the training process instead, without this one's traceback
+                    chunk = self.chunk(reader, epoch, sample_ids)
+                except RunError as error:  # the training process raises it, without the worker's traceback
                     chunk = error
                 finally:
                     torch.set_num_threads(threads)  # without workers this is the training process
                 yield chunk
 
-    def chunk(self, reader, epoch, planned):
-        n = len(planned)
+    def chunk(self, reader: Reader, epoch: int, planned: np.ndarray) -> Chunk:
+        """The views of these sample ids, or of the samples that replace them."""
+        n, counts = len(planned), [spec.count for spec in self.specs]
         crops = [torch.empty(n, s.count, s.size, s.size, 3, dtype=torch.uint8).permute(0, 1, 4, 2, 3) for s in self.specs]
-        u = np.empty((n, sum(s.count for s in self.specs), DRAWS))
-        numbers, labels, bad = torch.empty(n, dtype=torch.long), torch.empty(n, dtype=torch.long), []
-        rows = 0
-        for sample in planned:
-            u[rows] = draw(self.seed, epoch, int(sample), u.shape[1])
-            found = self._usable(reader, int(sample), u[rows], bad)
-            if found is None:
-                continue
-            numbers[rows], labels[rows], views = found
-            for view, place in zip(views, [place for crop in crops for place in crop[rows]], strict=True):
-                place.copy_(view)
-            rows += 1
-        ends = np.cumsum([s.count for s in self.specs])[:-1]
-        parts = zip(self.specs, np.split(u[:rows], ends, axis=1), strict=True)
-        parameters = [torch.from_numpy(parameters_of(spec, part)) for spec, part in parts]
-        crops = [crop[:rows] for crop in crops]
+        drawn, found, bad = np.empty((n, sum(counts), len(COLUMNS)), np.float32), [], []
+        for sample_id in planned.tolist():
+            if usable := self._usable(reader, epoch, sample_id, bad):
+                taken, label, (views, drawn[len(found)]) = usable
+                for view, place in zip(views, [place for crop in crops for place in crop[len(found)]], strict=True):
+                    place.copy_(view)
+                found.append((taken, label))
+        n = len(found)
+        crops, parameters = [crop[:n] for crop in crops], list(torch.from_numpy(drawn[:n]).split(counts, dim=1))
         if self.photometric_here:
             crops = [photometric(crop, p) for crop, p in zip(crops, parameters, strict=True)]
-        return crops, parameters, numbers[:rows], labels[:rows], bad
+        sample_ids, labels = torch.tensor(found, dtype=torch.long).view(n, 2).unbind(1)
+        return Chunk(crops, parameters, sample_ids, labels, bad)
 
-    def _usable(self, reader, sample, u, bad):
-        """(its number, label, views) of the sample, or of the next one that can be used; None if it may not be replaced."""
-        number, planned = sample, True
-        for _ in range(NEIGHBOURS):
+    def _usable(self, reader, epoch, planned, bad):
+        """(sample id, label, make_views) of the planned sample or of the next usable one; None if it may not be replaced."""
+        sample_id = planned
+        for attempt in range(NEIGHBOURS):
             try:
-                found = reader(number, planned)
+                sample = reader(sample_id, attempt == 0)
                 try:
-                    return found.number, found.label, cut_views(found.image, self.specs, u)
+                    return sample_id, sample.label, make_views(sample.image, self.specs, (self.seed, epoch, planned))
                 except MemoryError:
                     raise
-                except Exception as error:  # PIL raises all kinds of errors for bytes that are no image
-                    shard = self.index.shards[reader.shard_of(number)].path
-                    reason = re.sub(" <.*>", "", f"{type(error).__name__}: {error}")  # PIL's has an address of memory
-                    raise BadSample(shard, found.key, reason, number + 1) from None
+                except Exception as error:  # PIL raises errors of many types for bytes that are no image
+                    shard = self.index.shards[reader.shard_of(sample_id)].path
+                    reason = re.sub(" <.*>", "", f"{type(error).__name__}: {error}")  # PIL's contains a memory address
+                    raise BadSample(shard, sample.key, reason, sample_id + 1) from None
             except BadSample as error:
                 bad.append(error.record)
                 if not self.plan.replace:
                     return None
-                number, planned = error.following % self.index.total, False
+                sample_id = error.following % self.index.total
         raise RunError(f"{NEIGHBOURS} samples in a row cannot be used; the first: {bad[-NEIGHBOURS]}")
 
 
@@ -103,9 +108,9 @@ def load_batches(
     device: torch.device,
     photometric_on: str = "auto",
 ) -> Iterator[Batch]:
-    """The batches, finished on the device. The result does not depend on the number of workers.
+    """The batches of the plan, finished on the device. They do not depend on the number of workers.
 
-    photometric_on: "device", "worker", or "auto": the device if it is an accelerator. Both give the same views.
+    photometric_on: "device", "worker", or "auto": the device if it is an accelerator. All give the same views. Raises RunError.
     """
     if device.type == "cpu":
         keep_freed_memory()  # of the batches too
@@ -125,23 +130,25 @@ def _finished(stream, specs, workers, device, in_worker):
     for parts in zip(*[stream] * max(workers, 1), strict=True):  # one chunk of every worker makes a batch
         for part in parts:
             if isinstance(part, RunError):
-                raise RunError(str(part))  # `part` itself would keep the workers alive: its traceback holds this frame
-        crops, parameters, samples, labels, bad = zip(*parts, strict=True)
-        views = []
+                raise RunError(str(part))  # the traceback of `part` holds this frame, which would keep the workers alive
+        views, flips = [], []
         for i, spec in enumerate(specs):
-            # chunks of n x count x 3 x H x W; pinned each, their sum is not
-            view = torch.cat([c[i].flatten(0, 1).to(device, non_blocking=True) for c in crops])
+            # each chunk is pinned, their concatenation is not
+            view = torch.cat([part.crops[i].flatten(0, 1).to(device, non_blocking=True) for part in parts])
+            parameters = torch.cat([part.parameters[i] for part in parts])  # n x count x len(COLUMNS)
             if not in_worker:
-                view = photometric(view, torch.cat([p[i] for p in parameters]).view(-1, len(COLUMNS)))
+                view = photometric(view, parameters.flatten(0, 1))
             views.append(view if spec.count == 1 else view.unflatten(0, (-1, spec.count)))
-        flips = [torch.cat([p[i] for p in parameters])[..., -1].bool() for i in range(len(specs))]
-        samples, labels = (torch.cat(x).to(device, non_blocking=True) for x in (samples, labels))
-        yield Batch(views, flips, samples, labels, sum(bad, []))
+            flips.append(parameters[..., COLUMNS.index("flip")].bool())
+        sample_ids, labels = (
+            torch.cat(x).to(device, non_blocking=True) for x in zip(*[(p.sample_ids, p.labels) for p in parts], strict=True)
+        )
+        yield Batch(views, flips, sample_ids, labels, [record for part in parts for record in part.bad])
 
 
 def _beside_the_step(batches, device):
-    """Copies and photometric work on a CUDA stream of their own: when a batch is asked for, the device still computes the step
-    before, which was only launched, and does both at once.
+    """Prepare batches on a CUDA stream of their own. A step is launched without waiting for it, so the device computes the
+    step and prepares the next batch at once.
     """
     side = torch.cuda.Stream(device)
     while True:
@@ -152,15 +159,15 @@ def _beside_the_step(batches, device):
         step = torch.cuda.current_stream(device)
         step.wait_stream(side)
         for x in (*batch.views, batch.sample_ids, batch.labels):
-            x.record_stream(step)  # or its memory could be given to the next batch while the step reads it
+            x.record_stream(step)  # so that the next batch does not get this memory while the step reads it
         yield batch
 
 
 def _until_a_worker_dies(chunks):
-    """The chunks. A worker that is killed while it hands one over breaks its connection before torch hears of its death."""
+    """The chunks. A worker that is killed during a transfer breaks its connection before torch notices its death."""
     try:
         yield from chunks
     except (OSError, EOFError):
         if chunks.num_workers:
-            time.sleep(10)  # until torch's signal handler names the worker, by a RuntimeError
+            time.sleep(10)  # meanwhile torch's signal handler raises a RuntimeError that names the worker
         raise

@@ -1,28 +1,29 @@
-"""Flip, colour jitter, grayscale, blur, solarize and normalisation of a whole batch on any device, parameters view by view.
+"""The pixels of all augmentations but the crop: OPERATIONS, for a whole batch on any device, with parameters of each view.
 
-The formulas are PIL's (which torchvision's transforms follow), in float with one rounding to uint8 at the end instead of one
-after each operation. Pixels lie in [0, 255]. Each operation changes n x 3 x H x W in place and takes n values.
+The formulas are PIL's, which torchvision uses too. They are computed in float32 and rounded once, at the end. Pixels are in
+[0, 255]. An operation changes n x 3 x H x W in place and takes a list of n values.
+
+To add an augmentation, write its operation, add it to OPERATIONS before the flip, and add its draw to DRAWS in views.py.
 """
 
 import itertools
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 
-COLUMNS = ("brightness", "contrast", "saturation", "hue", "order", "gray", "sigma", "solarize", "flip")
-ORDERS = list(itertools.permutations(range(4)))  # by order code; 0 to 3 are brightness, contrast, saturation, hue
+ORDERS = list(itertools.permutations(range(4)))  # of the color jitter's operations, by order code
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-LUMA = (0.299, 0.587, 0.114)  # ITU-R 601-2, PIL's grey
+LUMA = (0.299, 0.587, 0.114)  # ITU-R 601-2, as in PIL
 
 
 def photometric(views: torch.Tensor, parameters: torch.Tensor) -> torch.Tensor:
-    """... x 3 x H x W uint8 on any device, ... x 9 float32 on the CPU -> a new uint8 tensor of the same shape.
+    """Apply to each view the operations that its parameters ask for.
 
-    Parameters (see views.parameters_of): factors of brightness, contrast and saturation (1 = as it is); hue shift in turns
-    [-0.5, 0.5]; order code 0..23, or -1 for no jitter; gray flag, 2 for gray before the jitter; blur sigma in pixels, or 0;
-    solarize flag; flip flag. They stay on the CPU, where which view takes which operation is known without asking the device.
-    A view's result does not depend on the views beside it.
+    views: ... x 3 x H x W uint8, on any device; parameters: ... x len(COLUMNS) float32, on the CPU. Returns a new uint8 tensor
+    of the shape of `views`. The parameters stay on the CPU, so no operation waits for the device. A view's result does not
+    depend on the other views.
     """
     x = views.reshape(-1, *views.shape[-3:])
     steps = [_steps(row) for row in parameters.reshape(-1, len(COLUMNS)).tolist()]
@@ -34,12 +35,12 @@ def photometric(views: torch.Tensor, parameters: torch.Tensor) -> torch.Tensor:
         pixels = torch.empty_like(part, dtype=torch.float32).copy_(x[i : i + together])
         _apply_(pixels, [step[:-1] for step in steps[i : i + together]])
         part.copy_(pixels.round_().to(torch.int16))  # on the way to uint8: CPUs have no fast step there from float32
-        _apply_(part, [step[-1:] for step in steps[i : i + together]])  # bytes are turned round faster than floats
+        _apply_(part, [step[-1:] for step in steps[i : i + together]])  # the flip, which is faster on bytes than on floats
     return out.view(views.shape)
 
 
 def normalized(views: torch.Tensor) -> torch.Tensor:
-    """... x 3 x H x W uint8 -> float32, with ImageNet's mean 0 and standard deviation 1. Floats, which are so already, pass."""
+    """Normalize ... x 3 x H x W uint8 by ImageNet's mean and deviation, to float32. Float views are returned unchanged."""
     if views.is_floating_point():
         return views
     mean, std = ((255 * torch.tensor(c)).view(3, 1, 1).to(views.device, non_blocking=True) for c in (MEAN, STD))
@@ -47,12 +48,12 @@ def normalized(views: torch.Tensor) -> torch.Tensor:
 
 
 def _steps(row):
-    """What is done to a view, in order: nine of (operation or None, value)."""
-    order = ORDERS[int(row[4])] if row[4] >= 0 else ()
-    jitter = [(ADJUST[i] if row[i] != NEUTRAL[i] else None, row[i]) for i in order] or [(None, 0)] * 4
-    gray, *rest = row[5:]
-    later = [(operation if value > 0 else None, value) for operation, value in zip(LATER, rest, strict=True)]
-    return [(gray_ if gray == 2 else None, 0), *jitter, (gray_ if gray == 1 else None, 0), *later]
+    """(operation or None, value) for each of OPERATIONS, in the order in which this view takes them. row: its parameters."""
+    order, *values = row
+    steps = [(f if value != neutral else None, value) for (f, neutral), value in zip(OPERATIONS.values(), values, strict=True)]
+    jitter = steps[JITTER]
+    steps[JITTER] = [jitter[i] for i in ORDERS[int(order)]] if order >= 0 else [(None, 0)] * len(jitter)
+    return steps
 
 
 def _apply_(x, steps):
@@ -61,7 +62,7 @@ def _apply_(x, steps):
             if operation:
                 operation(x, [value])
         return
-    for step in zip(*steps, strict=True):  # one for each view
+    for step in zip(*steps, strict=True):  # (operation, value) of each view
         for operation in dict.fromkeys(operation for operation, _ in step if operation):
             picked = [i for i, (o, _) in enumerate(step) if o is operation]
             there = torch.tensor(picked).to(x.device, non_blocking=True)
@@ -71,40 +72,40 @@ def _apply_(x, steps):
 
 
 def _spread(values, x):
-    """A value for each view of x: n x 1 x 1 x 1, or the number itself, which CPUs take faster."""
+    """n values -> n x 1 x 1 x 1 on the device of x. One value stays a number, which is faster on a CPU."""
     return values[0] if len(values) == 1 else torch.tensor(values).view(-1, 1, 1, 1).to(x.device, non_blocking=True)
 
 
-def _channels(x):  # n x 3 x H x W -> 3 of n x 1 x H x W
-    return x.unsqueeze(1).unbind(2)
+def _channels(x):
+    return x.unsqueeze(1).unbind(2)  # 3 of n x 1 x H x W
 
 
 def luma(x: torch.Tensor) -> torch.Tensor:
-    """n x 3 x H x W -> n x 1 x H x W."""
+    """The gray values of n x 3 x H x W: n x 1 x H x W."""
     r, g, b = _channels(x)
     return (r * LUMA[0]).add_(g, alpha=LUMA[1]).add_(b, alpha=LUMA[2])
 
 
-def brightness_(x, factors):
+def brightness_(x: torch.Tensor, factors: list[float]) -> None:
     x.mul_(_spread(factors, x)).clamp_(0, 255)
 
 
-def contrast_(x, factors):
+def contrast_(x: torch.Tensor, factors: list[float]) -> None:
     factor, mean = _spread(factors, x), luma(x.mean((2, 3), keepdim=True))  # luma is linear
     x.mul_(factor).add_(mean * (1 - factor)).clamp_(0, 255)
 
 
-def saturation_(x, factors):
+def saturation_(x: torch.Tensor, factors: list[float]) -> None:
     torch.lerp(luma(x), x, _spread(factors, x), out=x).clamp_(0, 255)
 
 
-def hue_(x, shifts):
-    """Turn the hue of HSV, the hexcone model that PIL uses, by `shifts` turns; without divisions and without cases.
+def hue_(x: torch.Tensor, shifts: list[float]) -> None:
+    """Shift the hue of HSV (PIL's hexcone model) by `shifts` turns, without divisions and without cases.
 
-    With v = max, m = min, c = v - m, the full colours lie on a ring of length 6c: green at 0, blue at 2c, red at -2c, a colour
-    at p = sign(b - r) (r + b - g + v - 2m). A channel whose own colour lies at o c is v up to a distance of c, m from 2c on,
-    and falls linearly between: clamp(v + c - d, m, v). The distance of the turned colour from it, around the ring, is
-    d = | |p + a c| - 3c |, with a = 6 shift - o + 3 brought into [-3, 3).
+    With v = max, m = min, c = v - m, hues lie on a ring of length 6c: green at 0, blue at 2c, red at -2c. A pixel lies at
+    p = sign(b - r) (r + b - g + v - 2m). A channel whose own hue lies at o c is v up to a distance of c and m from 2c on. It
+    falls linearly in between: clamp(v + c - d, m, v). Around the ring, the shifted pixel has the distance
+    d = | |p + a c| - 3c | from that hue, with a = 6 shift - o + 3 wrapped into [-3, 3).
     """
     r, g, b = _channels(x)
     v, m = torch.maximum(r, g), torch.minimum(r, g)
@@ -116,20 +117,18 @@ def hue_(x, shifts):
     torch.clamp(torch.sub(c.add_(v), distance, out=x), m, v, out=x)
 
 
-def gray_(x, _):
+def gray_(x: torch.Tensor, _: list[float]) -> None:
     x.copy_(luma(x).expand_as(x))
 
 
-def blur_(x, sigmas):
-    """Gaussian, separable; each kernel is cut at three of its sigmas, rounded, and edges are repeated."""
+def blur_(x: torch.Tensor, sigmas: list[float]) -> None:
+    """Separable Gaussian, sigmas in pixels. A kernel ends at round(3 sigma) pixels; pixels at the edge are repeated."""
     kernels = [_half_kernel(sigma) for sigma in sigmas]
     radius = max(map(len, kernels)) - 1
     weights = [_spread([k[i] if i < len(k) else 0.0 for k in kernels], x) for i in range(radius + 1)]
     padded = F.pad(x, (radius,) * 4, mode="replicate").contiguous()
     plane, row, _ = padded.stride()[1:]
-    out = padded.view(
-        len(x), 1, 1, -1
-    )  # a step along a row or a column is one along the memory; what crosses an edge is not used
+    out = padded.view(len(x), 1, 1, -1)  # flat: a shift along rows or columns is a shift in memory; wrapped pixels are cut off
     for step in (1, row):
         near = out.unfold(3, out.shape[3] - 2 * radius * step, step).unbind(3)  # shifted by -radius to radius
         out = near[radius] * weights[0]
@@ -140,18 +139,30 @@ def blur_(x, sigmas):
 
 
 def _half_kernel(sigma):
-    """The weights of the middle and of one side."""
+    """The weights of a kernel at 0, 1, ... round(3 sigma)."""
     bell = [math.exp(-0.5 * (k / sigma) ** 2) for k in range(round(3 * sigma) + 1)]
     return [weight / (2 * sum(bell) - bell[0]) for weight in bell]
 
 
-def solarize_(x, _):
+def solarize_(x: torch.Tensor, _: list[float]) -> None:
     torch.where(x >= 127.5, 255 - x, x, out=x)
 
 
-def flip_(x, _):
+def flip_(x: torch.Tensor, _: list[float]) -> None:
     x.copy_(x.flip(3))
 
 
-ADJUST, NEUTRAL = (brightness_, contrast_, saturation_, hue_), (1, 1, 1, 0)
-LATER = (blur_, solarize_, flip_)
+OPERATIONS: dict[str, tuple[Callable[[torch.Tensor, list[float]], None], float]] = {
+    # parameter: (operation, the value that leaves a view unchanged), in the order of application
+    "gray_first": (gray_, 0),
+    "brightness": (brightness_, 1),  # factor; the color jitter's four are applied in the order of the order code
+    "contrast": (contrast_, 1),  # factor
+    "saturation": (saturation_, 1),  # factor
+    "hue": (hue_, 0),  # turns, [-0.5, 0.5]
+    "gray": (gray_, 0),
+    "sigma": (blur_, 0),  # pixels
+    "solarize": (solarize_, 0),
+    "flip": (flip_, 0),  # stays the last
+}
+JITTER = slice(1, 5)
+COLUMNS = ("order", *OPERATIONS)  # of a view's parameters; order: an index of ORDERS, or -1 for no color jitter

@@ -20,8 +20,8 @@ POOL = 4096  # images in the shuffle buffers of all lanes together
 class BatchPlan:
     """The samples that a process takes.
 
-    epochs() gives (epoch, the sample ids of each step), epoch after epoch. replace: whether the next usable sample of the index
-    replaces an unusable one; without it the batch is smaller. lane_of_place: the lane of each place of a batch, or None.
+    epochs() gives (epoch, the sample ids of each step), epoch after epoch. replace: whether the next usable sample of the
+    index replaces an unusable one; if not, the batch is smaller. lane_of_place: the lane of each place of a batch, or None.
     """
 
     epochs: Callable[[], Iterator[tuple[int, list[np.ndarray]]]]

@@ -1,12 +1,13 @@
-"""What a view is: its specification, the random draws it takes, and how it is cut from an encoded image.
+"""The views of an image: their specification, their random draws, and their crops.
 
-Everything random about a view is a function of (seed, epoch, sample, number of the view) alone. The worker decodes once, cuts
-each view as uint8, and draws the parameters of all that is done to whole batches (utils/data/photometric.py).
+Everything random about a view is a function of (seed, epoch, sample id, number of the view) alone. A worker decodes an image
+once, crops each view as uint8, and draws the parameters of the operations in photometric.py.
 """
 
 import io
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from utils.data.photometric import COLUMNS
 from utils.run import streams
 
 try:
@@ -21,57 +23,93 @@ try:
 except ImportError:
     decode_jpeg = None
 
-DRAWS = 40  # random numbers reserved for each view; the columns below say which is which
+NUMBERS = 40  # uniform random numbers of a view: 0 to 21 are its crop's, 22 to 39 those of DRAWS
 TRIES = 10  # of a random resized crop, as in torchvision
-SPARE = 2  # pixels of a crop for each pixel of its view, along a side, that decoding at a reduced size must leave
-AREA, RATIO = slice(0, TRIES), slice(TRIES, 2 * TRIES)
-TOP, LEFT, FLIP, JITTER, BRIGHTNESS, CONTRAST, SATURATION, HUE, ORDER, GRAY, BLUR, SIGMA, SOLARIZE = range(20, 33)
+AREA, RATIO, TOP, LEFT = slice(0, TRIES), slice(TRIES, 2 * TRIES), 20, 21
+SPARE = 2  # a JPEG decoded at a reduced size must leave so many pixels of a crop for a pixel of its view, along a side
 
 
 @dataclass(frozen=True)
 class ViewSpec:
-    """A kind of view (METHODS.md, "Shared augmentation vocabulary"). Sizes in pixels, probabilities in [0, 1].
+    """A kind of view, of which `count` are cropped from every image. Sizes in pixels, probabilities in [0, 1].
 
-    `count` views of the kind are cut from every image. With `resize` set the view is not random: the shorter side is resized to
-    `resize` and the centre cut out.
+    With `resize` the view is not random: the shorter side of the image is resized to `resize`, and the centre is cropped.
     """
 
     name: str
     size: int
-    scale: tuple[float, float] = (0.2, 1.0)  # of the image's area
+    scale: tuple[float, float] = (0.2, 1.0)  # area of a crop, as a share of the image
     count: int = 1
     ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height
     jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)  # brightness, contrast, saturation, hue
     jitter_p: float = 0.0
     gray_p: float = 0.0
-    gray_first: bool = False  # before the jitter, not after it
+    gray_first: bool = False  # before the jitter, instead of after it
     blur: tuple[float, float] = (0.1, 2.0)  # sigma in pixels
     blur_p: float = 0.0
     solarize_p: float = 0.0
     flip_p: float = 0.5
     resize: int | None = None
-    part: tuple[float, float] = (0.0, 1.0)  # of the image's width, of which the view is cut
+    part: tuple[float, float] = (0.0, 1.0)  # of the image's width, in which the crop lies
 
 
 def moco_v2_view(name: str, size: int, scale: tuple[float, float], count: int = 1) -> ViewSpec:
-    """The view of MoCo-v2 and MosRep; global and local views differ in size and scale only."""
+    """The view of MoCo-v2 (arXiv:2003.04297) and MosRep. Global and local views differ in size and scale only."""
     return ViewSpec(name, size, scale, count, jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, gray_p=0.2, blur_p=0.5)
 
 
 def moco_v1_view(name: str, size: int, scale: tuple[float, float]) -> ViewSpec:
-    """The view of MoCo-v1 and InsDis: gray before a jitter that is always made, no blur."""
+    """The view of InsDis (arXiv:1805.01978) and MoCo-v1: gray before a jitter with probability 1, no blur."""
     return ViewSpec(name, size, scale, jitter=(0.4, 0.4, 0.4, 0.4), jitter_p=1.0, gray_p=0.2, gray_first=True)
 
 
-def draw(seed: int, epoch: int, sample: int, views: int) -> np.ndarray:
-    """views x DRAWS numbers, uniform in [0, 1). Counter-based: row v depends on (seed, epoch, sample, v) and nothing else."""
-    return streams.view_numbers(seed, epoch, sample, (views, DRAWS))
+def draw(seed: int, epoch: int, sample_id: int, views: int) -> np.ndarray:
+    """views x NUMBERS, uniform in [0, 1). Row v depends on (seed, epoch, sample_id, v) alone."""
+    return streams.view_numbers(seed, epoch, sample_id, (views, NUMBERS))
+
+
+def _factor(strength, u):
+    low = max(0, 1 - strength)
+    return low + u * (1 + strength - low)
+
+
+DRAWS: dict[str, tuple[tuple[int, ...], Callable[..., float]]] = {
+    # parameter of photometric: (its numbers of `draw`, its value by the spec and these numbers). 33 to 39 are free. A number
+    # never changes its use: a seed would mean other views.
+    "order": ((23, 28), lambda spec, chance, u: math.floor(24 * u) if chance < spec.jitter_p else -1),
+    "gray_first": ((29,), lambda spec, chance: spec.gray_first and chance < spec.gray_p),
+    "brightness": ((24,), lambda spec, u: _factor(spec.jitter[0], u)),
+    "contrast": ((25,), lambda spec, u: _factor(spec.jitter[1], u)),
+    "saturation": ((26,), lambda spec, u: _factor(spec.jitter[2], u)),
+    "hue": ((27,), lambda spec, u: spec.jitter[3] * (2 * u - 1)),
+    "gray": ((29,), lambda spec, chance: not spec.gray_first and chance < spec.gray_p),
+    "sigma": ((30, 31), lambda spec, chance, u:
+        spec.blur[0] + u * (spec.blur[1] - spec.blur[0]) if chance < spec.blur_p else 0),
+    "solarize": ((32,), lambda spec, chance: chance < spec.solarize_p),
+    "flip": ((22,), lambda spec, chance: not spec.resize and chance < spec.flip_p),
+}  # fmt: skip
+
+
+def parameters_of(spec: ViewSpec, u: list[float]) -> list[float]:
+    """The parameters of a view for `photometric`, in the order of COLUMNS. u: a row of `draw`."""
+    drawn = (DRAWS[name] for name in COLUMNS)
+    return [value(spec, *[u[i] for i in numbers]) for numbers, value in drawn]
+
+
+def make_views(data: bytes, specs: list[ViewSpec], key: tuple[int, int, int]) -> tuple[list[torch.Tensor], list[list[float]]]:
+    """All views of an encoded image: their crops (see `cut_views`) and their parameters for `photometric`.
+
+    key: (seed, epoch, sample id), which decides the draws. Raises the errors of `cut_views`.
+    """
+    kinds = [spec for spec in specs for _ in range(spec.count)]
+    u = draw(*key, len(kinds))
+    return cut_views(data, specs, u), [parameters_of(spec, row) for spec, row in zip(kinds, u.tolist(), strict=True)]
 
 
 def crop_box(spec: ViewSpec, u: np.ndarray, height: int, width: int) -> tuple[int, int, int, int]:
-    """(top, left, height, width) of a random resized crop: torchvision's rule, with ten tries and its central fallback.
+    """(top, left, height, width) of a random resized crop within spec.part of the image. u: one row of `draw`.
 
-    Of the part of the image that the view may show. u: one row of `draw`.
+    The rule is torchvision's: ten tries, then the largest central crop with an allowed ratio.
     """
     start, end = (round(share * width) for share in spec.part)
     start = min(start, width - 1)
@@ -91,39 +129,23 @@ def crop_box(spec: ViewSpec, u: np.ndarray, height: int, width: int) -> tuple[in
     return (height - h) // 2, start + (width - w) // 2, h, w
 
 
-def parameters_of(spec: ViewSpec, u: np.ndarray) -> np.ndarray:
-    """What photometric needs of each view. u: ... x DRAWS -> ... x 9 float32, columns as in photometric.COLUMNS."""
-    b, c, s, h = spec.jitter
-    out = np.empty((*u.shape[:-1], 9), np.float32)
-    out[..., 0] = max(0, 1 - b) + u[..., BRIGHTNESS] * (1 + b - max(0, 1 - b))
-    out[..., 1] = max(0, 1 - c) + u[..., CONTRAST] * (1 + c - max(0, 1 - c))
-    out[..., 2] = max(0, 1 - s) + u[..., SATURATION] * (1 + s - max(0, 1 - s))
-    out[..., 3] = h * (2 * u[..., HUE] - 1)
-    out[..., 4] = np.where(u[..., JITTER] < spec.jitter_p, np.floor(24 * u[..., ORDER]), -1)
-    out[..., 5] = (u[..., GRAY] < spec.gray_p) * (2 if spec.gray_first else 1)
-    out[..., 6] = np.where(u[..., BLUR] < spec.blur_p, spec.blur[0] + u[..., SIGMA] * (spec.blur[1] - spec.blur[0]), 0)
-    out[..., 7] = u[..., SOLARIZE] < spec.solarize_p
-    out[..., 8] = 0 if spec.resize else u[..., FLIP] < spec.flip_p
-    return out
-
-
 def cut_views(data: bytes, specs: list[ViewSpec], u: np.ndarray) -> list[torch.Tensor]:
-    """Decode an image once and cut every view from it, colours untouched and not mirrored: each 3 x size x size uint8.
+    """Decode an image once and crop every view, in the order of specs, each 3 x size x size uint8.
 
-    u: a row of `draw` for each view, in the order of specs. A JPEG is decoded at a half, a quarter or an eighth of its size
-    where every crop still has SPARE times the pixels of its view along a side, so that none loses detail. Raises whatever PIL
-    raises for bytes that are no image, and for more pixels than Image.MAX_IMAGE_PIXELS.
+    u: a row of `draw` for each view. A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where every crop keeps SPARE times the
+    pixels of its view along a side, so that no view loses detail. Raises PIL's errors, of many types, for bytes that are no
+    image and for more pixels than Image.MAX_IMAGE_PIXELS.
     """
     kinds = [spec for spec in specs for _ in range(spec.count)]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # odd metadata and the like: the pixels are decoded all the same
+        warnings.simplefilter("ignore")  # such as odd metadata, which no pixel depends on
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         with Image.open(io.BytesIO(data)) as image:
             width, height = image.size
             boxes = [None if spec.resize else crop_box(spec, row, height, width) for spec, row in zip(kinds, u, strict=True)]
             spare = min(min(box[2:]) / spec.size if box else 1 for box, spec in zip(boxes, kinds, strict=True)) / SPARE
             pixels = _pixels(image, data, max(r for r in (1, 2, 4, 8) if r <= max(spare, 1)))  # H x W x 3
-    pixels = pixels.unsqueeze(0).permute(0, 3, 1, 2)  # 1 x 3 x H x W, channels last in memory: the fastest to resize
+    pixels = pixels.unsqueeze(0).permute(0, 3, 1, 2)  # 1 x 3 x H x W in channels-last memory, the fastest to resize
     reduction = round(width / pixels.shape[3])
     return [
         _crop(pixels, box, reduction, spec.size) if box else _centre(pixels, spec)
@@ -132,30 +154,30 @@ def cut_views(data: bytes, specs: list[ViewSpec], u: np.ndarray) -> list[torch.T
 
 
 def _pixels(image, data, reduction):
-    """An opened image, whose bytes are `data` -> H x W x 3 uint8.
+    """The H x W x 3 uint8 pixels of an opened image, whose bytes are `data`.
 
-    Only JPEGs are reduced. EXIF orientation is ignored, as ImageNet training does. torchvision decodes the ordinary JPEG, a
-    quarter faster than PIL and to the same pixels; PIL does all else, and everything once torchvision has lost its decoders,
-    which are deprecated since 0.29.
+    Only JPEGs are reduced. EXIF orientation is ignored, as usual for ImageNet. torchvision decodes an ordinary JPEG a quarter
+    faster than PIL, to the same pixels. PIL decodes the rest, and all images where torchvision has no decoder: they are
+    deprecated since 0.29.
     """
     if image.format == "JPEG" and image.mode in ("RGB", "L") and reduction == 1 and decode_jpeg:
         return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode="RGB").permute(1, 2, 0)
     if reduction > 1:
         image.draft(None, (image.width // reduction, image.height // reduction))
-    if image.mode in ("I", "I;16"):  # 16-bit PNG: PIL would clip at 255
+    if image.mode in ("I", "I;16"):  # 16-bit PNG, which convert() would clip at 255
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    elif image.mode == "P":  # with a transparent colour, perhaps
+    elif image.mode == "P":  # it may have a transparent color
         image = image.convert("RGBA")
     return torch.from_numpy(np.array(image.convert("RGB")))
 
 
 def resize(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """1 x C x h x w uint8 -> 1 x C x height x width uint8, bilinear with antialiasing."""
+    """Resize 1 x C x h x w uint8 to 1 x C x height x width, bilinear with antialiasing."""
     return F.interpolate(image, (height, width), mode="bilinear", antialias=True, align_corners=False)
 
 
 def _crop(image, box, reduction, size):
-    """The box (top, left, height, width of the whole image) of an image decoded at 1 / reduction: 3 x size x size."""
+    """3 x size x size of an image decoded at 1 / reduction. box: (top, left, height, width) at its full size."""
     top, left, height, width = box
     top, bottom = round(top / reduction), round((top + height) / reduction)
     left, right = round(left / reduction), round((left + width) / reduction)
@@ -163,7 +185,7 @@ def _crop(image, box, reduction, size):
 
 
 def _centre(image, spec):
-    """The test view: shorter side to spec.resize, then the central spec.size."""
+    """The view for evaluation: the shorter side is resized to spec.resize, and the central spec.size pixels are cropped."""
     height, width = image.shape[2:]
     short = min(height, width)
     image = resize(image, spec.resize * height // short, spec.resize * width // short)
