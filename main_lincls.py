@@ -71,7 +71,7 @@ def get_args(argv=None):
     add_run_flags(parser, output_dir=None, output_help="default: `linear` in the run's folder, or linear-FILE beside a FILE")
     method = METHODS[first.parse_known_args(argv)[0].method]
     method.add_probe_flags(parser)
-    parser.set_defaults(**method.PROBE)
+    parser.set_defaults(**method.PROBE | ({"lr": None} if method.IDENTITY else {}))
     args = parser.parse_args(argv)
     if args.resize is None:
         args.resize = args.size * 256 // 224
@@ -112,7 +112,13 @@ def build_trunk(args) -> tuple[Frozen, str | None]:
             setattr(args, name, known.get(name))
     if "space" in known and "space" in args and args.space != known["space"]:
         raise ValueError(f"--space {args.space}: {path} was trained with {known['space']}; leave it out")
-    frozen = method.frozen(args)
+    if "space" in args and args.space is None:
+        if args.pretrained != "random":
+            raise ValueError(f"--space: {args.pretrained} does not tell the colour space of its views; pass it, such as Lab")
+        args.space = "Lab"
+    if args.lr is None:
+        args.lr = method.probe(args.arch)["lr"]
+    frozen = Frozen(method.frozen(args))
     if saved is None:
         return frozen, None
     state = method.trunk(layouts.weights_of(saved, f"--pretrained {path}"), args)

@@ -16,12 +16,13 @@ import torch
 
 from methods import METHODS
 from utils.data.bad_samples import BadSamples
+from utils.data.batch import Batch
 from utils.data.index import load_index
 from utils.data.loader import load_batches
 from utils.data.measure import worker_ms
 from utils.data.shards import lanes_of, steps_per_epoch, training_plan
 from utils.learning import amp, optim
-from utils.learning.contrast import Step
+from utils.learning.method import Method, Step
 from utils.run import checkpoint, dist, replay, resume
 from utils.run.checkpoint import bare
 from utils.run.engine import Engine, NotFinite, StepInputs
@@ -115,16 +116,18 @@ def check(args: Flags, samples: int) -> None:
         raise ValueError(
             "--lr-per step: belongs to the cosine, which --lr-steps replaces; pass --lr-per epoch, or no --lr-steps"
         )
-    grouped = ["--bn-splits"] if "bn_splits" in args else []
-    positive(["--epochs", "--batch-size", "--lr", "--save-freq", *grouped], args)
+    method = METHODS[args.method]
+    positive(["--epochs", "--batch-size", "--lr", "--save-freq"], args)
+    if method.bn_groups(args) < 1:
+        raise ValueError(f"--bn-splits {method.bn_groups(args)}: must be above 0")
     in_range("--trust", args.trust, 0, 1)
     if not 0 <= args.warmup_epochs < args.epochs:
         raise ValueError(f"--warmup-epochs {args.warmup_epochs:g}: must be at least 0 and less than --epochs {args.epochs}")
     if args.dry_run is not None:
         in_range("--dry-run", args.dry_run, 1e-3, 1e9)
-    check_batch(args, samples, getattr(args, "bn_splits", 1))
+    check_batch(args, samples, method.bn_groups(args))
     lanes_of(args.lanes, args.batch_size)
-    METHODS[args.method].check(args, samples)
+    method.check(args, samples)
 
 
 def main(argv=None):
@@ -135,12 +138,10 @@ def main(argv=None):
         if args.replay:
             return compute_again(args, device)
         index = dist.first_process_does(lambda: load_index(args.shards, **shard_flags(args)))
-        args.samples = index.total  # not a flag: a memory bank has a row for each
-        args.outside |= {"samples"}
         check(args, index.total)
         if args.dry_run is None:
             resume_from = dist.first_process_does(lambda: resume.open_run(args.output_dir, args.resume))
-        method = build(args, device)
+        method = build(args, index.total, device)
         lr = optim.scaled_lr(args.lr, args.batch_size)
         optimizer = optim.sgd(method.parameters(), lr, args.momentum, args.weight_decay, args.trust, exclude=True)
         scaler = amp.scaler(args.amp)
@@ -148,8 +149,8 @@ def main(argv=None):
             return dry_run(args, index)
         start = (0, 0)
         if resume_from:
-            identity, per_image = ("space",) if args.method == "cmc" else (), getattr(METHODS[args.method], "PER_IMAGE", False)
-            start = resume.restore(resume_from, args, index.hash, method, optimizer, scaler, identity, per_image)
+            kind = method.IDENTITY, method.PER_IMAGE
+            start = resume.restore(resume_from, args, index.hash, method, optimizer, scaler, *kind)
 
     model = dist.data_parallel(method, device)
     folder = Path(args.output_dir)
@@ -159,7 +160,7 @@ def main(argv=None):
         try:
             stopped_by = train(args, index, model, optimizer, scaler, start, lr, device)
         except NotFinite as failure:
-            replay.write(failure, folder, args, method, scaler, steps_per_epoch(index.total, args.batch_size))
+            replay.write(failure, folder, args, method, scaler, steps_per_epoch(index.total, args.batch_size), index.total)
     if stopped_by:
         say(stopped(stopped_by))
     del model, method, optimizer  # before their process group: the other way round, torch 2.9 may wait for itself
@@ -168,36 +169,38 @@ def main(argv=None):
         sys.exit(exit_code(stopped_by))
 
 
-def build(args, device):
+def build(args, samples: int, device: torch.device) -> Method:
+    """The method with its first weights, which depend on --seed alone."""
     torch.manual_seed(args.seed)
-    method = METHODS[args.method](args).to(device, memory_format=torch.channels_last)
+    method = METHODS[args.method](args, samples).to(device, memory_format=torch.channels_last)
     if args.compile:
         for encoder in method.encoders():
             encoder.compile()
     return method
 
 
-def train(args, index, model, optimizer, scaler, start, lr, device):
-    """-> the signal that stopped it after a checkpoint, or 0."""
-    steps = steps_per_epoch(index.total, args.batch_size)
-    folder, method, (first_epoch, first_step) = Path(args.output_dir), bare(model), start
-    at = f" (from its step {first_step})" if first_step else ""
+def train(args, index, model, optimizer, scaler, start, lr, device) -> int:
+    """Train to the end, or until a signal: then save and return its number. Returns 0 at the end."""
+    steps, folder, method = steps_per_epoch(index.total, args.batch_size), Path(args.output_dir), bare(model)
+    first_epoch, first_step = start
+    position = f" (from its step {first_step})" if first_step else ""
     say(f"{args.method} {args.arch} on {dist.world()} x {device.type} {args.amp}: {index.total} images, "
-        f"batch {args.batch_size}, {steps} steps an epoch, epochs {first_epoch}{at} to {args.epochs}, learning rate "
+        f"batch {args.batch_size}, {steps} steps an epoch, epochs {first_epoch}{position} to {args.epochs}, learning rate "
         f"{args.lr} x {args.batch_size} / 256 = {lr:.4g}")  # fmt: skip
     if first_epoch >= args.epochs:
-        say("This run has ended; more --epochs train on.")
+        say("This run has ended; a larger --epochs continues it.")
     model.train()
-    specs = METHODS[args.method].views(args)
     epochs = range(first_epoch, args.epochs)
     plan = training_plan(index, args.batch_size, args.seed, epochs, args.lanes, first_step)
-    batches = load_batches(index, specs, plan, args.seed, args.workers, device, args.photometric)
+    batches = load_batches(index, method.views(args), plan, args.seed, args.workers, device, args.photometric)
     bad = BadSamples(folder, index.total, args.max_bad)
+    schedule = args.warmup_epochs, args.lr_per == "step", args.lr_steps, args.lr_gamma
 
-    def content(epoch, step):
+    def content(epoch, step_in_epoch):
         return {
-            "epoch": epoch, "step": step, "method": args.method, "arch": args.arch, "flags": vars(args), "index": index.hash,
-            "state_dict": checkpoint.prefixed(model), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+            "epoch": epoch, "step": step_in_epoch, "method": args.method, "arch": args.arch, "flags": vars(args),
+            "index": index.hash, "state_dict": checkpoint.prefixed(model), "optimizer": optimizer.state_dict(),
+            "scaler": scaler.state_dict(),
         }  # fmt: skip
 
     with (
@@ -205,21 +208,18 @@ def train(args, index, model, optimizer, scaler, start, lr, device):
         Engine(args, steps, optimizer, scaler, log, device, content, args.save_freq) as engine,
     ):
         for epoch in epochs:
-            for step in log.epoch(epoch, first_step if epoch == first_epoch else 0):
-                now = Step.at(epoch * steps + step, args.epochs * steps, args.seed)
-                at = epoch + step / steps
-                schedule = args.warmup_epochs, args.lr_per == "step", args.lr_steps, args.lr_gamma
-                lr_now = optim.set_lr(optimizer, optim.lr_at(lr, at, args.epochs, *schedule))
+            for step_in_epoch in log.epoch(epoch, first_step if epoch == first_epoch else 0):
+                step = Step(epoch * steps + step_in_epoch, args.epochs * steps, args.seed)
+                lr_now = optim.lr_at(lr, epoch + step_in_epoch / steps, args.epochs, *schedule)
+                optim.set_lr(optimizer, lr_now)
                 with log.waiting():
                     batch = next(batches)
-                if getattr(args, "flip_aware_location", False):
-                    batch.views += [flips.to(device) for flips in batch.flips[:2]]
-                now.seed_torch()
-                loss, stats = model(batch.views, batch.sample_ids, now)
-                stats |= engine.update(loss, StepInputs(epoch, step, batch))
-                method.commit(now)
-                log.add(step, loss, stats, lr_now, batch.bad)
-                if engine.done(epoch, step + 1):
+                step.seed_torch()
+                loss, stats = model(batch, method.targets(batch, step), step)
+                stats |= engine.update(loss, StepInputs(epoch, step_in_epoch, batch))
+                method.commit(step)
+                log.add(step_in_epoch, loss, stats, lr_now, batch.bad)
+                if engine.done(epoch, step_in_epoch + 1):
                     return engine.stopped_by
             engine.save(epoch + 1, 0)
         engine.finish()
@@ -243,14 +243,17 @@ def compute_again(args, device):
         raise ValueError(
             f"--replay {args.replay}: runs in one process, and there are {dist.world()}; start it without torchrun"
         )
-    method = build(args, device)
+    saved = replay.read_failed_step(args.replay)
+    method = build(args, saved["images"], device)
 
     def loss_of(saved):
-        now = Step.at(saved["epoch"] * saved["steps"] + saved["step"], args.epochs * saved["steps"], args.seed)
-        now.seed_torch()
-        return method([view.to(device) for view in saved["views"]], saved["samples"].to(device), now)[0]
+        step = Step(saved["epoch"] * saved["steps"] + saved["step"], args.epochs * saved["steps"], args.seed)
+        step.seed_torch()
+        views, ids = [view.to(device) for view in saved["views"]], saved["samples"].to(device)
+        batch = Batch(views, saved["flips"], ids, torch.full_like(ids, -1), [])
+        return method(batch, method.targets(batch, step), step)[0]
 
-    again = replay.run(method, replay.read_failed_step(args.replay), loss_of, amp.scaler(args.amp))
+    again = replay.run(method, saved, loss_of, amp.scaler(args.amp))
     sys.exit(0 if again else 1)
 
 

@@ -1,6 +1,6 @@
-"""Colour spaces of CMC's views (METHODS: "CMC"), for a whole batch on any device, equal to scikit-image's conversions.
+"""Colour spaces of CMC's views (docs/methods.md, "CMC"), for a batch on any device, equal to scikit-image's conversions.
 
-Each conversion takes n x 3 x H x W RGB in [0, 1], float32, and gives the space's three channels in its customary units.
+Each conversion takes n x 3 x H x W RGB in [0, 1], float32, and returns the three channels of the space in its usual units.
 """
 
 import numpy as np
@@ -8,7 +8,7 @@ import torch
 
 from utils.data.photometric import MEAN, STD
 
-# rows: what each channel is made of. ITU-R BT.601 and its relatives; CIE 1931 for sRGB's primaries with white D65
+# each row gives one channel. ITU-R BT.601 and its relatives; CIE 1931 for sRGB's primaries with white D65
 XYZ = np.array([[0.412453, 0.357580, 0.180423], [0.212671, 0.715160, 0.072169], [0.019334, 0.119193, 0.950227]])
 WHITE = (0.95047, 1.0, 1.08883)
 CIE_RGB = np.array([[0.49, 0.31, 0.20], [0.17697, 0.81240, 0.01063], [0.00, 0.01, 0.99]]) / 0.17697  # to XYZ
@@ -27,8 +27,8 @@ LINEAR = {  # space -> (matrix, offset)
     ),
     "RGB-CIE": (np.linalg.inv(CIE_RGB) @ XYZ, (0, 0, 0)),
 }
-# Middle and half of the range of each channel over all colours. Lab's is the published normalisation, and YCbCr's the published
-# mean and standard deviation; the others have none, so the rule behind Lab's is theirs too (tests/test_color.py).
+# Middle and half of the range of each channel over all colours. Lab's numbers are the published normalization, YCbCr's the
+# published mean and standard deviation. For the other spaces nothing is published; they follow the rule of Lab's numbers.
 SCALES = {
     "Lab": ((50.0, 6.025, -6.6895), (50.0, 92.208, 101.1675)),
     "YCbCr": ((116.151, 121.080, 132.342), (109.5, 111.855, 111.964)),
@@ -45,25 +45,25 @@ SCALES = {
 
 
 def linear(x: torch.Tensor, matrix, offset=(0, 0, 0)) -> torch.Tensor:
-    """Channels of n x 3 x H x W mixed by a 3 x 3 matrix, plus an offset."""
+    """Multiply the channels of n x 3 x H x W by a 3 x 3 matrix and add an offset."""
     channels = x.unbind(1)
     return torch.stack([sum(float(m) * c for m, c in zip(row, channels, strict=True)) + float(o)
                         for row, o in zip(matrix, offset, strict=True)], 1)  # fmt: skip
 
 
-def xyz(x):
-    """IEC 61966-2-1: without sRGB's gamma, then to CIE XYZ."""
+def xyz(x: torch.Tensor) -> torch.Tensor:
+    """Undo sRGB's gamma (IEC 61966-2-1), then convert to CIE XYZ."""
     return linear(torch.where(x > 0.04045, ((x.clamp(min=0.04045) + 0.055) / 1.055) ** 2.4, x / 12.92), XYZ)
 
 
-def lab(x):
+def lab(x: torch.Tensor) -> torch.Tensor:
     relative = xyz(x) / per_channel(WHITE, x)
     f = torch.where(relative > 0.008856, relative.clamp(min=0.008856) ** (1 / 3), 7.787 * relative + 16 / 116)
     a, b, c = f.unbind(1)
     return torch.stack([116 * b - 16, 500 * (a - b), 200 * (b - c)], 1)
 
 
-def luv(x):
+def luv(x: torch.Tensor) -> torch.Tensor:
     a, b, c = xyz(x).unbind(1)
     light = torch.where(b > 0.008856, 116 * b.clamp(min=0.008856) ** (1 / 3) - 16, 903.3 * b)
     whole = (a + 15 * b + 3 * c).clamp(min=torch.finfo(x.dtype).eps)
@@ -75,8 +75,8 @@ def luv(x):
     return torch.stack([light, u, v], 1)
 
 
-def hsv(x):
-    """Hue, saturation and value in [0, 1]. Without colour the hue is 0."""
+def hsv(x: torch.Tensor) -> torch.Tensor:
+    """Hue, saturation and value in [0, 1]. The hue of a grey pixel is 0."""
     r, g, b = x.unbind(1)
     value, low = x.amax(1), x.amin(1)
     chroma = value - low
@@ -86,7 +86,7 @@ def hsv(x):
     return torch.stack([hue, torch.where(chroma > 0, chroma / value.clamp(min=1e-12), 0), value], 1)
 
 
-def hed(x):
+def hed(x: torch.Tensor) -> torch.Tensor:
     """Optical density of the stains, by colour deconvolution (Ruifrok 2001)."""
     density = x.clamp(min=1e-6).log() / float(np.log(1e-6))
     return linear(density, np.linalg.inv(STAINS).T).clamp(min=0)
@@ -101,12 +101,12 @@ def per_channel(values, x: torch.Tensor) -> torch.Tensor:
 
 
 def convert(rgb: torch.Tensor, space: str) -> torch.Tensor:
-    """n x 3 x H x W RGB in [0, 1] -> the space, in its units."""
+    """n x 3 x H x W RGB in [0, 1] -> n x 3 x H x W in the units of the space."""
     return linear(rgb, *LINEAR[space]) if space in LINEAR else CURVED[space](rgb)
 
 
 def color_views(views: torch.Tensor, space: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """n x 3 x H x W, uint8 or with ImageNet's normalisation -> normalised n x 1 x H x W and n x 2 x H x W: L and ab."""
+    """n x 3 x H x W, uint8 or normalized with ImageNet's mean -> normalized n x 1 x H x W (L) and n x 2 x H x W (ab)."""
     if views.is_floating_point():
         rgb = (views * per_channel(STD, views) + per_channel(MEAN, views)).clamp(0, 1)
     else:

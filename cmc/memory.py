@@ -7,23 +7,24 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from utils.run import streams
 
-def draw_rows(seed: int, step: int, places: range, samples: int, negatives: int) -> np.ndarray:
-    """The rows of the negatives of the images at these places of a step's global batch: uniform with replacement, len x K.
 
-    A place has random numbers of its own, so that a process draws for its images alone, the same ones whatever their number.
+def draw_rows(seed: int, number: int, places: range, samples: int, negatives: int) -> np.ndarray:
+    """The bank rows of the negatives of the images at these places of a step's global batch: uniform with replacement, len x K.
+
+    Each place has its own random stream, so a process draws for its own images only, and the rows depend on no other number.
     """
     rows = np.empty((len(places), negatives), np.int32 if samples < 2**31 else np.int64)
     for row, place in zip(rows, places, strict=True):
-        bits = np.random.Philox(key=[seed, step], counter=[0, place, 1, 0])  # the 1 keeps it apart from the draws of views
-        row[:] = np.random.Generator(bits).integers(samples, size=negatives, dtype=rows.dtype)
+        row[:] = streams.bank_rows(seed, number, place).integers(samples, size=negatives, dtype=rows.dtype)
     return rows
 
 
 class Scores(torch.autograd.Function):
     """features n x C, bank N x C without gradient, rows n x M -> n x M: each feature times its rows of the bank.
 
-    The rows, C times the memory of the scores, are copied for one image at a time, into the same place.
+    The rows take C times the memory of the scores. They are copied for one image at a time, into one buffer.
     """
 
     @staticmethod
@@ -44,7 +45,7 @@ class Scores(torch.autograd.Function):
 
 
 class Bank(nn.Module):
-    """Row i is the average of image i's features, normalised. Equal on all processes."""
+    """Row i is the moving average of image i's features, of length 1. Equal on all processes."""
 
     def __init__(self, samples: int, dim: int):
         super().__init__()
@@ -52,20 +53,21 @@ class Bank(nn.Module):
         self.register_buffer("memory", torch.empty(samples, dim).uniform_(-bound, bound))
 
     @torch.no_grad()
-    def update(self, features: torch.Tensor, index: torch.Tensor, momentum: float) -> None:
-        """row = normalise(momentum row + (1 - momentum) feature), for the images of all processes: N x C, N.
+    def update(self, features: torch.Tensor, sample_ids: torch.Tensor, momentum: float) -> None:
+        """row = normalize(momentum row + (1 - momentum) feature), for the images of all processes.
 
-        A row stays where its feature is not finite: on CUDA the run learns of it after this, and --replay needs the old one.
+        features: N x C; sample_ids: N. A row whose feature is not finite stays: on CUDA the failure is known later, and
+        --replay needs the old row.
         """
-        old = self.memory[index]
+        old = self.memory[sample_ids]
         new = F.normalize(old * momentum + features * (1 - momentum), dim=1)
-        self.memory[index] = torch.where(new.isfinite().all(1, keepdim=True), new, old)
+        self.memory[sample_ids] = torch.where(new.isfinite().all(1, keepdim=True), new, old)
 
 
-def last_places(index: torch.Tensor, samples: int) -> torch.Tensor:
-    """For each entry of the global batch the last place where its image is: N.
+def last_places(sample_ids: torch.Tensor, samples: int) -> torch.Tensor:
+    """For each entry of the global batch, the last place that holds the same image: N.
 
-    An image is there twice in the place of one that cannot be read; its row must not depend on which is written first.
+    An image that replaces an unusable one can come twice. Its row must not depend on which entry is written first.
     """
-    places = torch.arange(len(index), device=index.device)
-    return places.new_zeros(samples).scatter_reduce_(0, index, places, "amax")[index]
+    places = torch.arange(len(sample_ids), device=sample_ids.device)
+    return places.new_zeros(samples).scatter_reduce_(0, sample_ids, places, "amax")[sample_ids]

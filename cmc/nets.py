@@ -1,4 +1,4 @@
-"""CMC's networks: two of half the width side by side, one for L and one for ab (METHODS: "CMC")."""
+"""CMC's networks: two networks side by side, one for L and one for ab (docs/methods.md, "CMC")."""
 
 import torch
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
@@ -13,7 +13,7 @@ RESNETS = {
 }
 WIDTHS = {"v1": 0.5, "v2": 1, "v3": 2}
 ARCHS = ("alexnet", *(name + version for name in RESNETS for version in WIDTHS))
-POOLS = {1: 10, 2: 6, 3: 5, 4: 5, 5: None}  # side of the map that a probe of an AlexNet layer sees
+POOLS = {1: 10, 2: 6, 3: 5, 4: 5, 5: None}  # AlexNet layer -> side of the map that its probe gets; None: as it is
 
 
 class AlexNet(nn.Module):
@@ -35,7 +35,7 @@ class AlexNet(nn.Module):
             self.fc8 = nn.Linear(2048, dim)
 
     def maps(self, x, layers=(5,)) -> dict[int, torch.Tensor]:
-        """The outputs of these convolutional layers, after their pooling; what lies behind them is not computed."""
+        """The outputs of these convolutional layers, after their pooling. Later layers are not computed."""
         found = {}
         for layer in range(1, max(layers) + 1):
             found[layer] = x = self.get_submodule(f"conv_block_{layer}")(x)

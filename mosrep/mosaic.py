@@ -1,4 +1,4 @@
-"""Mosaics of local crops (MosRep, ICLR 2023, section 3.2): compose, shift, where each tile lies, and its part of a feature map.
+"""Mosaics of local crops (MosRep, ICLR 2023, section 3.2): compose and shift them, and cut their tiles from a feature map.
 
 Pure functions.
 """
@@ -17,9 +17,9 @@ def compose(crops: torch.Tensor) -> torch.Tensor:
     return torch.cat([torch.cat(slots[:2], dim=3), torch.cat(slots[2:], dim=3)], dim=2)
 
 
-def sources(n: int) -> torch.Tensor:
+def sources(n: int) -> np.ndarray:
     """n x 4: the image whose crop fills each slot of each mosaic."""
-    return (torch.arange(n).view(n, 1) - torch.arange(4)) % n
+    return (np.arange(n)[:, None] - np.arange(4)) % n
 
 
 def draw_offset(rng: np.random.Generator, enable: float, reach: int, beta: float) -> tuple[int, int]:
@@ -29,7 +29,7 @@ def draw_offset(rng: np.random.Generator, enable: float, reach: int, beta: float
 
 
 def shift(mosaics: torch.Tensor, offset: tuple[int, int]) -> torch.Tensor:
-    """Move the content left by offset[0] and up by offset[1] pixels; what is uncovered is 0."""
+    """Move the content left by offset[0] and up by offset[1] pixels. Uncovered pixels are 0."""
     x, y = offset
     height, width = mosaics.shape[2:]
     out = torch.zeros_like(mosaics)
@@ -61,20 +61,33 @@ def tile_weights(boxes: torch.Tensor, size: int) -> torch.Tensor:
 def cut_tiles(features: torch.Tensor, boxes: torch.Tensor, stride: int) -> torch.Tensor:
     """RoIAlign (arXiv 1703.06870), aligned: n x C x h x w maps of mosaics -> 4n x C x h x w of their tiles, mosaic by mosaic.
 
-    boxes: 4 x 4 on the CPU, in pixels, the same for all mosaics; stride: pixels a cell. RoIAlign interpolates along rows and
-    columns independently, and tiles lie in two rows and two columns: so all of it is a 2h x h matrix from the left and a 2w x w
-    matrix from the right, which is what torchvision makes of maps that tell the numbers of rows and columns.
+    boxes: 4 x 4 on the CPU, in pixels, the same for all mosaics; stride: pixels a cell.
+
+    RoIAlign averages bilinear samples, and bilinear weights are products of a weight by row and one by column. So a tile is
+
+        tile[p, q] = sum over y, x of R[p, y] map[y, x] C[q, x],    or    tile = R map C^T,
+
+    with R (h x h) from the vertical and C (w x w) from the horizontal extent of its box. The tiles lie in two rows and two
+    columns: two matrices R stacked, 2h x h, and two C, 2w x w, give all four tiles in two matrix products.
     """
     n, channels, h, w = features.shape
-    top_left, bottom_right = boxes[:1], boxes[3:]
-    numbers = torch.eye(h).view(1, h, h, 1).expand(1, h, h, w), torch.eye(w).view(1, w, 1, w).expand(1, w, h, w)
-    of_row, of_column = (
-        torch.cat([roi_align(x.contiguous(), [box], (h, w), 1 / stride, aligned=True) for box in (top_left, bottom_right)])
-        for x in numbers
-    )  # 2 x h x h x w, 2 x w x h x w: the share that a cell of the map has in a cell of a tile
-    rows = of_row[..., 0].transpose(1, 2).reshape(2 * h, h).to(features.device, non_blocking=True)
-    columns = of_column[..., 0, :].transpose(1, 2).reshape(2 * w, w).to(features.device, non_blocking=True)
-    x = features.float().permute(0, 2, 3, 1)  # channels last, as they lie in memory
+    rows, columns = roi_weights(boxes, h, w, stride, features.device)  # 2h x h, 2w x w
+    x = features.float().permute(0, 2, 3, 1)  # n x h x w x C, as a channels-last tensor lies in memory
     x = (rows @ x.reshape(n, h, w * channels)).view(n * 2 * h, w, channels)
     x = (columns @ x).view(n, 2, h, 2, w, channels)
     return x.transpose(2, 3).reshape(4 * n, h, w, channels).permute(0, 3, 1, 2)
+
+
+def roi_weights(boxes: torch.Tensor, h: int, w: int, stride: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """R of the upper and the lower tiles, 2h x h, and C of the left and the right ones, 2w x w.
+
+    torchvision itself gives them: a map with 1 in row y and 0 elsewhere makes tiles whose columns are R[:, y].
+    """
+    one_row, one_column = torch.eye(h).view(1, h, h, 1).expand(1, h, h, w), torch.eye(w).view(1, w, 1, w).expand(1, w, h, w)
+    upper_left, lower_right = boxes[:1], boxes[3:]
+    r, c = (
+        torch.cat([roi_align(x.contiguous(), [box], (h, w), 1 / stride, aligned=True) for box in (upper_left, lower_right)])
+        for x in (one_row, one_column)
+    )  # 2 x h x h x w, 2 x w x h x w: channel y or x, then the tile's rows and columns
+    rows, columns = r[..., 0].transpose(1, 2).reshape(2 * h, h), c[..., 0, :].transpose(1, 2).reshape(2 * w, w)
+    return rows.to(device, non_blocking=True), columns.to(device, non_blocking=True)

@@ -21,7 +21,9 @@ from timm.models.resnet import BasicBlock, ResNet
 
 import main_pretrain
 from methods import METHODS
+from utils.data.batch import Batch
 from utils.run import dist
+from utils.run.checkpoint import bare
 
 TINY = ["--arch", "tiny_resnet", "--size", "64", "--moco-dim", "16", "--moco-k", "32", "--batch-size", "8"]
 BANK = ["--nce-dim", "16", "--nce-k", "24", "--lr", "0.03", "--lr-steps", "1"]
@@ -58,15 +60,17 @@ def tiny(method):
 
 def method_args(name, *flags):
     """What main_pretrain.py makes of `--method name flags`: a tiny trunk, the CPU, no data set. Later flags win."""
-    args = main_pretrain.get_args([*tiny(name), "--shards", "none", "--device", "cpu", "--amp", "fp32", *flags])
-    args.samples = IMAGES
-    return args
+    return main_pretrain.get_args([*tiny(name), "--shards", "none", "--device", "cpu", "--amp", "fp32", *flags])
+
+
+def method_of(args, samples=IMAGES):
+    return METHODS[args.method](args, samples)
 
 
 def build(name, *flags, seed=0):
     """A method in training mode whose query and key side differ in everything, and where no BatchNorm scale hides a branch."""
     torch.manual_seed(seed)
-    method = METHODS[name](method_args(name, *flags)).to(memory_format=torch.channels_last).train()
+    method = method_of(method_args(name, *flags)).to(memory_format=torch.channels_last).train()
     with torch.no_grad():
         for parameter in method.parameters():
             noise = torch.randn_like(parameter)
@@ -77,6 +81,26 @@ def build(name, *flags, seed=0):
     return method
 
 
+def batch_of(views, sample_ids=None, flips=()):
+    """A batch of these views; without flips no view was mirrored."""
+    n = len(views[0])
+    flips = list(flips) or [torch.zeros(n, 1 if view.ndim == 4 else view.shape[1], dtype=torch.bool) for view in views]
+    ids = torch.arange(n, device=views[0].device) if sample_ids is None else sample_ids
+    return Batch(list(views), flips, ids, torch.full_like(ids, -1), [])
+
+
+def own_part(batch):
+    """This process's part of a global batch."""
+    n = len(batch) // dist.world()
+    return batch.part(slice(dist.rank() * n, (dist.rank() + 1) * n))
+
+
+def forward(model, batch, step):
+    """(loss, stats) of a step, of views or a batch, under DDP or not."""
+    batch = batch if isinstance(batch, Batch) else batch_of(batch)
+    return model(batch, bare(model).targets(batch, step), step)
+
+
 def random_views(n, size=64, local_crops=4, seed=1):
     """Query views, key views and, unless `local_crops` is 0, local crops of n images."""
     rng = torch.Generator().manual_seed(seed)
@@ -84,13 +108,16 @@ def random_views(n, size=64, local_crops=4, seed=1):
     return [*whole, torch.randn(n, local_crops, 3, size // 2, size // 2, generator=rng)] if local_crops else whole
 
 
-def uint8_views(args, seed=1):
-    """What the loader makes of --batch-size images: random pixels, and who was mirrored where a view tells it."""
+def uint8_batch(args, seed=1):
+    """What the loader makes of --batch-size images: random pixels, randomly mirrored."""
     specs, n, rng = METHODS[args.method].views(args), args.batch_size, torch.Generator().manual_seed(seed)
     shapes = [(n, *([spec.count] if spec.count > 1 else []), 3, spec.size, spec.size) for spec in specs]
     views = [torch.randint(0, 256, shape, generator=rng, dtype=torch.uint8) for shape in shapes]
-    flips = [torch.rand(n, spec.count, generator=rng) < 0.5 for spec in specs[:2]]
-    return views + (flips if getattr(args, "flip_aware_location", False) else [])
+    return batch_of(views, flips=[torch.rand(n, spec.count, generator=rng) < 0.5 for spec in specs])
+
+
+def uint8_views(args, seed=1):
+    return uint8_batch(args, seed).views
 
 
 def in_two(method):

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import IMAGES, build, method_args, spawn, uint8_views
+from helpers import IMAGES, batch_of, build, forward, method_args, own_part, spawn, uint8_views
 from torch.nn.functional import normalize
 
 import main_pretrain
@@ -14,8 +14,8 @@ from cmc.color import color_views
 from cmc.memory import Bank, Scores, draw_rows, last_places
 from cmc.nets import ARCHS, TwoBranches
 from methods import METHODS
-from utils.learning.contrast import Step
 from utils.learning.criterion import Nce, Softmax, criterion
+from utils.learning.method import Step
 from utils.run import dist
 
 # ---- criteria
@@ -195,11 +195,11 @@ def slow_step(method, args, views, index, rows):
 def test_step__loss_gradients_and_banks_equal_a_slow_loop(name, loss):
     args = method_args(name, "--loss", loss)
     method = build(name, "--loss", loss)
-    reference, step = copy.deepcopy(method), Step.at(0, 10, 0)
+    reference, step = copy.deepcopy(method), Step(0, 10, 0)
     views = [torch.randn(v.shape, generator=torch.Generator().manual_seed(4)) for v in uint8_views(args)]
     index = torch.tensor([4, 39, 0, 7, 12, 13, 30, 21])
     rows = draw_rows(0, 0, range(8), IMAGES, 24).tolist()
-    found, _ = method(views, index, step)
+    found, _ = forward(method, batch_of(views, index), step)
     found.backward()
     wanted, after = slow_step(reference, args, views, index.tolist(), rows)
     wanted.backward()
@@ -219,10 +219,10 @@ def test_step__in_bf16_scores_and_loss_are_float32(name):
     losses, gradients = [], []
     for amp in ("fp32", "bf16"):
         method = build(name, "--amp", amp)
-        loss, _ = method(views, index, Step.at(0, 10, 0))
+        loss, _ = forward(method, batch_of(views, index), Step(0, 10, 0))
         loss.backward()
-        method.commit(Step.at(0, 10, 0))
-        assert loss.dtype == torch.float32 and all(f.dtype == torch.float32 for f in method.seen.values())
+        method.commit(Step(0, 10, 0))
+        assert loss.dtype == torch.float32 and all(f.dtype == torch.float32 for fs in method.seen.values() for f in fs)
         losses.append(loss.item())
         gradients.append(torch.cat([p.grad.flatten() for p in method.encoder.parameters()]))
     assert losses[1] == pytest.approx(losses[0], rel=0.02) and losses[1] != losses[0]
@@ -237,11 +237,10 @@ def twenty_steps(name):
     torch.manual_seed(dist.rank())
     optimizer = torch.optim.SGD(method.parameters(), 0.01)
     for number in range(20):
-        step = Step.at(number, 20, 0)
+        step = Step(number, 20, 0)
         index = torch.from_numpy(step.rng.permutation(IMAGES)[:8])
         index[7] = index[0]  # an image in the place of an unusable one, on both processes
-        own = slice(dist.rank() * 8 // dist.world(), (dist.rank() + 1) * 8 // dist.world())
-        loss, _ = model([v[own] for v in uint8_views(args, seed=number)], index[own], Step.at(number, 20, 0))
+        loss, _ = forward(model, own_part(batch_of(uint8_views(args, seed=number), index)), Step(number, 20, 0))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -317,7 +316,7 @@ def test_check__names_the_flag(name, flags, message):
 
 def test_check__more_rows_than_images_are_told(capsys):
     METHODS["insdis"].check(method_args("insdis", "--nce-k", "41"), 40)
-    told = "warning: --nce-k 41 is more than the data set has images (40), whose rows come several times; 10 would do\n"
+    told = "warning: --nce-k 41 is more than the images of the data set (40), so rows repeat; 10 would do\n"
     assert capsys.readouterr().out == told
     METHODS["insdis"].check(method_args("insdis", "--nce-k", "40"), 40)
     assert capsys.readouterr().out == ""

@@ -10,7 +10,8 @@ import torch
 from helpers import spawn
 from torch import nn
 
-from utils.learning.contrast import Step, ema_, enqueue_, in_groups, info_nce, key_copy, shuffled_keys
+from utils.learning.contrast import ema_, enqueue_, in_groups, info_nce, key_copy, shuffled_keys
+from utils.learning.method import Step
 from utils.run import dist
 
 
@@ -124,7 +125,7 @@ def test_enqueue__takes_keys_of_lower_precision():
 def test_in_groups__is_that_many_separate_forwards(groups):
     together, apart = different(1), different(1)
     x = torch.randn(8, 4)
-    got = in_groups(together, groups, x)
+    got = in_groups(together, x, 8 // groups)
     n = 8 // groups
     parts = [apart(x[start : start + n]) for start in range(0, 8, n)]
     assert torch.equal(got, torch.cat(parts))
@@ -134,12 +135,10 @@ def test_in_groups__is_that_many_separate_forwards(groups):
         assert not torch.allclose(got, different(1)(x), atol=1e-2)
 
 
-def test_step__progress_and_rng_are_functions_of_seed_and_step():
+def test_step__rng_is_functions_of_seed_and_step():
     def numbers(step, steps, seed):
-        return Step.at(step, steps, seed).rng.random(4).tolist()
+        return Step(step, steps, seed).rng.random(4).tolist()
 
-    assert Step.at(5, 20, 0).progress == 0.25
-    assert Step.at(0, 20, 0).progress == 0
     np.random.seed(0), torch.manual_seed(0)
     first = numbers(5, 20, 3)
     np.random.seed(1), torch.manual_seed(1)
@@ -168,7 +167,7 @@ def shuffle(n, seeds, groups=1):
         x[:, -1] = torch.arange(len(x))
         mine = x[dist.rank() * n :][:n]
         keys, rng = Keys(), np.random.default_rng(seed)
-        result = shuffled_keys(lambda x, keys=keys: in_groups(keys, groups, x), mine, rng)
+        result = shuffled_keys(lambda x, keys=keys: in_groups(keys, x, len(x) // groups), mine, rng)
         out.append((x, result, keys.seen, rng.random()))
     return out
 

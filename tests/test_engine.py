@@ -12,7 +12,7 @@ from helpers import spawn, tiny
 import main_pretrain
 from methods import METHODS
 from utils.learning import amp
-from utils.learning.contrast import Step
+from utils.learning.method import Step
 from utils.run import dist
 from utils.run.engine import Engine, NotFinite, StepInputs, Votes
 

@@ -4,12 +4,12 @@ import argparse
 
 import pytest
 import torch
-from helpers import method_args, uint8_views
+from helpers import forward, method_args, uint8_batch
 
 import main_pretrain
 from methods import METHODS
 from utils.learning import optim
-from utils.learning.contrast import Step
+from utils.learning.method import Step
 
 OTHER = {  # another value of each flag; a tuple brings what it needs
     "arch": "tiny_convnext", "output_stride": "16", "lr": "0.5", "momentum": "0.5", "weight_decay": "0.1", "trust": "0.01",
@@ -63,14 +63,14 @@ def two_steps(name, flags):
     args = method_args(name, "--epochs", "2", *flags)
     main_pretrain.check(args, 40)
     specs, losses = METHODS[name].views(args), []
-    method = main_pretrain.build(args, torch.device("cpu")).train()
+    method = main_pretrain.build(args, 40, torch.device("cpu")).train()
     lr = optim.scaled_lr(args.lr, args.batch_size)
     optimizer = optim.sgd(method.parameters(), lr, args.momentum, args.weight_decay, args.trust, exclude=True)
     for number in (0, 7):
-        step = Step.at(number, 5 * args.epochs, args.seed)
+        step = Step(number, 5 * args.epochs, args.seed)
         schedule = args.warmup_epochs, args.lr_per == "step", args.lr_steps, args.lr_gamma
         optim.set_lr(optimizer, optim.lr_at(lr, number / 5 + 0.1, args.epochs, *schedule))
-        loss, _ = method(uint8_views(args, seed=number), torch.arange(args.batch_size), step)
+        loss, _ = forward(method, uint8_batch(args, seed=number), step)
         losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()

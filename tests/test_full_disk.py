@@ -11,7 +11,7 @@ from runs import FLAGS, metrics, steps
 
 import main_pretrain
 from methods import METHODS
-from utils.learning.contrast import Step
+from utils.learning.method import Step
 from utils.run import saver
 from utils.run.checkpoint import saved_in
 

@@ -209,7 +209,7 @@ def test_build_trunk__of_cmcs_alexnet(tmp_path):
 
 def test_build_trunk__of_our_own_checkpoint_has_its_colour_space(tmp_path):
     args = method_args("cmc", "--space", "HSV")
-    method = METHODS["cmc"](args)
+    method = METHODS["cmc"](args, 40)
     torch.save({"arch": args.arch, "flags": vars(args), "state_dict": checkpoint.prefixed(method)}, tmp_path / "c.pth")
     paths = ["--method", "cmc", "--pretrained", str(tmp_path / "c.pth"), *PROBE, "--size", "64"]
     probe = main_lincls.get_args(paths)

@@ -6,13 +6,13 @@ import random
 import numpy as np
 import pytest
 import torch
-from helpers import build, method_args, uint8_views
+from helpers import batch_of, build, forward, method_args, method_of, uint8_batch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from methods import METHODS
 from utils.data.photometric import normalized
-from utils.learning.contrast import Step
+from utils.learning.method import Step
 
 VARIANTS = {
     **{name: (name,) for name in METHODS},
@@ -31,22 +31,24 @@ VARIANTS = {
 variants = pytest.mark.parametrize("variant", VARIANTS)
 
 
-def views_of(variant):
-    return uint8_views(method_args(*VARIANTS[variant]))
+def batch_for(variant):
+    batch = uint8_batch(method_args(*VARIANTS[variant]))
+    batch.sample_ids += 3
+    return batch
 
 
-def forward(method, views):
-    return method(views, 3 + torch.arange(len(views[0]), device=views[0].device), Step.at(0, 10, 0))
+def step_of(method, batch):
+    return forward(method, batch, Step(0, 10, 0))
 
 
 @variants
 def test_forward__neither_reads_nor_moves_the_global_random_state(variant):
-    views, losses = views_of(variant), []
+    batch, losses = batch_for(variant), []
     for seed in range(2):
         method = build(*VARIANTS[variant])
         random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
         before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
-        losses.append(forward(method, views)[0].item())
+        losses.append(step_of(method, batch)[0].item())
         assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
     assert losses[0] == losses[1]
 
@@ -56,7 +58,7 @@ def test_forward__changes_nothing_but_statistics(variant):
     """What it finds out, commit() does; so a step whose loss turns out bad can be left, and looked at again."""
     method = build(*VARIANTS[variant])
     before = copy.deepcopy(method.state_dict())
-    forward(method, views_of(variant))[0].backward()
+    step_of(method, batch_for(variant))[0].backward()
     changed = {name for name, value in method.state_dict().items() if not torch.equal(value, before[name])}
     assert changed and all(
         name.rpartition(".")[2] in ("running_mean", "running_var", "num_batches_tracked") for name in changed
@@ -65,15 +67,15 @@ def test_forward__changes_nothing_but_statistics(variant):
 
 @variants
 def test_forward__bytes_and_normalised_floats_are_the_same_views(variant):
-    views = views_of(variant)
-    floats = [normalized(view) if view.dtype == torch.uint8 else view for view in views]
-    losses = [forward(build(*VARIANTS[variant]), v)[0].item() for v in (views, floats)]
+    batch = batch_for(variant)
+    floats = batch_of([normalized(view) for view in batch.views], batch.sample_ids, batch.flips)
+    losses = [step_of(build(*VARIANTS[variant]), b)[0].item() for b in (batch, floats)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 @variants
 def test_stats__take_no_part_in_the_loss(variant):
-    _, stats = forward(build(*VARIANTS[variant]), views_of(variant))
+    _, stats = step_of(build(*VARIANTS[variant]), batch_for(variant))
     assert len(stats) >= 1 and not any(value.requires_grad or value.ndim for value in stats.values())
 
 
@@ -120,11 +122,12 @@ def test_forward__all_tensors_are_on_the_gpu_and_nothing_waits_for_it(variant):
         if not fake_cuda():
             pytest.skip("this torch has no fake CUDA")
         with torch.device("cuda"):
-            method = METHODS[args.method](args).train()
-            views = [view.cuda() for view in uint8_views(args)]
+            method = method_of(args).train()
+        batch = uint8_batch(args)
+        batch = batch_of([view.cuda() for view in batch.views], batch.sample_ids.cuda(), batch.flips)
         with NoWaiting():
-            loss, stats = forward(method, views)
-            method.commit(Step.at(0, 10, 0))
+            loss, stats = step_of(method, batch)
+            method.commit(Step(0, 10, 0))
     assert {value.device.type for value in [loss, *stats.values(), *method.buffers()]} == {"cuda"}
 
 

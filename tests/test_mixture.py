@@ -6,13 +6,12 @@ from argparse import Namespace
 import numpy as np
 import pytest
 import torch
-from helpers import build, method_args, spawn, uint8_views
+from helpers import build, forward, method_args, own_part, spawn, uint8_batch, uint8_views
 
 from methods import METHODS
 from utils.learning import mixture
-from utils.learning.contrast import Step
-from utils.learning.mixture import Mixture, backwards, inside, un_mix
-from utils.run import dist
+from utils.learning.method import Step
+from utils.learning.mixture import Mixture, inside, reversed_groups, un_mix
 
 PUBLISHED = {"g_alpha": 1.0, "g_num": 2, "g_prob": 0.1, "r_beta": 1.0, "r_num": 2, "r_prob": 0.1, "r_pixel_decay": 1.0}
 KINDS = ["IM", "global", "region", "cutout", "random-erasing"]
@@ -203,15 +202,12 @@ def test_un_mix__batch_reversed_and_the_share_that_is_seen(probability):
         else:
             torch.testing.assert_close(mixed, wanted)
     assert 0.2 < np.mean(shares) < 0.9 and np.std(shares) > 0.15
-    assert backwards(torch.arange(6), 2).tolist() == [2, 1, 0, 5, 4, 3]
+    assert reversed_groups(torch.arange(6), 2).tolist() == [2, 1, 0, 5, 4, 3]
 
 
 def first_loss(name, flags):
     method, args = build(name, *flags), method_args(name, *flags)
-    views, index = uint8_views(args), torch.arange(8)
-    n = 8 // dist.world()
-    own = slice(dist.rank() * n, (dist.rank() + 1) * n)
-    return method([view[own] for view in views], index[own], Step.at(2, 10, 0))[0].item()
+    return forward(method, own_part(uint8_batch(args)), Step(2, 10, 0))[0].item()
 
 
 @pytest.mark.parametrize("name, flags", [
@@ -229,9 +225,9 @@ def test_unmix__loss_is_that_of_its_three_terms(monkeypatch):
     views = [torch.randn(8, 3, 64, 64, generator=torch.Generator().manual_seed(i)) for i in range(2)]
     monkeypatch.setattr(mixture, "un_mix", lambda x, *_: (0.3 * x + 0.7 * x.flip(0), 0.3))
     with torch.no_grad():
-        loss, _ = method(views, None, Step.at(0, 10, 0))
-        k = method.embed_k(views[1])
-        q, q_mix = method.embed_q(views[0]), method.embed_q(0.3 * views[0] + 0.7 * views[0].flip(0))
+        loss, _ = forward(method, views, Step(0, 10, 0))
+        k = method.embed(method.encoder_k, views[1], 8)
+        q, q_mix = (method.embed(method.encoder_q, x, 8) for x in (views[0], 0.3 * views[0] + 0.7 * views[0].flip(0)))
         terms = [method.contrast(x, k)[0] for x in (q, q_mix, q_mix.flip(0))]
     assert loss.item() == pytest.approx((terms[0] + 0.3 * terms[1] + 0.7 * terms[2]).item(), rel=1e-5)
 

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from helpers import build, method_args, random_views, spawn
+from helpers import batch_of, build, forward, method_args, method_of, own_part, random_views, spawn
 from torch import nn
 from torch.nn.functional import normalize
 
 import main_pretrain
 from methods import METHODS
-from utils.learning.contrast import Step
+from utils.learning.method import Step
 from utils.run import checkpoint, dist
 
 VARIANTS = {
@@ -64,7 +64,7 @@ def slow_loss(method, views):
 def test_moco__loss_gradients_and_queue_equal_a_slow_loop(local_crops, mode):
     method = build("moco", "--local-crops", str(local_crops)).train(mode == "train")
     reference, views = copy.deepcopy(method), random_views(8, local_crops=local_crops)
-    loss, _ = method(views, None, Step.at(0, 10, 0))
+    loss, _ = forward(method, views, Step(0, 10, 0))
     loss.backward()
     wanted, keys = slow_loss(reference, views)
     wanted.backward()
@@ -72,7 +72,7 @@ def test_moco__loss_gradients_and_queue_equal_a_slow_loop(local_crops, mode):
     for (name, p), r in zip(method.encoder_q.named_parameters(), reference.encoder_q.parameters(), strict=True):
         assert torch.allclose(p.grad, r.grad, rtol=1e-3, atol=1e-4 * r.grad.abs().max().item()), name
     assert torch.equal(method.queue, reference.queue)  # it waits for the update
-    method.commit(Step.at(0, 10, 0))
+    method.commit(Step(0, 10, 0))
     assert torch.allclose(method.queue, torch.cat([keys.T, reference.queue[:, 8:]], dim=1), atol=1e-5)
     assert method.queue_ptr.tolist() == [8]
 
@@ -81,10 +81,9 @@ def first_step(flags, views):
     """What a step on this process's part of the global batch leaves behind. The seeds outside of it are each process's own."""
     method = build(*flags)
     model = dist.data_parallel(method, torch.device("cpu"))
-    n = len(views[0]) // dist.world()
     random.seed(dist.rank()), np.random.seed(dist.rank()), torch.manual_seed(dist.rank())
-    step = Step.at(3, 10, seed=5)
-    loss, stats = model([v[dist.rank() * n :][:n] for v in views], None, step)
+    step = Step(3, 10, seed=5)
+    loss, stats = forward(model, own_part(batch_of(views)), step)
     loss.backward()
     method.commit(step)
     return {
@@ -128,7 +127,7 @@ def test_first_step__two_processes_equal_one_with_two_batchnorm_groups(variant):
 
 @variants
 def test_keys__start_as_a_copy_and_take_no_gradient(variant):
-    method = METHODS[VARIANTS[variant][0]](method_args(*VARIANTS[variant]))
+    method = method_of(method_args(*VARIANTS[variant]))
     state = method.state_dict()
     queries = [name for name in state if "_q." in name]
     assert len(queries) == len([name for name in state if "_k." in name]) > 10
@@ -136,7 +135,7 @@ def test_keys__start_as_a_copy_and_take_no_gradient(variant):
         key_name = name.replace("_q.", "_k.")
         assert torch.equal(state[name], state[key_name]), name
         assert state[name].data_ptr() != state[key_name].data_ptr(), name
-    loss, stats = method.train()(inputs(variant), None, Step.at(0, 10, 0))
+    loss, stats = forward(method.train(), inputs(variant), Step(0, 10, 0))
     loss.backward()
     for name, p in method.named_parameters():
         assert p.requires_grad == (p.grad is not None) == ("_q." in name), name
@@ -147,9 +146,9 @@ def test_keys__start_as_a_copy_and_take_no_gradient(variant):
 @variants
 def test_commit__averages_parameters_once_and_spares_statistics(variant):
     method = build(*VARIANTS[variant], "--moco-m", "0.75")
-    method(inputs(variant), None, Step.at(0, 10, 0))
+    forward(method, inputs(variant), Step(0, 10, 0))
     before = copy.deepcopy(method)
-    method.commit(Step.at(0, 10, 0))
+    method.commit(Step(0, 10, 0))
     for (old_q, old_k), (new_q, new_k) in zip(before.pairs(), method.pairs(), strict=True):
         parameters = {name for name, _ in old_k.named_parameters()}
         q, k = old_q.state_dict(), old_k.state_dict()
@@ -166,7 +165,7 @@ def image_number(x):
 
 def oracle(flags, n=4):
     """Stats of an encoder that recognises every image, on views whose colour is their image's place in the global batch."""
-    method = METHODS[flags[0]](method_args(*flags, "--output-stride", "8")).train()
+    method = method_of(method_args(*flags, "--output-stride", "8")).train()
 
     def recognise(module, args, output):
         return nn.functional.one_hot(image_number(args[0]), 16).float().requires_grad_()
@@ -183,7 +182,7 @@ def oracle(flags, n=4):
     place = (dist.rank() * n + torch.arange(1.0, n + 1)).view(n, 1, 1, 1)
     views = [place.expand(n, 3, 64, 64), place.expand(n, 3, 64, 64), place[:, None].expand(n, 4, 3, 32, 32)]
     views = views[:2] if flags == VARIANTS["moco"] else views
-    return [{name: v.item() for name, v in method(views, None, Step.at(s, 10, 0))[1].items()} for s in range(3)]
+    return [{name: v.item() for name, v in forward(method, views, Step(s, 10, 0))[1].items()} for s in range(3)]
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -207,16 +206,16 @@ def test_targets__who_recognises_images_is_always_right(variant, processes):
 )
 def test_chance__is_the_loss_of_a_network_that_knows_nothing(flags, terms, candidates):
     method = build(*flags, "--moco-k", "4096", "--moco-t", "20")
-    assert method.chance(batch=8) == pytest.approx(terms * math.log(candidates))
-    loss, _ = method(inputs("moco" if flags == VARIANTS["moco"] else "others"), None, Step.at(0, 10, 0))
-    assert loss.item() == pytest.approx(method.chance(batch=8), rel=0.02)
+    assert method.chance(8) == pytest.approx(terms * math.log(candidates))
+    loss, _ = forward(method, inputs("moco" if flags == VARIANTS["moco"] else "others"), Step(0, 10, 0))
+    assert loss.item() == pytest.approx(method.chance(8), rel=0.02)
 
 
 @pytest.mark.parametrize("name", ["moco", "mosrep"])
 def test_state_dict__names_and_shapes_are_the_published_ones(name):
     flags = ["--arch", "resnet50", "--size", "224", "--moco-dim", "128", "--moco-k", "65536"]
     with torch.device("meta"):
-        state = METHODS[name](method_args(name, *flags)).state_dict()
+        state = method_of(method_args(name, *flags)).state_dict()
         trunk = torchvision.models.resnet50().state_dict()
     shapes = {key: tuple(value.shape) for key, value in state.items()}
     wanted = {"queue": (128, 65536), "queue_ptr": (1,)}
@@ -236,7 +235,7 @@ def test_state_dict__names_and_shapes_are_the_published_ones(name):
 @pytest.mark.parametrize("name", ["moco", "mosrep"])
 @pytest.mark.parametrize("arch, last", [("resnet18", "bn2"), ("resnet26", "bn3")])
 def test_init__last_batchnorm_scale_of_each_branch_is_zero(name, arch, last):
-    method = METHODS[name](method_args(name, "--arch", arch))
+    method = method_of(method_args(name, "--arch", arch))
     scales = {key: p for key, p in method.named_parameters() if "encoder" in key and "bn" in key and key.endswith("weight")}
     assert len([key for key in scales if "layer" in key]) == 2 * 8 * int(last[-1])  # both sides, 8 blocks
     for key, scale in scales.items():
@@ -244,7 +243,7 @@ def test_init__last_batchnorm_scale_of_each_branch_is_zero(name, arch, last):
 
 
 def test_init__queue_holds_unit_columns_that_differ():
-    queue = METHODS["moco"](method_args("moco")).queue
+    queue = method_of(method_args("moco")).queue
     assert queue.shape == (16, 32)
     assert torch.allclose(queue.norm(dim=0), torch.ones(32))
     assert (queue.T @ queue - torch.eye(32)).abs().max() < 0.95
@@ -258,7 +257,7 @@ def test_forward__other_trunks(variant, arch, flags):
     method = build(*VARIANTS[variant], "--arch", arch, *(flags or ["--output-stride", "0"]))
     before = copy.deepcopy(method.encoder_q)
     views = inputs(variant)
-    loss, _ = method(views, None, Step.at(0, 10, 0))
+    loss, _ = forward(method, views, Step(0, 10, 0))
     loss.backward()
     assert 0 < loss.item() < 10 * method.chance(8)
     idle = [name for name, p in method.named_parameters() if "_q." in name and not (p.grad is not None and p.grad.any())]

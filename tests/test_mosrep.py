@@ -6,12 +6,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import build, method_args, random_views
+from helpers import build, forward, method_args, method_of, random_views
 from torch.nn.functional import avg_pool2d, normalize
 
 import mosrep.builder
 from methods import METHODS
-from utils.learning.contrast import Step
+from utils.learning.method import Step
 
 CORNERS = [(0, 0), (0, 1), (1, 0), (1, 1)]  # (row, column) of slots 0 to 3
 
@@ -110,7 +110,7 @@ def test_mosrep__loss_gradients_and_queue_equal_a_slow_loop(monkeypatch, arch, s
     flags = ["--arch", arch, "--size", str(size), "--output-stride", str(stride if stride < 32 else 0)]
     method = build("mosrep", *flags).train(mode == "train")
     reference, views = copy.deepcopy(method), random_views(5, size)
-    loss, stats = method(views, None, Step.at(0, 10, 0))
+    loss, stats = forward(method, views, Step(0, 10, 0))
     loss.backward()
     loss_query, loss_tile, keys = slow_loss(reference, views, offset, stride)
     (loss_query + loss_tile).backward()
@@ -122,7 +122,7 @@ def test_mosrep__loss_gradients_and_queue_equal_a_slow_loop(monkeypatch, arch, s
         largest = max(p.grad.abs().max().item() for p in wanted.values())
         for name, p in getattr(method, part).named_parameters():
             assert torch.allclose(p.grad, wanted[name].grad, rtol=1e-2, atol=1e-4 * largest), (part, name)
-    method.commit(Step.at(0, 10, 0))
+    method.commit(Step(0, 10, 0))
     assert torch.allclose(method.queue, torch.cat([keys.T, reference.queue[:, 5:]], dim=1), atol=1e-5)
     assert method.queue_ptr.tolist() == [5]
 
@@ -148,7 +148,7 @@ def test_mosrep__each_tile_gets_the_cells_of_its_slot(monkeypatch, offset):
     colours = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [-1, -1, -1]])  # one for each slot
     seen = watch(method)
     crops = colours.view(1, 4, 3, 1, 1).expand(5, 4, 3, 32, 32)
-    method([*random_views(5, local_crops=0), crops], None, Step.at(0, 10, 0))
+    forward(method, [*random_views(5, local_crops=0), crops], Step(0, 10, 0))
     whole, tiles = seen["head"]  # one head for both
     assert tiles.shape == (20, whole.shape[1], 4, 4)
     for tile, features in enumerate(tiles[:, :3]):
@@ -166,7 +166,7 @@ def test_mosrep__shift_is_drawn_for_each_group_and_only_if_enabled():
         seen, offsets = watch(method), set()
         for step in range(4):
             seen["trunk"].clear()
-            method(views, None, Step.at(step, 10, 0))
+            forward(method, views, Step(step, 10, 0))
             mosaics = seen["trunk"][groups:]  # after the whole views
             assert len(mosaics) == groups
             for group, x in enumerate(mosaics):
@@ -194,11 +194,11 @@ def slow_shift(crops, offset):
 
 
 def test_chance__counts_the_weights_of_shifted_tiles():
-    method = METHODS["mosrep"](method_args("mosrep", "--size", "224", "--shift-range", "48"))
+    method = method_of(method_args("mosrep", "--size", "224", "--shift-range", "48"))
     o = 48 * (2 * np.random.default_rng(0).beta(0.5, 0.5, (50_000, 2)) - 1).astype(float)
     # along an axis one of two tiles keeps its 112 pixels, the other loses |o|; tiles of a mosaic: all pairs
     weight = ((1 + np.sqrt(1 - np.abs(o.astype(int)) / 112)) / 2).prod(1).mean()
-    assert method.chance(batch=8) == pytest.approx((1 + weight) * math.log(8 + 32), rel=0.01)
+    assert method.chance(8) == pytest.approx((1 + weight) * math.log(8 + 32), rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -229,5 +229,5 @@ def test_check__names_the_flag_and_a_value_that_works(flags, message):
 )  # fmt: skip
 def test_build__views_smaller_than_the_stride(name, flags, size, works):
     with pytest.raises(ValueError, match=f"--size {size}: .*stride of 32"):
-        METHODS[name](method_args(name, "--size", str(size), *flags))
-    METHODS[name](method_args(name, "--size", str(works), *flags))
+        method_of(method_args(name, "--size", str(size), *flags))
+    method_of(method_args(name, "--size", str(works), *flags))

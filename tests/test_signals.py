@@ -17,7 +17,7 @@ from runs import FLAGS, TWO, Run, metrics, pretrain, same, steps, without_clock
 import main_lincls
 import main_pretrain
 from methods import METHODS
-from utils.learning.contrast import Step
+from utils.learning.method import Step
 from utils.run import checkpoint, dist, engine
 from utils.run.signals import TOGETHER, Signals, exit_code
 

@@ -3,11 +3,12 @@
 import copy
 import io
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from helpers import build, method_args, spawn, uint8_views
+from helpers import batch_of, build, forward, method_args, method_of, own_part, spawn, uint8_batch
 from PIL import Image
 from torch.nn.functional import adaptive_avg_pool2d, avg_pool2d, cross_entropy, interpolate, normalize
 
@@ -15,7 +16,7 @@ import main_pretrain
 from methods import METHODS
 from utils.data.views import crop_box, cut_views, draw
 from utils.learning import optim
-from utils.learning.contrast import Step
+from utils.learning.method import Step
 from utils.run import dist
 from w2ssl import builder, montage
 from w2ssl.losses import location, supervised_contrastive
@@ -85,7 +86,7 @@ def test_deal__by_hand():
 
 @pytest.mark.parametrize("images", [2, 6, 32])
 def test_deal__every_half_once_and_another_order_each_step(images):
-    orders = [montage.deal(images, Step.at(number, 10, 0).rng) for number in (0, 0, 1)]
+    orders = [montage.deal(images, Step(number, 10, 0).rng) for number in (0, 0, 1)]
     assert all(sorted(order) == list(range(2 * images)) for order in orders)
     assert np.array_equal(orders[0], orders[1])
     assert images == 2 or not np.array_equal(orders[0], orders[2])
@@ -159,8 +160,8 @@ def test_location__cross_entropy_and_accuracy():
 
 
 def floats(args, seed=1):
-    rng = torch.Generator().manual_seed(seed)
-    return [v if v.dtype == torch.bool else torch.randn(v.shape, generator=rng) for v in uint8_views(args)]
+    batch, rng = uint8_batch(args), torch.Generator().manual_seed(seed)
+    return batch_of([torch.randn(v.shape, generator=rng) for v in batch.views], flips=batch.flips)
 
 
 @pytest.mark.parametrize("flags", [[], ["--flip-aware-location"], ["--loss-loc", "0.5", "--loss-crop", "2", "--loss-t", "0.1"],
@@ -168,14 +169,15 @@ def floats(args, seed=1):
 def test_w2ssl__loss_and_gradients_equal_a_slow_loop(monkeypatch, flags):
     method = build("w2ssl", *flags)
     args = method_args("w2ssl", *flags)
-    reference, views = copy.deepcopy(method), floats(args)
+    reference, batch = copy.deepcopy(method), floats(args)
     order = np.random.default_rng(2).permutation(16)
     monkeypatch.setattr(builder, "deal", lambda images, rng: order)
-    loss, stats = method(views, None, Step.at(0, 10, 0))
+    loss, stats = forward(method, batch, Step(0, 10, 0))
     loss.backward()
 
+    views = batch.views
     halves = [[views[h + 2 * v][i] for i in range(8) for h in range(2)] for v in range(2)]  # of view 1 and 2, crop 2 i + h
-    mirrored = [bool(views[4 + h][i]) if args.flip_aware_location else False for i in range(8) for h in range(2)]
+    mirrored = [bool(batch.flips[h][i]) if args.flip_aware_location else False for i in range(8) for h in range(2)]
     montages = [slow_montage([view[number] for number in order]) for view in halves]
     image = [number // 2 for number in order]
     side = [(number % 2) ^ mirrored[number] for number in order]
@@ -227,7 +229,7 @@ def test_chance__is_the_loss_of_a_network_that_knows_nothing():
     method = build("w2ssl", "--loss-t", "20", "--loss-loc", "2")
     with torch.no_grad():
         method.fc_loc.weight.zero_(), method.fc_loc.bias.zero_()
-    loss, _ = method(floats(method_args("w2ssl")), None, Step.at(0, 10, 0))
+    loss, _ = forward(method, floats(method_args("w2ssl")), Step(0, 10, 0))
     assert loss.item() == pytest.approx(method.chance(8), rel=0.01)
 
 
@@ -239,12 +241,11 @@ def one_step(flags, n):
     method = build("w2ssl", *flags)
     model = dist.data_parallel(method, torch.device("cpu"))
     torch.manual_seed(dist.rank())
-    own = slice(dist.rank() * n // dist.world(), (dist.rank() + 1) * n // dist.world())
     args = method_args("w2ssl", *flags, "--batch-size", str(n))
-    loss, stats = model([view[own] for view in floats(args)], None, Step.at(3, 10, 5))
+    loss, stats = forward(model, own_part(floats(args)), Step(3, 10, 5))
     loss.backward()
     gradients = {name: p.grad for name, p in method.named_parameters() if p.grad is not None}
-    method.commit(Step.at(3, 10, 5))
+    method.commit(Step(3, 10, 5))
     return loss.item(), {name: s.item() for name, s in stats.items()}, gradients, method.state_dict()
 
 
@@ -275,7 +276,7 @@ def test_commit__momentum_rises_by_half_a_cosine():
     for number, momentum in ((-1, 0.99), (49, 0.995), (24, 1 - 0.01 * (1 + math.sqrt(0.5)) / 2), (99, 1.0)):
         method = build("w2ssl")
         before = copy.deepcopy(method)
-        method.commit(Step.at(number, 100, 0) if number >= 0 else Step(-1, 100, 0, None))
+        method.commit(SimpleNamespace(number=number, total=100))
         for p, old, q in zip(*(list(m.parameters()) for m in (method.momentum_encoder, before.momentum_encoder,
                                                               before.base_encoder)), strict=True):  # fmt: skip
             assert torch.allclose(p, momentum * old + (1 - momentum) * q, atol=1e-6)
@@ -284,7 +285,7 @@ def test_commit__momentum_rises_by_half_a_cosine():
 def test_commit__without_cosine_momentum_stays():
     method = build("w2ssl", "--no-moco-m-cos", "--moco-m", "0.75")
     before = copy.deepcopy(method)
-    method.commit(Step.at(60, 100, 0))
+    method.commit(Step(60, 100, 0))
     old, q = (next(e.parameters()) for e in (before.momentum_encoder, before.base_encoder))
     assert torch.allclose(next(method.momentum_encoder.parameters()), 0.75 * old + 0.25 * q, atol=1e-6)
 
@@ -313,7 +314,7 @@ def test_flags__published_defaults():
 
 def test_state_dict__names_and_shapes():
     with torch.device("meta"):
-        method = METHODS["w2ssl"](main_pretrain.get_args(["--method", "w2ssl", "--shards", "x"]))
+        method = method_of(main_pretrain.get_args(["--method", "w2ssl", "--shards", "x"]))
     shapes = {name: tuple(value.shape) for name, value in method.state_dict().items()}
     for side in ("base", "momentum"):
         assert shapes[f"{side}_encoder.layer4.2.conv3.weight"] == (2048, 512, 1, 1)
@@ -345,7 +346,7 @@ def test_check__names_the_flag_and_a_value_that_works(flags, message):
     args = method_args("w2ssl", *flags)
     with pytest.raises(ValueError, match=message):
         METHODS["w2ssl"].check(args, samples=1000)
-        METHODS["w2ssl"](args)
+        method_of(args)
 
 
 @pytest.mark.parametrize("batch, fits", [(6, 4), (2, 4), (10, 8)])

@@ -1,17 +1,19 @@
-"""W2SSL (Zhao et al., TCSVT 2023, doi 10.1109/TCSVT.2023.3298937): what is shown and where, from montages of half images."""
+"""W2SSL (Zhao et al., TCSVT 2023, doi 10.1109/TCSVT.2023.3298937): montages of half images, a crop loss, a location loss."""
 
 import argparse
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.nn.functional import normalize
 
+from utils.data.batch import Batch
 from utils.data.photometric import normalized
 from utils.data.views import ViewSpec
-from utils.evaluation.probe import timm_trunk
 from utils.learning import amp, backbones, layouts
-from utils.learning.contrast import Step, ema_, key_copy
+from utils.learning.contrast import ema_, key_copy
+from utils.learning.method import Method, Probed, Stats, Step, Targets
 from utils.learning.optim import cosine
 from utils.learning.sync_bn import synchronized
 from utils.run import dist
@@ -22,14 +24,24 @@ from w2ssl.montage import compose, deal, separate
 BASE_TEMPERATURE = 0.07  # the crop loss is multiplied by temperature / this
 
 
-def mlp(*widths: int, last_bn: bool) -> nn.Sequential:
-    """Linear layers without bias, BatchNorm and ReLU between them; `last_bn`: a BatchNorm without gain and bias at the end."""
-    a, b, c = widths
+def mlp(a: int, b: int, c: int, last_bn: bool) -> nn.Sequential:
+    """Linear a -> b, BatchNorm, ReLU, Linear b -> c, both without bias; last_bn: then a BatchNorm without affine parameters."""
     layers = [nn.Linear(a, b, bias=False), nn.BatchNorm1d(b), nn.ReLU(), nn.Linear(b, c, bias=False)]
     return nn.Sequential(*layers, *([nn.BatchNorm1d(c, affine=False)] if last_bn else []))
 
 
-class W2SSL(nn.Module):
+@dataclass
+class W2SSLTargets(Targets):
+    montages: list[torch.Tensor]  # of each view, n/2 x 3 x H x W
+    keys: list[torch.Tensor]  # of each view, 2n x C: the crops' embeddings by the averaged side
+    image: torch.Tensor  # 2N, the image of each crop of all processes
+    side: torch.Tensor  # 2n, 0 for a crop of a left half, 1 for a right one
+
+    def part(self, images: slice):
+        raise ValueError("W2SSL: its losses and its BatchNorm span the whole batch, so no slice can be trained alone")
+
+
+class W2SSL(Method):
     """Online trunk with a head for crops, a predictor and a location head; trunk and crop head have a moving average."""
 
     PROBE = {"epochs": 100, "batch_size": 256, "lr": 0.1, "trust": 0.0}
@@ -51,7 +63,7 @@ class W2SSL(nn.Module):
         add(
             "--flip-aware-location",
             action="store_true",
-            help="a half that is mirrored changes its side, without which the location loss may have nothing to learn",
+            help="a mirrored crop changes its side; without it the location loss may have nothing to learn",
         )
         # the paper counts montages, of which there are half as many: this is its batch 256
         group.set_defaults(batch_size=512, lr=0.6, weight_decay=1e-6, trust=0.001, warmup_epochs=10.0, lr_per="step")
@@ -90,16 +102,22 @@ class W2SSL(nn.Module):
             for half, part in (("left", (0.0, share)), ("right", (1 - share, 1.0)))
         ]
 
-    frozen, add_probe_flags = staticmethod(timm_trunk), staticmethod(backbones.add_flags)  # what a probe trains on
+    @staticmethod
+    def add_probe_flags(group) -> None:
+        backbones.add_flags(group)
+
+    @staticmethod
+    def frozen(args: argparse.Namespace) -> Probed:
+        return backbones.probed(args)
 
     @staticmethod
     def trunk(state_dict, args):
-        """MoCo-v3's checkpoints have the same names; whatever head they have is called fc..."""
+        """MoCo-v3's checkpoints have the same names. The names of all heads begin with fc."""
         state = layouts.trunk_state(state_dict)
         return {name: value for name, value in state.items() if not name.startswith("fc")}
 
-    def __init__(self, args):
-        super().__init__()
+    def __init__(self, args: argparse.Namespace, samples: int):
+        super().__init__(args, samples)
         self.amp, self.size, self.flip_aware = args.amp, args.size, args.flip_aware_location
         self.m, self.m_cos, self.temperature = args.moco_m, args.moco_m_cos, args.loss_t
         self.weights = {"loc": args.loss_loc, "crop": args.loss_crop}
@@ -112,47 +130,53 @@ class W2SSL(nn.Module):
         self.fc_loc = nn.Linear(width, 2)
         synchronized(self)
 
-    def encoders(self):
-        """The modules that --compile compiles."""
+    def encoders(self) -> list[nn.Module]:
         return [self.base_encoder, self.momentum_encoder]
 
-    def features(self, encoder, montages):  # n/2 x 3 x H x W -> 2n x C, a vector for each crop
+    def features(self, encoder: nn.Module, montages: torch.Tensor) -> torch.Tensor:
+        """n/2 x 3 x H x W -> 2n x C, a vector for each crop."""
         return separate(encoder(normalized(montages.contiguous(memory_format=torch.channels_last))).float())
 
-    def chance(self, batch: int) -> float:
-        """The loss of guessing: ln 2 for the side; for each direction of the crop loss, ln of the number of candidates."""
-        crop = 2 * math.log(4 * batch - 1) * self.temperature / BASE_TEMPERATURE
+    def chance(self, batch_size: int) -> float:
+        """ln 2 for the side; for each direction of the crop loss, ln of the number of candidates."""
+        crop = 2 * math.log(4 * batch_size - 1) * self.temperature / BASE_TEMPERATURE
         return self.weights["loc"] * math.log(2) + self.weights["crop"] * crop
 
-    def forward(self, views, index, step: Step):
-        left_1, right_1, left_2, right_2, *flips = views  # n x 3 x h x w each; which of the first two are mirrored: n x 1 each
-        n = len(left_1)
+    @torch.no_grad()
+    def targets(self, batch: Batch, step: Step) -> W2SSLTargets:
+        left_1, right_1, left_2, right_2 = batch.views  # n x 3 x h x w each
+        n = len(batch)
         order = deal(dist.world() * n, step.rng)  # 2N
         crops = torch.stack([torch.stack([left_1, left_2], 1), torch.stack([right_1, right_2], 1)], 1)  # n x half x view x ...
-        crops = dist.permute(crops.flatten(0, 1), order)  # 2n x view x 3 x h x w, this process's montages
+        crops = dist.permute(crops.flatten(0, 1), order)  # 2n x view x 3 x h x w, the montages of this process
         montages = [compose(view) for view in crops.unbind(1)]  # n/2 x 3 x H x W each
         number = dist.on_device(order, crops.device)
-        image, side = number // 2, dist.own(number % 2, 2 * n)  # 2N, 2n
+        side = dist.own(number % 2, 2 * n)  # 2n
         if self.flip_aware:
-            side = side ^ dist.permute(torch.cat(flips, 1).flatten().long(), order)
-
+            flips = torch.cat(batch.flips[:2], 1).flatten().long()  # n x half
+            side = side ^ dist.permute(dist.on_device(flips, crops.device), order)
+        encoder = self.momentum_encoder
         with amp.autocast(crops.device, self.amp):
-            f_1, f_2 = (self.features(self.base_encoder, x) for x in montages)  # 2n x C
-            online = [self.predictor(self.base_encoder.fc_crop(f)) for f in (f_1, f_2)]
-            scores = self.fc_loc(f_1).float()  # 2n x 2
-            with torch.no_grad():
-                target = [self.momentum_encoder.fc_crop(self.features(self.momentum_encoder, x)) for x in montages]
-        z, k = ([normalize(x.float(), dim=1) for x in xs] for xs in (online, target))
+            keys = [encoder.fc_crop(self.features(encoder, x)) for x in montages]
+        return W2SSLTargets(montages, [normalize(k.float(), dim=1) for k in keys], number // 2, side)
+
+    def forward(self, batch: Batch, targets: W2SSLTargets, step: Step) -> tuple[torch.Tensor, Stats]:
+        encoder, k = self.base_encoder, targets.keys
+        with amp.autocast(targets.image.device, self.amp):
+            f = [self.features(encoder, x) for x in targets.montages]  # 2n x C each
+            online = [self.predictor(encoder.fc_crop(x)) for x in f]
+            scores = self.fc_loc(f[0]).float()  # 2n x 2
+        z = [normalize(x.float(), dim=1) for x in online]
         (loss_12, top1), (loss_21, _) = (
-            supervised_contrastive(a, b, image, self.temperature) for a, b in ((z[0], k[1]), (z[1], k[0]))
+            supervised_contrastive(a, b, targets.image, self.temperature) for a, b in ((z[0], k[1]), (z[1], k[0]))
         )
         loss_crop = (loss_12 + loss_21) * self.temperature / BASE_TEMPERATURE
-        loss_loc, found = location(scores, side)
-        stats = {"location": found, "top1": top1, "loss_loc": loss_loc.detach(), "loss_crop": loss_crop.detach()}
+        loss_loc, accuracy = location(scores, targets.side)
+        stats = {"location": accuracy, "top1": top1, "loss_loc": loss_loc.detach(), "loss_crop": loss_crop.detach()}
         return self.weights["loc"] * loss_loc + self.weights["crop"] * loss_crop, stats
 
     @torch.no_grad()
-    def commit(self, step: Step):
-        """After the optimizer's update: the averaged side follows, with the momentum of the step to come."""
-        momentum = 1 - cosine(1 - self.m, (step.number + 1) / step.steps) if self.m_cos else self.m
+    def commit(self, step: Step) -> None:
+        """The averaged side follows the online side, with the momentum of the next step."""
+        momentum = 1 - cosine(1 - self.m, (step.number + 1) / step.total) if self.m_cos else self.m
         ema_([(self.base_encoder, self.momentum_encoder)], momentum)

@@ -1,4 +1,4 @@
-"""The two losses of W2SSL: where a crop lay, and which image it is of."""
+"""The two losses of W2SSL: the location of a crop, and its image."""
 
 import torch
 import torch.nn.functional as F
@@ -7,17 +7,17 @@ from utils.run import dist
 
 
 def location(scores: torch.Tensor, side: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which half a crop was cut from. scores: m x 2; side: m, 0 left, 1 right. -> (cross-entropy, accuracy in %).
+    """The half that a crop was cut from. scores: m x 2; side: m, 0 left, 1 right. -> (cross-entropy, accuracy in %).
 
-    As published, a view is mirrored with probability 1/2 after it was cut, and its side stays. On data with mirror-symmetric
-    statistics nothing can learn that. Write m for mirroring, L and R for cutting a crop from the left and from the right part
-    of an image X; the parts are each other's mirror images, so R(X) = m L(m X). If X and m X have the same law, R(X) has that
-    of m L(X). What the network sees of a left crop then has the law (L + m L) / 2, and of a right one (R + m R) / 2 =
-    (m L + L) / 2: the same. The posterior of either side is 1/2 whatever is seen, and no network gets below ln 2.
+    As published, a crop is mirrored with probability 1/2 after the cut, and its side stays. On data with mirror-symmetric
+    statistics no network can learn that side. Proof: write m for mirroring, and L(X) and R(X) for a crop of the left and of
+    the right part of an image X. The parts are mirror images of each other, so R(X) = m L(m X). If X and m X have the same
+    distribution, R(X) and m L(X) have the same distribution. The network sees (L + m L) / 2 for the left side, and for the
+    right side (R + m R) / 2 = (m L + L) / 2. Both are the same mixture, so the posterior is 1/2 and the loss at least ln 2.
 
-    With --flip-aware-location a mirrored crop changes its side. Side 0 then has L and m R, which have the law of L; side 1 has
-    R and m L, with the law of m L. These differ as soon as half an image does not look like its own mirror image, so that the
-    side can be told: it is where the crop lies in the image as shown, mirrored or not.
+    With --flip-aware-location a mirrored crop changes its side. Then side 0 has the distribution of L, and side 1 that of m L.
+    They differ unless half an image looks like its own mirror image. So the network can learn the side: it is the crop's
+    position in the image as shown, mirrored or not.
     """
     return F.cross_entropy(scores, side), (scores.detach().argmax(1) == side).float().mean() * 100
 
@@ -25,14 +25,14 @@ def location(scores: torch.Tensor, side: torch.Tensor) -> tuple[torch.Tensor, to
 def supervised_contrastive(
     online: torch.Tensor, target: torch.Tensor, image: torch.Tensor, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """SupCon (arXiv 2004.11362, eq. 2) among the crops of all processes, each once online and once as a target.
+    """SupCon (arXiv 2004.11362, eq. 2) among the crops of all processes; each crop is there online and as a target.
 
-    online, target: m x C of this process, normalised; the first with gradient. image: W m, the image of each crop of all W
-    processes in rank order. All 2 W m embeddings are anchors, those of the same image their positives. -> (mean loss of this
-    process's 2 m anchors, whose mean over processes is the loss of all; % of its online anchors nearest to a positive).
+    online, target: m x C of this process, of length 1; only `online` has a gradient. image: W m, the image of each crop of
+    all W processes, in rank order. All 2 W m embeddings are anchors; the positives of an anchor are the others of its image.
+    -> (mean loss of this process's 2 m anchors, share of its online anchors that are nearest to a positive, in %).
 
-    The gradient that reaches an embedding is the sum over the losses of all processes, so that the mean of gradients which DDP
-    makes is that of the loss of all.
+    The mean of the losses over processes is the loss of all anchors. Backward sums the gradients of all processes' losses for
+    each embedding, so DDP's mean of gradients is the gradient of that loss.
     """
     every = torch.cat([dist.gather_with_gradient(online), dist.gather(target)])  # 2 W m x C
     logits = torch.cat([online, target]) @ every.T / temperature  # 2 m x 2 W m

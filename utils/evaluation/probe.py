@@ -1,7 +1,5 @@
 """What a linear probe is made of: a frozen trunk that gives features of its layers, and a linear classifier for each."""
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 from torch import nn
@@ -9,43 +7,31 @@ from torch import nn
 from utils.data.bad_samples import BadSamples
 from utils.data.index import Index
 from utils.data.loader import load_batches
-from utils.data.photometric import normalized
 from utils.data.shards import evaluation_plan
 from utils.data.views import ViewSpec
-from utils.learning import amp, backbones
+from utils.learning import amp
+from utils.learning.method import Probed
 from utils.run import dist
 from utils.run.flags import RunError
 
-POOLED = 6  # the layer's number of a trunk's pooled features, as AlexNet has five
-
 
 class Frozen(nn.Module):
-    """A trunk in eval mode without gradient. layers: numbers of what can be probed; classifier: names that are not the trunk's.
+    """A trunk in eval mode without gradient. layers: numbers of the layers that are probed."""
 
-    features: (trunk, n x 3 x H x W of the loader, layers) -> layer -> n x C.
-    """
-
-    def __init__(self, trunk: nn.Module, layers: tuple[int, ...], classifier: str, features: Callable):
+    def __init__(self, probed: Probed):
         super().__init__()
-        self.trunk, self.layers, self.classifier = trunk.eval().requires_grad_(False), layers, classifier
-        self._features = features
+        self.trunk, self.layers, self.classifier = probed.trunk.eval().requires_grad_(False), probed.layers, probed.classifier
+        self._features = probed.features
 
     @torch.no_grad()
     def features(self, x: torch.Tensor, amp_name: str) -> dict[int, torch.Tensor]:
         with amp.autocast(x.device, amp_name):
-            return {layer: f.float() for layer, f in self._features(self.trunk, x, self.layers).items()}
+            return {layer: f.float() for layer, f in self._features(x, self.layers).items()}
 
     def widths(self, size: int) -> dict[int, int]:
         """layer -> C, of views of this size. Raises ValueError where the trunk does not take them."""
         view = torch.zeros(1, 3, size, size, dtype=torch.uint8)
         return {layer: f.shape[1] for layer, f in self.features(view, "fp32").items()}
-
-
-def timm_trunk(args) -> Frozen:
-    """The pooled features of --arch."""
-    trunk = backbones.build(args.arch, args.output_stride, num_classes=0)
-    backbones.try_size(trunk, args.arch, args.size)
-    return Frozen(trunk, (POOLED,), backbones.classifier_name(trunk), lambda trunk, x, _: {POOLED: trunk(normalized(x))})
 
 
 class Classifiers(nn.Module):

@@ -1,4 +1,4 @@
-"""Mixed precision: which dtype the encoders compute in. Losses and logits are always float32."""
+"""Mixed precision: the dtype of the encoders. Losses and logits are always float32."""
 
 import torch
 
@@ -6,7 +6,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
 
 
 def resolve(flag: str, device: torch.device) -> str:
-    """`auto` -> bf16 where the device computes in it natively, else fp16 on CUDA (with a loss scaler), else fp32."""
+    """`auto` -> bf16 on devices with native bf16, else fp16 on CUDA (with a loss scaler), else fp32."""
     if flag == "fp16" and device.type != "cuda":
         raise ValueError(f"--amp fp16: needs a CUDA device and its loss scaler, not {device.type}; pass --amp auto")
     if flag != "auto":
@@ -23,10 +23,10 @@ def cpu_computes_bf16() -> bool:
 
 
 def autocast(device: torch.device, amp: str) -> torch.autocast:
-    """The context around every encoder forward."""
+    """The context of every encoder forward."""
     return torch.autocast(device.type, DTYPES[amp], enabled=DTYPES[amp] is not None)
 
 
 def scaler(amp: str) -> torch.amp.GradScaler:
-    """fp16's loss scaler; passes everything through unchanged for the other dtypes."""
+    """The loss scaler of fp16; it changes nothing for the other dtypes."""
     return torch.amp.GradScaler("cuda", enabled=amp == "fp16")

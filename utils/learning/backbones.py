@@ -1,16 +1,22 @@
 """Trunks: any timm model that gives a feature map."""
 
 import difflib
+from argparse import Namespace
 from dataclasses import dataclass
 
 import timm
 import torch
 from torch import nn
 
+from utils.data.photometric import normalized
+from utils.learning.method import Probed
+
+POOLED = 6  # the layer number of a trunk's pooled features, because AlexNet has layers 1 to 5
+
 
 @dataclass(frozen=True)
 class Shape:
-    """What a trunk makes of a view: channels x height x width at a stride of so many pixels."""
+    """The feature map of a view: channels x height x width; stride: pixels a cell."""
 
     channels: int
     height: int
@@ -19,7 +25,7 @@ class Shape:
 
 
 def add_flags(group, default: int | None = None) -> None:
-    """Of methods whose trunk is timm's. default None: in a probe, what the checkpoint says."""
+    """Flags of a timm trunk. default None: an evaluation takes the checkpoint's value."""
     group.add_argument(
         "--output-stride",
         type=int,
@@ -32,7 +38,7 @@ def add_flags(group, default: int | None = None) -> None:
 def build(arch: str, output_stride: int = 0, **kwargs) -> nn.Module:
     """A timm model with random weights. output_stride 0 keeps the architecture's own; 8 or 16 dilates instead of striding.
 
-    Keywords go to timm: num_classes=0, global_pool="" gives the bare feature map, num_classes=0 the pooled features.
+    Keywords go to timm: num_classes=0, global_pool="" for the bare feature map, num_classes=0 for pooled features.
     """
     if not timm.is_model(arch):
         near = difflib.get_close_matches(arch, timm.list_models(), n=3)
@@ -46,19 +52,19 @@ def build(arch: str, output_stride: int = 0, **kwargs) -> nn.Module:
         raise ValueError(f"{given}: not available ({error}); pass --output-stride 0") from error
 
 
-def build_trunk(args) -> nn.Module:
+def build_trunk(args: Namespace) -> nn.Module:
     """The bare trunk of --arch and --output-stride: N x 3 x H x W -> N x C x h x w."""
     return build(args.arch, args.output_stride, num_classes=0, global_pool="")
 
 
 def classifier_name(model: nn.Module) -> str:
-    """Where a timm model keeps its classifier: fc for ResNets, head.fc for ConvNeXt ..."""
+    """The name of a timm model's classifier: fc for ResNets, head.fc for ConvNeXt ..."""
     return model.default_cfg["classifier"]
 
 
 @torch.no_grad()
 def try_size(model: nn.Module, arch: str, size: int) -> nn.Module:
-    """The model in eval mode, having seen one `size` x `size` view. Raises ValueError where it takes other sizes only."""
+    """The model in eval mode, tried on one view. Raises ValueError if it does not take `size` x `size` pixels."""
     _features(model.eval(), arch, size)
     return model
 
@@ -72,7 +78,10 @@ def _features(model, arch, size):
 
 @torch.no_grad()
 def feature_shape(trunk: nn.Module, arch: str, size: int, smallest: int) -> Shape:
-    """The feature map of a `size` x `size` view, `smallest` being the side of the smallest view. `trunk`: of build_trunk."""
+    """The feature map of a `size` x `size` view. smallest: side of the smallest view; trunk: from build_trunk.
+
+    Raises ValueError for a trunk without a feature map, or a view smaller than its stride.
+    """
     stride = trunk.feature_info[-1]["reduction"]
     if smallest < stride:
         raise ValueError(f"--size {size}: makes views of {smallest} pixels, and {arch} has a stride of {stride}; "
@@ -84,3 +93,9 @@ def feature_shape(trunk: nn.Module, arch: str, size: int, smallest: int) -> Shap
         shape = tuple(features.shape)
         raise ValueError(f"--arch {arch}: gives {shape}, no N x C x H x W feature map; try resnet50 or convnext_tiny")
     return Shape(*features.shape[1:], stride)
+
+
+def probed(args: Namespace) -> Probed:
+    """The pooled features of --arch."""
+    trunk = try_size(build(args.arch, args.output_stride, num_classes=0), args.arch, args.size)
+    return Probed(trunk, (POOLED,), classifier_name(trunk), lambda x, _: {POOLED: trunk(normalized(x))})

@@ -1,7 +1,6 @@
-"""What contrastive methods share: InfoNCE, the key encoder's moving average, shuffle-BN and the queue."""
+"""Parts of contrastive methods: InfoNCE, the key encoder's moving average, shuffle-BN, the queue, embeddings."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -11,29 +10,6 @@ from torch import nn
 from utils.data.photometric import normalized
 from utils.learning import amp
 from utils.run import dist
-
-
-@dataclass
-class Step:
-    """Where training stands. What is random about a step is drawn from `rng`, which is equal on all processes."""
-
-    number: int  # counted over all epochs
-    steps: int  # of the whole training
-    seed: int
-    rng: np.random.Generator
-
-    @classmethod
-    def at(cls, number: int, steps: int, seed: int) -> "Step":
-        return cls(number, steps, seed, np.random.default_rng([seed, number, 1]))  # the 1 keeps it apart from epoch plans
-
-    @property
-    def progress(self) -> float:
-        """In [0, 1), of the whole training."""
-        return self.number / self.steps
-
-    def seed_torch(self) -> None:
-        """Make what a trunk draws by itself, such as stochastic depth, a function of seed, step and process."""
-        torch.manual_seed(int(np.random.default_rng([self.seed, self.number, 2, dist.rank()]).integers(2**63)))
 
 
 def info_nce(
@@ -64,15 +40,15 @@ def key_copy(query: nn.Module, key: nn.Module) -> nn.Module:
 def shuffled_keys(key_forward: Callable, x_k: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
     """Shuffle-BN (arXiv 1911.05722, section 3.3): keys of the whole global batch, N x C, in its order, on every process.
 
-    The views x_k (n x ..., this process's) are dealt to the processes in one random permutation, so that a key's batch
-    statistics come from other images than its query's; the keys are gathered and put back. A view travels once, to where it is
-    needed, in the dtype it has: uint8 from the loader.
+    x_k: n x ..., the key views of this process. One random permutation sends them to the processes, so a key gets its batch
+    statistics from other images than its query. The keys are gathered and put back in order. Each view is sent once, in its
+    own dtype: uint8 from the loader.
     """
     permutation = rng.permutation(dist.world() * len(x_k))
     dealt = dist.permute(x_k, permutation)
     with torch.inference_mode():
         keys = key_forward(dealt)
-    keys = dist.gather(keys.clone())  # tensors of inference mode cannot take part in a loss
+    keys = dist.gather(keys.clone())  # a loss cannot use tensors of inference mode
     return keys[dist.on_device(np.argsort(permutation), keys.device)]
 
 
@@ -80,7 +56,7 @@ def shuffled_keys(key_forward: Callable, x_k: torch.Tensor, rng: np.random.Gener
 def enqueue_(queue: torch.Tensor, pointer: torch.Tensor, keys: torch.Tensor) -> None:
     """The keys of the whole batch (N x C) replace the oldest N columns of `queue` (C x K); `pointer` (1,) moves on.
 
-    A key that is not finite replaces none: on CUDA the run learns of it after this, and --replay needs the queue as it was.
+    A key that is not finite replaces none. On CUDA the failure is known later, and --replay needs the old queue.
     """
     columns = (pointer + torch.arange(len(keys), device=queue.device)) % queue.shape[1]
     keys = torch.where(keys.isfinite().all(1, keepdim=True), keys, queue[:, columns].T)
@@ -88,14 +64,14 @@ def enqueue_(queue: torch.Tensor, pointer: torch.Tensor, keys: torch.Tensor) -> 
     pointer.add_(len(keys)).remainder_(queue.shape[1])
 
 
-def embed(encoder: nn.Module, x: torch.Tensor, amp_name: str, groups: int) -> torch.Tensor:
-    """Views, n x channels x H x W, uint8 or normalised -> their embeddings of length 1: n x C, float32."""
+def embed(encoder: nn.Module, x: torch.Tensor, amp_name: str, group: int) -> torch.Tensor:
+    """Views, n x channels x H x W, uint8 or normalized -> embeddings of length 1: n x C, float32. group: see in_groups."""
     x = normalized(x.contiguous(memory_format=torch.channels_last))
     with amp.autocast(x.device, amp_name):
-        z = in_groups(encoder, groups, x)
+        z = in_groups(encoder, x, group)
     return F.normalize(z.float(), dim=1)
 
 
-def in_groups(forward: Callable, groups: int, x: torch.Tensor) -> torch.Tensor:
-    """Apply `forward` to `groups` equal slices of x, as that many processes would: BatchNorm sees a slice at a time."""
-    return torch.cat([forward(part) for part in x.chunk(groups)]) if groups > 1 else forward(x)
+def in_groups(forward: Callable, x: torch.Tensor, group: int) -> torch.Tensor:
+    """Apply `forward` to slices of `group` rows, as so many processes would: BatchNorm sees one slice at a time."""
+    return torch.cat([forward(part) for part in x.split(group)]) if group < len(x) else forward(x)

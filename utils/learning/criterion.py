@@ -1,4 +1,4 @@
-"""Losses of similarity scores whose right candidate is in column 0: softmax, or noise-contrastive estimation."""
+"""Losses of similarity scores with the right candidate in column 0: softmax, or noise-contrastive estimation."""
 
 import math
 
@@ -18,7 +18,7 @@ class Softmax(nn.Module):
         self.temperature = temperature
 
     def forward(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """scores: n x (1 + K). -> (loss, top-1 accuracy in %)."""
+        """scores: n x (1 + K). -> (mean loss, top-1 accuracy in %)."""
         return info_nce(scores, torch.zeros(len(scores), dtype=torch.long, device=scores.device), self.temperature)
 
     def chance(self, candidates: int) -> float:
@@ -30,22 +30,22 @@ class Softmax(nn.Module):
 
 
 class Nce(nn.Module):
-    """Noise-contrastive estimation (arXiv 1805.01978, section 3.2; 1906.05849, equation 8) over `samples` images.
+    """Noise-contrastive estimation (arXiv 1805.01978, section 3.2; 1906.05849, equation 8) over n = `samples` images.
 
-    With P = exp(score / T) / Z and the K wrong candidates of an image as uniform noise, its loss is
+    With P = exp(score / T) / Z and the K wrong candidates of an image as uniform noise, the loss is
     -log(P+ / (P+ + K/n)) - sum of log((K/n) / (P- + K/n)). Z is n times the mean exp(score / T) of the first step, over all
-    processes, and stays. All of it is computed from logarithms, which no temperature makes too large for float32.
+    processes, and stays. The computation uses logarithms, so a small temperature cannot overflow float32.
     """
 
     def __init__(self, temperature: float, samples: int):
         super().__init__()
         self.temperature, self.samples = temperature, samples
-        self.register_buffer("log_z", torch.tensor(math.inf))  # not known yet
-        self.known = False  # whether log_z is; the host knows it, so that no step but the first asks the other processes
+        self.register_buffer("log_z", torch.tensor(math.inf))  # unknown until the first step
+        self.known = False  # the host's copy of isfinite(log_z): only the first step asks the other processes
         self.register_load_state_dict_post_hook(Nce._look)
 
     def forward(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """scores: n x (1 + K). -> (loss, top-1 accuracy in %)."""
+        """scores: n x (1 + K). -> (mean loss, top-1 accuracy in %)."""
         log_p = scores / self.temperature
         self.new_log_z = self.log_z if self.known else self._estimate(log_p.detach())
         log_p, log_noise = log_p - self.new_log_z, math.log((scores.shape[1] - 1) / self.samples)
@@ -63,13 +63,13 @@ class Nce(nn.Module):
         self.known = self.log_z.isfinite().item()
 
     def chance(self, candidates: int) -> float:
-        """Where every candidate has P = 1 / n."""
+        """The loss if every candidate has P = 1 / n."""
         noise = candidates - 1
         return math.log(1 + noise) + noise * math.log1p(1 / noise)
 
     @torch.no_grad()
     def commit(self) -> None:
-        """After the optimizer's update: Z stays what it is now."""
+        """After the optimizer's update: keep Z."""
         self.log_z.copy_(self.new_log_z)
         self.known = True
 

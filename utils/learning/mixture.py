@@ -1,6 +1,7 @@
-"""Image mixtures of a batch, on its device (arXiv 2003.05438; cutout 1708.04552; random erasing 1708.04896), and Un-Mix's."""
+"""Image mixtures of a batch: IM and Un-Mix (arXiv 2003.05438), cutout (1708.04552), random erasing (1708.04896)."""
 
 import math
+from argparse import Namespace
 
 import numpy as np
 import torch
@@ -9,30 +10,34 @@ from utils.data.photometric import normalized
 from utils.run import dist
 from utils.run.flags import in_range, positive
 
-GLOBAL, REGION, HOLES = ("IM", "global"), ("IM", "region"), ("cutout", "random-erasing")  # of --im-type; HOLES mix nothing
+GLOBAL, REGION, HOLES = (
+    ("IM", "global"),
+    ("IM", "region"),
+    ("cutout", "random-erasing"),
+)  # of --im-type; HOLES mix nothing
 CUTOUT_SIDE = 50  # pixels
 PROBABILITY = 0.1  # of cutout and of random erasing
 ERASED_AREA, ERASED_RATIO = (0.02, 0.4), 0.3  # share of the image; height / width lies in [0.3, 1 / 0.3]
-FLAGS = {  # flag: (types that have a use for it, default, help)
-    "--g-alpha": (GLOBAL, 1.0, "global: both parameters of the Beta law of the image's share"),
-    "--g-num": (GLOBAL, 2, "global: how often it is tried"),
+FLAGS = {  # flag: (types that use it, default, help)
+    "--g-alpha": (GLOBAL, 1.0, "global: both parameters of the Beta distribution of the image's own share"),
+    "--g-num": (GLOBAL, 2, "global: number of tries"),
     "--g-prob": (GLOBAL, 0.1, "global: probability of each try"),
-    "--r-beta": (REGION, 1.0, "region: both parameters of the Beta law of what stays of the image"),
-    "--r-num": (REGION, 2, "region: how often it is tried"),
+    "--r-beta": (REGION, 1.0, "region: both parameters of the Beta distribution of the area that stays"),
+    "--r-num": (REGION, 2, "region: number of tries"),
     "--r-prob": (REGION, 0.1, "region: probability of each try"),
-    "--r-pixel-decay": (REGION, 1.0, "region: factor of the image before the first paste"),
+    "--r-pixel-decay": (REGION, 1.0, "region: factor of an image's pixels before its first paste"),
 }
 
 
 def add_flags(group) -> None:
     group.add_argument("--im-type", choices=("IM", "global", "region", *HOLES),
-                       help="mix each image with others of its batch, or blot out a part; IM: global, then region")  # fmt: skip
+                       help="mix each image with others of its batch, or erase a part; IM: global, then region")  # fmt: skip
     for flag, (_, default, text) in FLAGS.items():
         group.add_argument(flag, type=type(default), default=default, help=text)
 
 
-def check(args) -> None:
-    """Raise ValueError for values that cannot work, and for flags that --im-type leaves without effect."""
+def check(args: Namespace) -> None:
+    """Raise ValueError for values that cannot work, and for flags that have no effect with this --im-type."""
     for flag, (types, default, _) in FLAGS.items():
         value = getattr(args, flag[2:].replace("-", "_"))
         if value != default and args.im_type not in types:
@@ -41,41 +46,47 @@ def check(args) -> None:
             in_range(flag, value, 0, 1)
         else:
             positive([flag], args)
+    if args.im_type not in (None, *HOLES):
+        check_partners(args, "--im-type", args.im_type)
+
+
+def check_partners(args: Namespace, flag: str, value) -> None:
+    """Raise ValueError where an image has no other one to be mixed with."""
     groups = dist.world() * args.bn_splits
-    for flag, value in (("--im-type", args.im_type), ("--unmix-prob", getattr(args, "unmix_prob", None))):
-        if value not in (None, *HOLES) and args.batch_size // groups < 2:
-            raise ValueError(f"--batch-size {args.batch_size}: leaves one image for each process and BatchNorm group, and "
-                             f"{flag} {value} mixes two; {2 * groups} would do")  # fmt: skip
+    if args.batch_size // groups < 2:
+        raise ValueError(f"--batch-size {args.batch_size}: leaves one image for each process and BatchNorm group, and "
+                         f"{flag} {value} mixes two; {2 * groups} would do")  # fmt: skip
 
 
 class Mixture:
-    """What --im-type does to views. groups: parts of a process's batch that are mixed each for itself, as processes are."""
+    """The mixture of --im-type. Images are mixed within each of `groups` equal parts of a process's batch, as in processes."""
 
-    def __init__(self, args):
+    def __init__(self, args: Namespace):
         self.type, self.groups, self.decay = args.im_type, args.bn_splits, args.r_pixel_decay
         self.of_global = args.g_num, args.g_prob, args.g_alpha
         self.of_region = args.r_num, args.r_prob, args.r_beta
 
     def __call__(self, views: list[torch.Tensor], rng: np.random.Generator) -> list[torch.Tensor]:
-        """n x 3 x H x W each, views of the same images -> normalised floats, all views of an image mixed alike.
+        """Views of the same n images, n x channels x H x W each -> normalized floats; all views of an image are mixed alike.
 
-        Partners are other images of the process's batch as it was when that kind of mixture began: IM's region pastes from
-        what global has left. rng: equal on all processes; what is drawn is the same however many they are and whoever is hit.
+        A partner is another image of the process's batch, in the state before this kind of mixture. So the region mixture of IM
+        pastes from images that the global mixture has changed. Without --im-type the views are returned as they are.
+        rng: equal on all processes. The draws do not depend on the number of processes or on the images that are hit.
         """
         if self.type is None:
             return views
         n, _, *size = views[0].shape
-        views = [view.clone() if view.is_floating_point() else normalized(view) for view in views]  # ours to change
+        views = [view.clone() if view.is_floating_point() else normalized(view) for view in views]  # edited in place
         if self.type in GLOBAL:
             edit_(views, self._tries(rng, n, *self.of_global), lambda x, y, share: torch.lerp(y, x, on(share, x)))
         if self.type in REGION:
             edit_(views, self._pastes(rng, n), lambda x, y, box, scale: torch.where(inside(box, x), y, x * on(scale, x)))
-        if self.type in HOLES:  # 0 is the mean colour
+        if self.type in HOLES:  # 0 is the mean
             edit_(views, self._holes(rng, n, size), lambda x, _, box: x.masked_fill(inside(box, x), 0))
         return views
 
     def _tries(self, rng, n, times, probability, beta):
-        """times x (places of the images that are hit, places of their partners, shares of the images themselves), h each."""
+        """For each try: (places of the images that are hit, places of their partners, shares of the images), h each."""
         size, whole = n // self.groups, dist.world() * n
         for _ in range(times):
             made, share, step = rng.random(whole) < probability, rng.beta(beta, beta, whole), rng.integers(1, size, whole)
@@ -84,7 +95,7 @@ class Mixture:
             yield hit, hit // size * size + (hit + step[hit]) % size, share[hit]
 
     def _pastes(self, rng, n):
-        """times x (places, places of partners, boxes, factors of the images): sides sqrt(1 - share), centres anywhere."""
+        """For each try: (places, places of partners, boxes, factors of the images). Sides are sqrt(1 - share)."""
         scale = np.full(n, self.decay)
         for hit, partner, share in self._tries(rng, n, *self.of_region):
             centre, half = dist.own(rng.random((dist.world() * n, 2)), n)[hit], np.sqrt(1 - share)[:, None] / 2
@@ -92,7 +103,7 @@ class Mixture:
             scale[hit] = 1  # only before an image's first paste
 
     def _holes(self, rng, n, size):
-        """1 x (places, no partners, boxes). A box: (top, left, bottom, right) in shares of height and width, clipped later."""
+        """Once: (places, no partners, boxes). A box: (top, left, bottom, right) in shares of height and width."""
         whole = dist.world() * n
         made, centre = rng.random(whole) < PROBABILITY, rng.random((whole, 2))
         area, ratio = rng.uniform(*ERASED_AREA, whole), ERASED_RATIO ** rng.uniform(-1, 1, whole)
@@ -107,9 +118,10 @@ class Mixture:
 
 
 def edit_(views: list[torch.Tensor], edits, formula) -> None:
-    """Edits are (places of h images, places of their partners, parameters, h each ...), drawn on the host: nothing waits.
+    """Edit images of all views in place.
 
-    Each of these images becomes formula(x, y, parameters), x its pixels, y its partner's before all edits: h x 3 x H x W each.
+    edits: (places of h images, places of their partners, parameters of h rows ...), drawn on the host, so nothing waits for the
+    device. An image becomes formula(x, y, parameters): x its pixels, y its partner's before all edits, h x channels x H x W.
     """
     edits = [edit for edit in edits if len(edit[0])]
     for x in views:
@@ -120,12 +132,12 @@ def edit_(views: list[torch.Tensor], edits, formula) -> None:
 
 
 def on(values: np.ndarray, x: torch.Tensor) -> torch.Tensor:
-    """A number for each view of x: n x 1 x 1 x 1."""
+    """One number for each view of x: n x 1 x 1 x 1."""
     return torch.from_numpy(values.astype(np.float32)).view(-1, 1, 1, 1).to(x.device, non_blocking=True)
 
 
 def inside(boxes: np.ndarray, x: torch.Tensor) -> torch.Tensor:
-    """Which pixels have their centre in a view's box (shares of height and width): n x 1 x H x W."""
+    """Whether the centre of each pixel lies in the box of its view (shares of height and width): n x 1 x H x W bool."""
     top, left, bottom, right = on(boxes, x).view(-1, 4, 1, 1, 1).unbind(1)
     rows, columns = ((torch.arange(side, device=x.device) + 0.5) / side for side in x.shape[-2:])
     rows, columns = rows.view(-1, 1), columns.view(1, -1)
@@ -133,24 +145,24 @@ def inside(boxes: np.ndarray, x: torch.Tensor) -> torch.Tensor:
 
 
 def un_mix(x: torch.Tensor, probability: float, groups: int, rng: np.random.Generator) -> tuple[torch.Tensor, float]:
-    """Un-Mix (arXiv 2003.05438): the batch mixed with itself reversed. -> (n x 3 x H x W, share of the image itself).
+    """Un-Mix (arXiv 2003.05438): mix the batch with itself in reverse order. -> (n x 3 x H x W, share of an image itself).
 
-    By mixup with that probability, else by CutMix, one share and one box for all. groups: as in Mixture.
+    Mixup with that probability, else CutMix; all images have the same share and the same box. groups: as in Mixture.
     """
     x = normalized(x)
-    other, share = backwards(x, groups), rng.beta(1, 1)
+    other, share = reversed_groups(x, groups), rng.beta(1, 1)
     mixup, centre = rng.random() < probability, rng.random(2)
     if mixup:
         return torch.lerp(other, x, share), share
     half = math.sqrt(1 - share) / 2
     box = np.concatenate([centre - half, centre + half]).astype(np.float32)
     pasted = 1.0
-    for side, low, high in zip(x.shape[-2:], box[:2], box[2:], strict=True):  # counted here as `inside` does there
+    for side, low, high in zip(x.shape[-2:], box[:2], box[2:], strict=True):  # counted as `inside` does
         middles = (np.arange(side, dtype=np.float32) + 0.5) / side
         pasted *= ((middles >= low) & (middles < high)).mean()
     return torch.where(inside(box[None], x), other, x), float(1 - pasted)
 
 
-def backwards(x: torch.Tensor, groups: int) -> torch.Tensor:
-    """Each of `groups` equal parts of the batch in reverse order."""
+def reversed_groups(x: torch.Tensor, groups: int) -> torch.Tensor:
+    """Reverse the order within each of `groups` equal parts of the batch."""
     return x.unflatten(0, (groups, -1)).flip(1).flatten(0, 1)

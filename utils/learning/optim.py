@@ -6,7 +6,7 @@ import torch
 
 
 def scaled_lr(lr: float, batch: int) -> float:
-    """The linear rule: `lr` is for a global batch of 256. Applied here, once."""
+    """The linear rule: `lr` is for a global batch of 256. It is applied here and nowhere else."""
     return lr * batch / 256
 
 
@@ -18,10 +18,10 @@ def cosine(lr: float, progress: float) -> float:
 def lr_at(
     lr: float, epoch: float, epochs: int, warmup: float = 0.0, every_step: bool = False, drops=(), gamma: float = 0.1
 ) -> float:
-    """The learning rate after `epoch` epochs of `epochs`, a fraction inside one.
+    """The learning rate after `epoch` of `epochs` epochs; a fraction stands for steps of an epoch.
 
-    It rises linearly from 0 during the first `warmup` epochs, step by step. Then it is multiplied by `gamma` after each epoch
-    of `drops`; without any it follows half a cosine to 0, step by step or, as MoCo does, epoch by epoch.
+    During the first `warmup` epochs it rises linearly from 0, step by step. With `drops` it is then multiplied by `gamma` after
+    each of these epochs. Without `drops` it follows half a cosine to 0, step by step or, as in MoCo, epoch by epoch.
     """
     if epoch < warmup:
         return lr * epoch / warmup
@@ -30,19 +30,17 @@ def lr_at(
     return cosine(lr, ((epoch if every_step else max(math.floor(epoch), warmup)) - warmup) / (epochs - warmup))
 
 
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> float:
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = lr
-    return lr
 
 
 class Lars(torch.optim.SGD):
-    """Layer-wise adaptive rates (arXiv 1708.03888, eq. 6): SGD in which a tensor's rate is multiplied by
-    trust |w| / (|g| + weight_decay |w|), without clipping.
+    """SGD with layer-wise adaptive rates (arXiv 1708.03888, eq. 6), without clipping.
 
-    A tensor or a gradient of zeros, and a group with `trust` 0, take the plain rate.
-
-    The update itself is torch's fused one, which can be left out by the device (utils/run/engine.py), and nothing waits for it.
+    The rate of a tensor is multiplied by trust |w| / (|g| + weight_decay |w|). A tensor or gradient of zeros, and a group with
+    `trust` 0, keep the plain rate. torch's fused SGD makes the update: the device can skip it (utils/run/engine.py), and the
+    host does not wait.
     """
 
     def __init__(self, groups, lr: float, momentum: float, trust: float):
@@ -55,7 +53,7 @@ class Lars(torch.optim.SGD):
         decays = [group["weight_decay"] for group in self.param_groups]
         for group in self.param_groups:
             self._adapt(group, [p for p in group["params"] if p.grad is not None])
-            group["weight_decay"] = 0  # it is in the gradient, which the rate is multiplied with
+            group["weight_decay"] = 0  # _adapt has added it to the gradient
         loss = super().step(closure)
         for group, decay in zip(self.param_groups, decays, strict=True):
             group["weight_decay"] = decay
@@ -79,9 +77,9 @@ class Lars(torch.optim.SGD):
 def sgd(
     parameters, lr: float, momentum: float, weight_decay: float, trust: float = 0.0, exclude: bool = False
 ) -> torch.optim.Optimizer:
-    """Fused SGD with momentum; with `trust` > 0 layer-wise adaptive rates.
+    """Fused SGD with momentum; with `trust` > 0 with layer-wise adaptive rates.
 
-    exclude: biases and the gains of normalisation layers have neither decay nor adaptive rates.
+    exclude: with `trust`, biases and the gains of normalization layers have neither decay nor adaptive rates.
     """
     parameters = [p for p in parameters if p.requires_grad]
     if not trust:

@@ -9,25 +9,39 @@ from utils.run import dist
 
 
 def synchronized(module: nn.Module) -> nn.Module:
-    """The module with every BatchNorm in it turned into one whose statistics are those of all processes' batches.
+    """The module with each BatchNorm replaced by one with statistics over the batches of all processes.
 
-    Weights and their names stay. On one process it is left as it is. On CUDA it is torch's, which has no kernels for the CPU.
+    Parameters, buffers and their names stay. One process needs no change. CUDA takes torch's SyncBatchNorm, which has no
+    kernels for the CPU.
     """
     if dist.world() == 1:
         return module
     if td.get_backend() == "nccl":
         return convert_sync_batchnorm(module)
-    for layer in module.modules():
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
-            kind = type(layer)
-            layer.__class__ = type(kind.__name__, (_OnTheCPU, kind), {})
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return GlobalBatchNorm(module)
+    for name, child in module.named_children():
+        module.add_module(name, synchronized(child))
     return module
 
 
-class _OnTheCPU:
-    def forward(self, x):  # n x C x ..., equally many on each process
+class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """BatchNorm over all processes on the CPU. It takes over the parameters and buffers of `norm`, and timm's activation."""
+
+    def __init__(self, norm: nn.modules.batchnorm._BatchNorm):
+        super().__init__(norm.num_features, norm.eps, norm.momentum, norm.affine)
+        self.weight, self.bias = norm.weight, norm.bias
+        self.running_mean, self.running_var, self.num_batches_tracked = (
+            norm.running_mean, norm.running_var, norm.num_batches_tracked)  # fmt: skip
+        timm_norm = isinstance(norm, BatchNormAct2d)
+        self.drop, self.act = (norm.drop, norm.act) if timm_norm else (nn.Identity(), nn.Identity())
+
+    def _check_input_dim(self, input: torch.Tensor) -> None:
+        """Any number of dimensions works."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # n x C x ..., the same n on each process
         if not self.training:
-            return super().forward(x)
+            return self.act(self.drop(super().forward(x)))
         shape, over = (1, -1, *[1] * (x.ndim - 2)), [0, *range(2, x.ndim)]
         mean = _mean(x.float().mean(over))
         centred = x.float() - mean.view(shape)
@@ -40,10 +54,9 @@ class _OnTheCPU:
         y = centred * (variance + self.eps).rsqrt().view(shape)
         if self.affine:
             y = y * self.weight.view(shape) + self.bias.view(shape)
-        y = y.to(x.dtype)
-        return self.act(self.drop(y)) if isinstance(self, BatchNormAct2d) else y
+        return self.act(self.drop(y.to(x.dtype)))
 
 
 def _mean(x):
-    """Over processes, with gradient."""
+    """Mean over processes, with gradient."""
     return dist.total_with_gradient(x) / dist.world()

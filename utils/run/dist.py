@@ -175,9 +175,9 @@ def permute(x: torch.Tensor, permutation: np.ndarray) -> torch.Tensor:
     return arrived[on_device(np.argsort(place), x.device)]
 
 
-def on_device(indices: np.ndarray, device: torch.device) -> torch.Tensor:
+def on_device(indices: np.ndarray | torch.Tensor, device: torch.device) -> torch.Tensor:
     """What the host has drawn, on the device, without waiting for it: CUDA reads pinned memory when it comes to it."""
-    host = torch.from_numpy(indices)
+    host = torch.from_numpy(indices) if isinstance(indices, np.ndarray) else indices
     return (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
 
 

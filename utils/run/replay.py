@@ -12,8 +12,12 @@ from utils.run.files import atomic
 from utils.run.flags import RunError
 from utils.run.log import say
 
+KEYS = {
+    "flags", "processes", "views", "flips", "samples", "images", "epoch", "step", "steps", "state_dict", "scaler",
+}  # fmt: skip
 
-def write(failure: NotFinite, folder: Path, args, method: torch.nn.Module, scaler, steps: int) -> NoReturn:
+
+def write(failure: NotFinite, folder: Path, args, method: torch.nn.Module, scaler, steps: int, images: int) -> NoReturn:
     """Called by all processes, with what each holds of the failed step; the first one writes the file. Raises RunError.
 
     Random numbers are functions of the seed, the number of the step and the process, so these are their state. On CUDA the
@@ -21,13 +25,15 @@ def write(failure: NotFinite, folder: Path, args, method: torch.nn.Module, scale
     what is not finite.
     """
     inputs = failure.inputs
-    parts = dist.gather_objects_on_first([view.cpu() for view in inputs.batch.views])
-    samples = dist.gather(inputs.batch.sample_ids)
+    batch = inputs.batch
+    parts = dist.gather_objects_on_first({"views": [view.cpu() for view in batch.views], "flips": batch.flips})
+    samples = dist.gather(batch.sample_ids)
     path = folder / f"failed_step_{inputs.epoch:04d}_{inputs.step_in_epoch:06d}.pth.tar"
     if dist.rank() == 0:
         content = {
             "flags": vars(args), "processes": dist.world(), "epoch": inputs.epoch, "step": inputs.step_in_epoch, "steps": steps,
-            "views": [torch.cat(view) for view in zip(*parts, strict=True)], "samples": samples.cpu(),
+            **{name: [torch.cat(x) for x in zip(*(part[name] for part in parts), strict=True)] for name in ("views", "flips")},
+            "samples": samples.cpu(), "images": images,
             "state_dict": checkpoint.prefixed(method), "scaler": scaler.state_dict(),
         }  # fmt: skip
         try:
@@ -41,7 +47,7 @@ def write(failure: NotFinite, folder: Path, args, method: torch.nn.Module, scale
 def read_failed_step(path: str) -> dict:
     """The file that `write` has left. Raises FileNotFoundError or ValueError in one line that names --replay."""
     saved = checkpoint.read(path, "--replay")
-    if not {"flags", "processes", "views", "samples", "epoch", "step", "steps", "state_dict", "scaler"} <= saved.keys():
+    if not saved.keys() >= KEYS:
         raise ValueError(f"--replay {path}: is no failed step; pass a failed_step_*.pth.tar that a run has left in its folder")
     return saved
 

@@ -1,0 +1,109 @@
+"""Methods with a key encoder and a queue of keys (MoCo, arXiv 1911.05722): what MoCo and MosRep share."""
+
+from argparse import Namespace
+
+import torch
+from torch import nn
+from torch.nn.functional import normalize
+
+from utils.data.views import ViewSpec, moco_v2_view
+from utils.learning import backbones, layouts
+from utils.learning.contrast import ema_, embed, enqueue_, shuffled_keys
+from utils.learning.method import Method, Probed, Step
+from utils.run import dist
+from utils.run.flags import in_range, positive
+
+
+class KeyQueue(Method):
+    """Query networks, their moving averages as key networks, and a queue of the newest keys.
+
+    A subclass builds its networks, calls `add_queue`, and names its (query, key) modules in `pairs`.
+    """
+
+    # the linear probe of MosRep's table; the released script scaled its lr twice, 0.2 scaled once is the same effective 3.2
+    PROBE = {"epochs": 90, "batch_size": 4096, "lr": 0.2, "trust": 0.001}
+
+    queue: torch.Tensor  # C x K
+    queue_ptr: torch.Tensor  # 1, the oldest column
+
+    @staticmethod
+    def add_flags(group) -> None:
+        backbones.add_flags(group, default=0)
+        add = group.add_argument
+        add("--bn-splits", type=int, default=1, help="groups of a process's batch that BatchNorm treats as separate processes")
+        add("--size", type=int, default=224, help="side of a global view in pixels; local crops have half of it")
+        add("--crop-min", type=float, default=0.2, help="smallest area of a global crop, as a share of the image")
+        add("--local-scale", type=float, nargs=2, default=[0.1, 0.6], metavar=("MIN", "MAX"),
+            help="area of a local crop, as a share of the image")  # fmt: skip
+        add("--moco-dim", type=int, default=128, help="dimensions of an embedding")
+        add("--moco-k", type=int, default=65536, help="keys in the queue; a multiple of the batch size")
+        add("--moco-m", type=float, default=0.999, help="momentum of the key encoder's moving average")
+        add("--moco-t", type=float, default=0.2, help="temperature of the logits")
+
+    @staticmethod
+    def check(args: Namespace, samples: int) -> None:
+        positive(["--size", "--moco-dim", "--moco-k", "--moco-t"], args)
+        in_range("--moco-m", args.moco_m, 0, 1)
+        in_range("--crop-min", args.crop_min, 1e-8, 1)
+        low, high = args.local_scale
+        if not 0 < low <= high <= 1:
+            raise ValueError(f"--local-scale {low} {high}: must be 0 < MIN <= MAX <= 1, such as 0.1 0.6")
+        if args.moco_k % args.batch_size:
+            down = args.moco_k // args.batch_size * args.batch_size
+            fits = f"{down} or {down + args.batch_size}" if down else f"{args.batch_size}"
+            raise ValueError(f"--moco-k {args.moco_k}: must be a multiple of --batch-size {args.batch_size}; {fits} would do")
+        if args.moco_k > samples and dist.rank() == 0:
+            print(f"warning: --moco-k {args.moco_k} is larger than the data set ({samples} images): "
+                  "the negatives of an image include its own older keys", flush=True)  # fmt: skip
+
+    @staticmethod
+    def local_view(args: Namespace, count: int) -> ViewSpec:
+        return moco_v2_view("local", args.size // 2, tuple(args.local_scale), count)
+
+    @staticmethod
+    def bn_groups(args: Namespace) -> int:
+        return args.bn_splits
+
+    @staticmethod
+    def trunk(state_dict, args):
+        return layouts.trunk_state(state_dict)
+
+    @staticmethod
+    def frozen(args: Namespace) -> Probed:
+        return backbones.probed(args)
+
+    @staticmethod
+    def add_probe_flags(group) -> None:
+        backbones.add_flags(group)
+
+    def __init__(self, args: Namespace, samples: int):
+        super().__init__(args, samples)
+        self.amp, self.bn_splits, self.momentum, self.temperature = args.amp, args.bn_splits, args.moco_m, args.moco_t
+
+    def add_queue(self, dim: int, length: int) -> None:
+        """Register the queue, which starts with random directions. Called last: a seed gives the networks' weights first."""
+        self.register_buffer("queue", normalize(torch.randn(dim, length), dim=0))  # C x K
+        self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
+
+    def pairs(self) -> list[tuple[nn.Module, nn.Module]]:
+        """(query module, key module) of everything that the key side averages."""
+        raise NotImplementedError
+
+    def encoders(self) -> list[nn.Module]:
+        return [module for pair in self.pairs() for module in pair]
+
+    def embed(self, network: nn.Module, x: torch.Tensor, group: int) -> torch.Tensor:
+        """n x 3 x H x W -> n x C of length 1. group: images that BatchNorm sees together."""
+        return embed(network, x, self.amp, group)
+
+    def keys(self, network: nn.Module, x_k: torch.Tensor, step: Step) -> torch.Tensor:
+        """The keys of the global batch, N x C, in its order; `commit` puts them into the queue. x_k: n x 3 x H x W."""
+        group = len(x_k) // self.bn_splits
+        self.new_keys = shuffled_keys(lambda x: self.embed(network, x, group), x_k, step.rng)
+        return self.new_keys
+
+    @torch.no_grad()
+    def commit(self, step: Step) -> None:
+        """The key side follows the updated query side, and the queue takes the step's keys."""
+        ema_(self.pairs(), self.momentum)
+        enqueue_(self.queue, self.queue_ptr, self.new_keys)
