@@ -592,7 +592,7 @@ BAD = {
     "shard size": ("-i {t} -o {o} --shard-size 0", None, "--shard-size 0: must be above 0"),
     "jobs": ("-i {t} -o {o} -j 0", None, "--jobs 0: must be above 0"),
     "seed": ("-i {t} -o {o} --seed -1", None, "--seed -1: must lie in"),
-    "abbreviation": ("-i {t} -o {o} --shard 5", None, "unrecognized arguments: --shard 5"),
+    "abbreviation": ("-i {t} -o {o} --shard 5", None, "--shard: no such flag; did you mean --shard-size?"),
     "no target": ("-i {t}", None, "the following arguments are required: -o/--output"),
     "target is a file": ("-i {t} -o {t}/train/dog/0.jpg", None, "0.jpg/train: cannot be written (Not a directory); pass"),
     "target is in use": ("-i {t} -o {t}", None, "-o {t}/train: holds files that this script did not write; pass another"),
