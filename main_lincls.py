@@ -4,155 +4,127 @@
     torchrun --nproc_per_node 8 main_lincls.py --pretrained RUN ...                       eight GPUs
     python main_lincls.py --pretrained random --arch resnet50 ...                         the same probe on an untrained trunk
 
-RUN is a checkpoint or the folder of a run. Launchers with the published protocol: linear_*.sh.
+RUN is a checkpoint or the folder of a run. Method, arch and protocol are those of the checkpoint unless flags say otherwise.
+Launchers with the published protocols: linear_*.sh.
 """
 
 import math
 import sys
+from argparse import Namespace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from methods import METHODS
 from utils.data.bad_samples import BadSamples
-from utils.data.index import load_index
+from utils.data.index import Index, load_index
 from utils.data.loader import load_batches
 from utils.data.shards import steps_per_epoch, training_plan
 from utils.data.views import ViewSpec
-from utils.evaluation.probe import Classifiers, Frozen, evaluate
-from utils.learning import amp, layouts, optim
-from utils.run import checkpoint, dist, resume
+from utils.evaluation.classifiers import Classifiers, evaluate, largest_change
+from utils.evaluation.frozen import Frozen, build_trunk
+from utils.evaluation.source import Source, add_weights_flags, read_source
+from utils.learning import amp, optim
+from utils.run import checkpoint, dist, flags, resume
 from utils.run.engine import Engine, StepInputs
 from utils.run.files import write_json
-from utils.run.flags import (
-    Parser,
-    add_lr_steps,
-    add_run_flags,
-    check_batch,
-    check_lr_steps,
-    check_run_flags,
-    in_range,
-    meaning,
-    one_line_ends,
-    one_line_errors,
-    positive,
-    shard_flags,
-)
 from utils.run.log import Log, say, write_config
 from utils.run.signals import exit_code, stopped
 
 PROG = "main_lincls.py"
 
 
-def get_args(argv=None):
-    first = Parser(prog=PROG, add_help=False)
-    first.add_argument("--method", choices=METHODS, default="mosrep", help="whose published protocol to use as defaults")
-    parser = Parser(prog=PROG, description=__doc__.split("\n\n")[0], parents=[first])
-    add = parser.group("data", identity=False).add_argument
-    add("--pretrained", required=True, metavar="PATH", help="checkpoint, folder of a run, or `random` for an untrained trunk")
-    add("--train-shards", required=True, metavar="DIR", help="folder of labelled training shards, a glob or a brace pattern")
-    add("--val-shards", required=True, metavar="DIR", help="the same for validation; every image counts exactly once")
-    optimization = parser.group("optimization")
-    add = optimization.add_argument
-    add("-a", "--arch", help="timm trunk; default: the checkpoint's")
+def get_args(argv: list[str] | None = None, source: Source | None = None) -> flags.Flags:
+    """The flags. source: of read_source; its checkpoint decides defaults. Without one no file is read."""
+    source = source or read_source(PROG, METHODS, argv, opened=False)
+    parser = flags.Parser(prog=PROG, description=__doc__)
+    add_weights_flags(parser, METHODS, source)
+    add = parser.group("data").add_argument
+    add("--train-shards", required=True, identity=False, metavar="DIR",
+        help="folder of labelled training shards, a glob or a brace pattern")  # fmt: skip
+    add("--val-shards", required=True, identity=False, metavar="DIR",
+        help="the same for validation; every image counts exactly once")  # fmt: skip
     add("--size", type=int, default=224, help="side of a view in pixels")
-    add("--resize", type=int, help="test images: shorter side in pixels before the centre is cut; default: 8/7 of --size")
+    add("--resize", type=int, help="shorter side of a test image before its centre is cropped; default: 8/7 of --size")
     add("--crop-min", type=float, default=0.08, help="smallest area of a training crop, as a share of the image")
+    group = parser.group("optimization")
+    add = group.add_argument
     add("--epochs", type=int, help="times every training image is shown")
     add("--batch-size", type=int, help="images in a step, over all processes together")
-    add("--lr", type=float, help="learning rate for a batch of 256; scaled once by batch size / 256; CMC's follows the arch")
-    add("--momentum", type=float, default=0.9, help="of SGD")
-    add("--weight-decay", type=float, default=0.0, help="of SGD")
-    add("--trust", type=float, help="trust coefficient of the layer-wise adaptive rate; 0 is plain SGD")
-    add_lr_steps(optimization)
+    add("--lr", type=float, help="learning rate for a batch of 256; scaled once by batch size / 256")
+    add("--momentum", type=float, default=0.9, help="momentum of SGD")
+    add("--weight-decay", type=float, default=0.0, help="weight decay of SGD")
+    add("--trust", type=float, help="trust coefficient of layer-wise adaptive rates; 0 is plain SGD")
+    flags.add_lr_steps(group)
     add("--layer", type=int, nargs="+",
         help="layers to probe, all in one pass: 1 to 5 of AlexNet, 6 for pooled features; default: the last")  # fmt: skip
-    add_run_flags(parser, output_dir=None, output_help="default: `linear` in the run's folder, or linear-FILE beside a FILE")
-    method = METHODS[first.parse_known_args(argv)[0].method]
-    method.add_probe_flags(parser)
-    parser.set_defaults(**method.PROBE | ({"lr": None} if method.IDENTITY else {}))
+    flags.add_run_flags(parser, None, "default: `linear` in the run's folder, or linear-FILE beside a FILE")
+    parser.set_defaults(**METHODS[source.method].probe(source.arch))
     args = parser.parse_args(argv)
     if args.resize is None:
         args.resize = args.size * 256 // 224
     if args.output_dir is None:
-        run = Path(args.pretrained)
-        folder = Path("output/random") if args.pretrained == "random" else run if run.is_dir() else run.parent
-        ours = args.pretrained == "random" or run.is_dir() or run.name.startswith("checkpoint_")
+        run, random = Path(args.pretrained), args.pretrained == "random"
+        folder = Path("output/random") if random else run if run.is_dir() else run.parent
+        ours = random or run.is_dir() or run.name.startswith("checkpoint_")
         args.output_dir = str(folder / ("linear" if ours else f"linear-{run.name.partition('.')[0]}"))
     return args
 
 
-def check(args, train, val) -> None:
+def check(args: Namespace, train: Index, val: Index) -> None:
     """Raise ValueError for flags and data that cannot work."""
-    check_run_flags(args)
-    check_lr_steps(args)
-    positive(["--epochs", "--batch-size", "--size", *([] if args.lr is None else ["--lr"])], args)
-    in_range("--trust", args.trust, 0, 1)
-    in_range("--crop-min", args.crop_min, 1e-8, 1)
-    in_range("--resize", args.resize, args.size, math.inf)
-    check_batch(args, train.total)
+    flags.check_run_flags(args)
+    flags.check_lr_steps(args)
+    flags.positive(["--epochs", "--batch-size", "--size", "--lr"], args)
+    flags.in_range("--trust", args.trust, 0, 1)
+    flags.in_range("--crop-min", args.crop_min, 1e-8, 1)
+    flags.in_range("--resize", args.resize, args.size, math.inf)
+    flags.check_batch(args, train.total)
     for flag, shards, index in (("--train-shards", args.train_shards, train), ("--val-shards", args.val_shards, val)):
         if not index.labelled:
             raise ValueError(f"{flag} {shards}: a linear probe needs labels and these images have none; pass labelled shards")
-    if train.classes[: len(val.classes)] != val.classes:  # of foreign shards only the largest label is known
+    classes, val_classes = train.classes or (), val.classes or ()
+    if classes[: len(val_classes)] != val_classes:  # of foreign shards only the largest label is known
         raise ValueError(f"--val-shards {args.val_shards}: its classes are not those of --train-shards {args.train_shards}")
 
 
-def build_trunk(args) -> tuple[Frozen, str | None]:
-    """The frozen trunk, and the sha256 of the checkpoint it comes from. What flags leave open is as the checkpoint says."""
-    method, path, saved = METHODS[args.method], Path(args.pretrained), None
-    known = {"arch": getattr(method, "ARCH", "resnet50"), "output_stride": 0}
-    if args.pretrained != "random":
-        path = checkpoint.newest(path, "--pretrained") or path / checkpoint.LATEST if path.is_dir() else path
-        saved = checkpoint.read(path, "--pretrained")
-        known |= {"arch": saved.get("arch", known["arch"])} | saved.get("flags", {})
-    for name in ("arch", "output_stride", "space"):
-        if getattr(args, name, "") is None:
-            setattr(args, name, known.get(name))
-    if "space" in known and "space" in args and args.space != known["space"]:
-        raise ValueError(f"--space {args.space}: {path} was trained with {known['space']}; leave it out")
-    if "space" in args and args.space is None:
-        if args.pretrained != "random":
-            raise ValueError(f"--space: {args.pretrained} does not tell the colour space of its views; pass it, such as Lab")
-        args.space = "Lab"
-    if args.lr is None:
-        args.lr = method.probe(args.arch)["lr"]
-    frozen = Frozen(method.frozen(args))
-    if saved is None:
-        return frozen, None
-    state = method.trunk(layouts.weights_of(saved, f"--pretrained {path}"), args)
-    layouts.load_trunk(frozen.trunk, state, frozen.classifier, f"--pretrained {path}")
-    return frozen, checkpoint.file_hash(path)
+def rates(args: Namespace) -> list[float]:
+    """The learning rate of each epoch."""
+    lr = optim.scaled_lr(args.lr, args.batch_size)
+    return [optim.lr_at(lr, epoch, args.epochs, drops=args.lr_steps, gamma=args.lr_gamma) for epoch in range(args.epochs)]
 
 
-def choose_layers(args, frozen: Frozen) -> None:
-    """Keep the layers of --layer."""
-    chosen = args.layer or [frozen.layers[-1]]
-    if strangers := [layer for layer in chosen if layer not in frozen.layers]:
-        have = " ".join(map(str, frozen.layers))
-        raise ValueError(f"--layer {strangers[0]}: {args.arch} has {have}; pass some of them")
-    frozen.layers = args.layer = sorted(set(chosen))
+def warn_if_slow(args: Namespace, steps: int) -> None:
+    """Warn if layer-wise rates keep the classifiers near their random start. steps: of an epoch."""
+    change = largest_change(args.trust, args.momentum, steps * sum(rates(args)))
+    if args.trust and change < 1:
+        say(f"warning: --trust {args.trust:g} with --lr {args.lr:g}: in {steps * args.epochs} steps a weight of the classifier "
+            f"changes by at most {100 * math.expm1(change):.2g} %, too little to learn; pass --trust 0, plain SGD")  # fmt: skip
 
 
-def main(argv=None):
-    with one_line_errors(PROG):
-        args = get_args(argv)
+def main(argv: list[str] | None = None) -> None:
+    with flags.one_line_errors(PROG):
+        source = read_source(PROG, METHODS, argv)
+        args = get_args(argv, source)
         device = dist.setup(args.device, args.dist_timeout)
         args.amp = amp.resolve(args.amp, device)
-        train_index = dist.first_process_does(lambda: load_index(args.train_shards, "--train-shards", **shard_flags(args)))
-        val_index = dist.first_process_does(lambda: load_index(args.val_shards, "--val-shards", **shard_flags(args)))
+        opened = flags.shard_flags(args)
+        train_index = dist.first_process_does(lambda: load_index(args.train_shards, "--train-shards", **opened))
+        val_index = dist.first_process_does(lambda: load_index(args.val_shards, "--val-shards", **opened))
         check(args, train_index, val_index)
         torch.manual_seed(args.seed)
-        frozen, source_hash = build_trunk(args)
-        choose_layers(args, frozen)
-        fc = Classifiers(frozen.widths(args.size), len(train_index.classes), args.seed)
+        frozen = build_trunk(args, METHODS[args.method], source)
+        args.layer = frozen.choose(args.layer, args.arch)
+        fc = Classifiers(frozen.widths(args.size), len(train_index.classes or ()), args.seed).to(device)
         resume_from = dist.first_process_does(lambda: resume.open_run(args.output_dir, args.resume))
-        frozen.to(device, memory_format=torch.channels_last)
-        fc.to(device)
+        frozen.to(device).to(memory_format=torch.channels_last)
         lr = optim.scaled_lr(args.lr, args.batch_size)
         optimizer = optim.sgd(fc.parameters(), lr, args.momentum, args.weight_decay, args.trust)
-        identity = meaning(args) | {"weights": source_hash, "train": train_index.hash, "val": val_index.hash}
+        weights = source.sha256
+        identity = flags.meaning(args) | {"weights": weights, "train": train_index.hash, "val": val_index.hash}
         progress = {"epoch": 0, "step": 0, "best": {layer: {"top1": -1.0} for layer in args.layer}, "last": None}
         if resume_from:
             progress |= restore(resume_from, args, identity, fc, optimizer)
@@ -160,88 +132,94 @@ def main(argv=None):
     trunk_hash, folder = checkpoint.weights_hash(frozen.trunk), Path(args.output_dir)
     if dist.rank() == 0:
         write_config(folder, args, train_index=train_index.hash, val_index=val_index.hash, device=str(device))
-    say(f"linear probe of {args.arch} from {args.pretrained}: {train_index.total} training and {val_index.total} validation "
-        f"images, batch {args.batch_size}, learning rate {args.lr} x {args.batch_size} / 256 = {lr:.4g}, "
-        f"epochs {progress['epoch']} to {args.epochs}")  # fmt: skip
-    with one_line_ends(PROG):
-        stopped_by = train(args, train_index, val_index, frozen, fc, optimizer, progress, identity, lr, device)
+    published = METHODS[args.method].probe(args.arch)
+    other = " ".join(flags.typed(name, vars(args)[name]) for name, value in published.items() if vars(args)[name] != value)
+    say(f"linear probe of {args.pretrained}: {source.facts}, protocol of {args.method}{other and f' except {other}'}")
+    say(f"{train_index.total} training and {val_index.total} validation images, batch {args.batch_size}, learning rate "
+        f"{args.lr} x {args.batch_size} / 256 = {lr:.4g}, epochs {progress['epoch']} to {args.epochs}")  # fmt: skip
+    warn_if_slow(args, steps_per_epoch(train_index.total, args.batch_size))
+    with flags.one_line_ends(PROG):
+        stopped_by = train(args, train_index, val_index, frozen, fc, optimizer, progress, identity, device)
     if checkpoint.weights_hash(frozen.trunk) != trunk_hash:
         raise RuntimeError("the frozen trunk changed during the probe; its result would be wrong and is not written")
     if not stopped_by:
-        layers = {layer: {name: progress[name][layer] for name in ("best", "last")} for layer in args.layer}
-        if dist.rank() == 0:
-            write_json(folder / "result.json", {
-                **layers[args.layer[-1]], **({"layers": layers} if len(layers) > 1 else {}), "protocol": vars(args),
-                "checkpoint_sha256": source_hash, "trunk_sha256": trunk_hash,
-            })  # fmt: skip
-        say("")
-        for layer, found in layers.items():
-            best, last, at = found["best"], found["last"], f"Layer {layer}: top-1" if len(layers) > 1 else "Top-1"
-            say(f"{at} {last['top1']:.2f} %, top-5 {last['top5']:.2f} % (best {best['top1']:.2f} %, epoch {best['epoch']})")
-        say(f"Results: {folder / 'result.json'}")
-    if stopped_by:
-        say(stopped(stopped_by))
+        report(args, progress, {"checkpoint_sha256": weights, "trunk_sha256": trunk_hash})
+        return dist.teardown()
+    say(stopped(stopped_by))
     dist.teardown()
-    if stopped_by:
-        sys.exit(exit_code(stopped_by))
+    sys.exit(exit_code(stopped_by))
 
 
-def train(args, train_index, val_index, frozen, fc, optimizer, progress, identity, lr, device):
-    """Carries `progress` on, to the end or until a signal. -> the signal, or 0."""
+def train(
+    args: Namespace, train_index: Index, val_index: Index, frozen: Frozen, fc: Classifiers, optimizer: torch.optim.Optimizer,
+    progress: dict[str, Any], identity: dict[str, Any], device: torch.device,
+) -> int:  # fmt: skip
+    """Update `progress` to the end of the probe or until a signal. Returns the signal, or 0."""
     steps = steps_per_epoch(train_index.total, args.batch_size)
-    folder, start = Path(args.output_dir), (progress["epoch"], progress["step"])
+    folder, start, lrs = Path(args.output_dir), (progress["epoch"], progress["step"]), rates(args)
     model = dist.data_parallel(fc, device)
     epochs = range(start[0], args.epochs)
     specs = [ViewSpec("train", args.size, (args.crop_min, 1.0))]
     plan = training_plan(train_index, args.batch_size, args.seed, epochs, first_step=start[1])
     batches = load_batches(train_index, specs, plan, args.seed, args.workers, device, args.photometric)
     bad = BadSamples(folder, train_index.total + val_index.total, args.max_bad)
+    ends = {layer: f"_layer{layer}" if len(args.layer) > 1 else "" for layer in args.layer}  # of the names of metrics
+    chance = len(fc.fc) * math.log(len(train_index.classes or ()))  # the loss is a sum over the layers
 
-    def content(epoch, step):
+    def content(epoch: int, step: int) -> dict[str, Any]:
         state = {"state_dict": checkpoint.prefixed(fc), "optimizer": optimizer.state_dict()}
         return {"arch": args.arch, "probe": identity, **progress, "epoch": epoch, "step": step, **state}
 
     with (
-        Log(folder, start, steps, args.print_freq, args.batch_size, bad) as log,
+        Log(folder, start, steps, args.print_freq, args.batch_size, bad, chance) as log,
         Engine(args, steps, optimizer, amp.scaler("fp32"), log, device, content) as engine,
     ):
         for epoch in epochs:
-            lr_now = optim.lr_at(lr, epoch, args.epochs, drops=args.lr_steps, gamma=args.lr_gamma)
-            optim.set_lr(optimizer, lr_now)
+            optim.set_lr(optimizer, lrs[epoch])
             for step in log.epoch(epoch, start[1] if epoch == start[0] else 0):
                 with log.waiting():
                     batch = next(batches)
                 logits = model(frozen.features(batch.views[0], args.amp))
-                loss = sum(F.cross_entropy(x, batch.labels) for x in logits.values())  # no layer's gradient meets another's
+                loss = sum(F.cross_entropy(x, batch.labels) for x in logits.values())  # the layers' gradients are independent
                 stats = engine.update(loss, StepInputs(epoch, step))
                 for layer, x in logits.items():
-                    stats[named("top1", layer, logits)] = (x.argmax(1) == batch.labels).float().mean() * 100
-                log.add(step, loss, stats, lr_now, batch.bad)
+                    stats[f"top1{ends[layer]}"] = (x.argmax(1) == batch.labels).float().mean() * 100
+                log.add(step, loss, stats, lrs[epoch], batch.bad)
                 if engine.done(epoch, step + 1):
                     return engine.stopped_by
-            result = evaluate(args, val_index, frozen, fc, device, bad, lambda epoch=epoch: engine.asked_to_stop(epoch))
+            result = evaluate(args, val_index, frozen, fc, device, bad, partial(engine.asked_to_stop, epoch))
             if result is None:
                 return engine.stopped_by
             for layer, found in result.items():
-                at = f"layer {layer} " if len(result) > 1 else ""
+                at = f"layer {layer} " if ends[layer] else ""
                 say(f"epoch {epoch}: validation {at}top-1 {found['top1']:.2f} %, top-5 {found['top5']:.2f} %")
-            log.scalars(epoch, {named(f"val_{n}", layer, result): v for layer, r in result.items() for n, v in r.items()})
+            log.scalars(epoch, {f"val_{n}{ends[layer]}": v for layer, r in result.items() for n, v in r.items()})
             progress["last"] = {layer: {"epoch": epoch, **found} for layer, found in result.items()}
             better = {layer: max(progress["best"][layer], r, key=lambda r: r["top1"]) for layer, r in progress["last"].items()}
-            progress["best"] = better
+            progress["best"] = better  # a new dictionary: the old one may be in a checkpoint that is being written
             engine.save(epoch + 1, 0)
         engine.finish()
     return 0
 
 
-def named(name, layer, layers):
-    return f"{name}_layer{layer}" if len(layers) > 1 else name
+def report(args: Namespace, progress: dict[str, Any], hashes: dict[str, str | None]) -> None:
+    """result.json, and the accuracies on the console."""
+    path = Path(args.output_dir) / "result.json"
+    layers = {layer: {name: progress[name][layer] for name in ("best", "last")} for layer in args.layer}
+    several = {"layers": layers} if len(layers) > 1 else {}
+    if dist.rank() == 0:
+        write_json(path, {**layers[args.layer[-1]], **several, "protocol": vars(args), **hashes})
+    say("")
+    for layer, found in layers.items():
+        best, last, at = found["best"], found["last"], f"Layer {layer}: top-1" if several else "Top-1"
+        say(f"{at} {last['top1']:.2f} %, top-5 {last['top5']:.2f} % (best {best['top1']:.2f} %, epoch {best['epoch']})")
+    say(f"Results: {path}")
 
 
-def restore(path: Path, args, identity: dict, fc, optimizer) -> dict:
-    """What an unfinished probe has done so far.
+def restore(path: Path, args: Namespace, identity: dict[str, Any], fc: Classifiers, optimizer: torch.optim.Optimizer) -> dict:
+    """The progress of an unfinished probe, empty if the checkpoint is of another probe and --resume is auto.
 
-    Another probe in the same place is only gone over where `--resume auto` found it; asked for by name, it is an error.
+    Raises ValueError if it is of another probe and --resume names it.
     """
     saved = checkpoint.read(path, "--resume")
     if saved.get("probe") != identity:

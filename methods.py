@@ -3,6 +3,7 @@
 from cmc.builder import CMC, InsDis
 from moco.builder import MoCo
 from mosrep.builder import MosRep
+from utils.learning.method import Method
 from w2ssl.builder import W2SSL
 
-METHODS = {"mosrep": MosRep, "moco": MoCo, "w2ssl": W2SSL, "cmc": CMC, "insdis": InsDis}
+METHODS: dict[str, type[Method]] = {"mosrep": MosRep, "moco": MoCo, "w2ssl": W2SSL, "cmc": CMC, "insdis": InsDis}

@@ -19,9 +19,12 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.convnext import ConvNeXt
 from timm.models.resnet import BasicBlock, ResNet
 
+import main_lincls
 import main_pretrain
 from methods import METHODS
 from utils.data.batch import Batch
+from utils.evaluation.frozen import build_trunk
+from utils.evaluation.source import read_source
 from utils.run import dist
 from utils.run.checkpoint import bare
 
@@ -99,6 +102,13 @@ def forward(model, batch, step):
     """(loss, stats) of a step, of views or a batch, under DDP or not."""
     batch = batch if isinstance(batch, Batch) else batch_of(batch)
     return model(batch, bare(model).targets(batch, step), step)
+
+
+def opened(*argv):
+    """The frozen trunk of a command line of main_lincls.py, and its flags."""
+    source = read_source("main_lincls.py", METHODS, [*map(str, argv)])
+    args = main_lincls.get_args([*map(str, argv)], source)
+    return build_trunk(args, METHODS[args.method], source), args
 
 
 def random_views(n, size=64, local_crops=4, seed=1):

@@ -273,7 +273,7 @@ def test_main_lincls__every_flag_that_is_parsed_is_read(images, tmp_path, monkey
     argv = ["--pretrained", "random", "--arch", "tiny_resnet", "--size", "32", "--epochs", "1", "--batch-size", "20"]
     argv += ["--train-shards", f"{images}/train", "--val-shards", f"{images}/val", "--output-dir", str(tmp_path)]
     args = Recording(main_lincls.get_args([*argv, "--workers", "0", "--device", "cpu", "--amp", "fp32"]))
-    monkeypatch.setattr(main_lincls, "get_args", lambda argv: args)
+    monkeypatch.setattr(main_lincls, "get_args", lambda argv, source: args)
     READ.clear()
     main_lincls.main()
     assert set(vars(args)) - READ == set()

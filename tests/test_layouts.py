@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import timm
 import torch
-from helpers import method_args  # which registers tiny_resnet too
+from helpers import method_args, method_of, opened  # which registers tiny_resnet too
 
 import main_lincls
 from cmc.color import color_views
 from methods import METHODS
+from utils.evaluation.source import read_source
+from utils.learning import layouts
 from utils.run import checkpoint
 
 PROBE = ["--train-shards", "x", "--val-shards", "x", "--output-dir", "x"]
@@ -61,17 +63,20 @@ LAYOUTS = {
 }  # fmt: skip
 
 
+METHOD_OF = {"MoCo v1": "moco", "MoCo v2": "moco", "key encoder first": "moco", "MoCo-v3": "w2ssl", "MoCo-v3, older": "w2ssl"}
+
+
 @pytest.mark.parametrize("old_format", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_build_trunk__published_layouts(resnets, tmp_path, layout, old_format):
     """From a file to a frozen trunk that gives the same features; MoCo's first releases were saved in torch's old format."""
     torch.save(LAYOUTS[layout](resnets), tmp_path / "c.pth.tar", _use_new_zipfile_serialization=not old_format)
-    args = main_lincls.get_args(["--pretrained", str(tmp_path / "c.pth.tar"), "--arch", "tiny_resnet", *PROBE])
-    frozen, digest = main_lincls.build_trunk(args)
-    trunk = frozen.trunk
+    flags = ["--pretrained", str(tmp_path / "c.pth.tar"), "--arch", "tiny_resnet"]
+    trunk, source = opened(*flags, *PROBE)[0].trunk, read_source("p", METHODS, flags)
+    assert source.method == METHOD_OF.get(layout, "mosrep") and len(source.sha256) == 64
     loaded = trunk.state_dict()
     assert loaded.keys() == resnets[0].keys() and all(torch.equal(v, resnets[0][n]) for n, v in loaded.items())
-    assert len(digest) == 64 and not trunk.training and not any(p.requires_grad for p in trunk.parameters())
+    assert not trunk.training and not any(p.requires_grad for p in trunk.parameters())
 
 
 W2SSL = {"fc_crop.0.weight": (64, 96), "fc_crop.1.running_mean": (64,), "fc_crop.3.weight": (16, 64)}
@@ -85,16 +90,64 @@ def test_build_trunk__of_w2ssl(resnets, tmp_path, head):
     rest = {"module.predictor.0.weight": torch.randn(4, 4), "module.fc_loc.weight": torch.randn(2, 96)}
     state = named("module.base_encoder.", resnets[0]) | named("module.momentum_encoder.", resnets[1]) | heads | rest
     torch.save({"epoch": 200, "arch": "tiny_resnet", "state_dict": state, "optimizer": {}}, tmp_path / "c.pth.tar")
-    args = main_lincls.get_args(["--method", "w2ssl", "--pretrained", str(tmp_path / "c.pth.tar"), *PROBE])
-    loaded = main_lincls.build_trunk(args)[0].trunk.state_dict()
+    loaded = opened("--method", "w2ssl", "--pretrained", tmp_path / "c.pth.tar", *PROBE)[0].trunk.state_dict()
     assert loaded.keys() == resnets[0].keys() and all(torch.equal(v, resnets[0][n]) for n, v in loaded.items())
 
 
 def test_build_trunk__the_arch_is_the_checkpoints(resnets, tmp_path):
     torch.save(moco(resnets, "v2"), tmp_path / "c.pth.tar")
-    args = main_lincls.get_args(["--pretrained", str(tmp_path / "c.pth.tar"), *PROBE])
-    main_lincls.build_trunk(args)
+    _, args = opened("--pretrained", tmp_path / "c.pth.tar", *PROBE)
     assert args.arch == "tiny_resnet"
+
+
+@pytest.mark.parametrize("names, container, method, sure", [
+    (["module.encoder_q.conv1.weight", "module.projector_q.conv.0.weight"], "state_dict", "mosrep", True),
+    (["encoder_q.conv1.weight", "encoder_k.conv1.weight"], "state_dict", "moco", True),
+    (["module.base_encoder.conv1.weight", "module.base_encoder.fc_crop.0.weight"], "state_dict", "w2ssl", True),
+    (["module.base_encoder.patch_embed.proj.weight"], "state_dict", "w2ssl", False),  # MoCo-v3
+    (["encoder.module.l_to_ab.conv1.weight", "encoder.module.ab_to_l.conv1.weight"], "model", "cmc", True),
+    (["encoder.module.conv1.weight"], "model", "insdis", False),
+    (["module.layer1.0.conv1.weight"], "model", "insdis", False),
+    (["module.backbone.conv1.weight"], "model", None, False),  # Barlow Twins
+    (["module.encoder.conv1.weight"], "state_dict", None, False),  # SimSiam
+    (["conv1.weight", "fc.weight"], None, None, False),  # torchvision
+    (["stem.0.weight", "stages.0.blocks.0.conv_dw.weight"], "state_dict", None, False),  # timm
+])  # fmt: skip
+def test_recognize__the_method_by_the_names_of_the_weights(names, container, method, sure):
+    state = dict.fromkeys(names)
+    saved = {container: state} if container else state
+    assert layouts.recognize(saved, state) == (method, sure)
+    assert layouts.recognize({"method": "byol", "state_dict": state}, state) == ("byol", True)
+
+
+def test_read_source__a_flag_that_contradicts_the_names_is_refused(resnets, tmp_path):
+    torch.save(moco(resnets, "v2"), tmp_path / "c.pth.tar")
+    flags = ["--pretrained", str(tmp_path / "c.pth.tar"), *PROBE]
+    for other in METHODS.keys() - {"moco"}:
+        with pytest.raises(ValueError, match=f"--method {other}: .*c.pth.tar is a checkpoint of moco; .* pass --method moco"):
+            opened("--method", other, *flags)
+    torch.save(LAYOUTS["MoCo-v3"](resnets), tmp_path / "c.pth.tar")  # whose names W2SSL has too
+    assert opened("--method", "moco", "--arch", "tiny_resnet", *flags)[1].epochs == 90
+
+
+@pytest.mark.parametrize("arch, spoil, found", [
+    ("resnet50", lambda n: f"module.backbone.{n}", "module.backbone. (320)"),
+    ("resnet50", lambda n: f"student.{'x' * 300}.{n}", "student.xxx"),
+    ("convnext_tiny", lambda n: n, "layer3.0. ("),
+])  # fmt: skip
+def test_load_trunk__a_failure_is_at_most_400_characters(arch, spoil, found):
+    """It was 17,700 with all keys."""
+    torch.manual_seed(0)
+    state = {spoil(n): v for n, v in timm.create_model("resnet50", num_classes=10).state_dict().items()}
+    trunk = timm.create_model(arch, num_classes=0)
+    with pytest.raises(ValueError) as error:
+        layouts.load_trunk(trunk, state, "fc", "--pretrained output/run/checkpoint_latest.pth.tar", state)
+    text, wanted = str(error.value), trunk.state_dict()
+    left = {n for n in state if not n.startswith("fc.")}
+    assert len(text) <= 400 and "\n" not in text
+    assert f"{len(wanted.keys() - left)} missing: " in text and f"{len(left - wanted.keys())} left over: " in text
+    listed = re.search(r"\((.*)\); prefixes", text)[1]
+    assert len(re.findall(r"[:,] ", listed)) == 5 and "pass " in text and found in text, text
 
 
 SPOILT = {
@@ -102,7 +155,10 @@ SPOILT = {
     "one key too many": (lambda s: s.update({"layer5.weight": torch.ones(1)}), "1 .*layer5.weight"),
     "other shape": (lambda s: s.update({"conv1.weight": torch.zeros(64, 3, 3, 3)}), "1 .*shape.*conv1.weight"),
     "not a tensor": (lambda s: s.update({"conv1.weight": 3.0}), "conv1.weight"),
-    "other names": (lambda s: [s.update({f"backbone.{n}": s.pop(n)}) for n in list(s)], "missing.*conv1.weight"),
+    "other names": (
+        lambda s: [s.update({f"backbone.{n}": s.pop(n)}) for n in list(s)],
+        "missing.*conv1.weight.*prefixes found: backbone. ",
+    ),
     "no weights": (lambda s: s.clear(), "missing.*conv1.weight"),
     "names that are numbers": (lambda s: s.update({7: torch.ones(1)}), "weights"),
 }
@@ -181,12 +237,12 @@ def test_build_trunk__of_cmcs_releases(tmp_path, method, prefixes, old_format):
     state |= {f"{prefix}fc.weight": torch.randn(128, 256) for prefix in prefixes}
     content = {"opt": argparse.Namespace(lr=0.03, n=[1]), "model": state, "epoch": 240, "optimizer": {}}
     torch.save(content, tmp_path / "c.pth", _use_new_zipfile_serialization=not old_format)
-    loaded = main_lincls.build_trunk(main_lincls.get_args([*paths, *flags]))[0].trunk.state_dict()
+    loaded = opened(*paths, *flags)[0].trunk.state_dict()
     assert loaded.keys() == wanted.keys() and all(torch.equal(v, wanted[n]) for n, v in loaded.items())
 
 
 def test_build_trunk__of_cmcs_alexnet(tmp_path):
-    """What lies behind the convolutions, fc6 to fc8, is left out."""
+    """The layers after the convolutions, fc6 to fc8, are left out."""
     torch.manual_seed(3)
     state = {}
     for branch, channels in (("l_to_ab", 1), ("ab_to_l", 2)):
@@ -200,25 +256,24 @@ def test_build_trunk__of_cmcs_alexnet(tmp_path):
             state |= {f"{branch}.fc{i}.0.weight": torch.randn(d, c), f"{branch}.fc{i}.1.running_mean": torch.rand(d)}
     torch.save({"model": {f"encoder.module.{name}": value for name, value in state.items()}}, tmp_path / "c.pth")
     flags = ["--method", "cmc", "--pretrained", str(tmp_path / "c.pth"), *PROBE, "--arch", "alexnet", "--size", "224"]
-    loaded = main_lincls.build_trunk(main_lincls.get_args([*flags, "--space", "Lab"]))[0].trunk.state_dict()
+    loaded = opened(*flags, "--space", "Lab")[0].trunk.state_dict()
     assert loaded.keys() == {name for name in state if ".fc" not in name}
     assert all(torch.equal(value, state[name]) for name, value in loaded.items())
-    with pytest.raises(ValueError, match="--space: .*c.pth does not tell the colour space of its views; pass it, such as Lab"):
-        main_lincls.build_trunk(main_lincls.get_args(flags))
+    with pytest.raises(ValueError, match="--space: .*c.pth does not tell it; pass the value of its training"):
+        opened(*flags)
 
 
 def test_build_trunk__of_our_own_checkpoint_has_its_colour_space(tmp_path):
     args = method_args("cmc", "--space", "HSV")
-    method = METHODS["cmc"](args, 40)
+    method = method_of(args)
     torch.save({"arch": args.arch, "flags": vars(args), "state_dict": checkpoint.prefixed(method)}, tmp_path / "c.pth")
     paths = ["--method", "cmc", "--pretrained", str(tmp_path / "c.pth"), *PROBE, "--size", "64"]
-    probe = main_lincls.get_args(paths)
-    frozen, _ = main_lincls.build_trunk(probe)
+    frozen, probe = opened(*paths)
     x = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
     wanted = frozen.trunk.features(*color_views(x, "HSV"), (6,))[6]
     assert probe.space == "HSV" and torch.equal(frozen.features(x, "fp32")[6], wanted)
     with pytest.raises(ValueError, match="--space YIQ: .*c.pth was trained with HSV; leave it out"):
-        main_lincls.build_trunk(main_lincls.get_args([*paths, "--space", "YIQ"]))
+        opened(*paths, "--space", "YIQ")
 
 
 def test_get_args__each_foreign_file_has_its_own_probe():

@@ -1,22 +1,24 @@
 """main_lincls.py: the protocol, the frozen trunk, each validation image once, and what bad input says."""
 
 import json
+import math
 import re
 
 import numpy as np
 import pytest
 import torch
-from helpers import TINY, spawn
+from helpers import TINY, method_args, method_of, opened, spawn
 from PIL import Image
 from shards_helpers import encode, write_members
 
 import main_lincls
 import main_pretrain
-import utils.evaluation.probe
 from methods import METHODS
 from utils.data.bad_samples import BadSamples
 from utils.data.shards import BatchPlan
-from utils.evaluation.probe import Classifiers, evaluate
+from utils.evaluation import classifiers
+from utils.evaluation.classifiers import Classifiers, evaluate, largest_change
+from utils.evaluation.source import read_source
 from utils.learning import backbones, layouts, optim
 from utils.run import checkpoint
 from utils.run.flags import RunError
@@ -62,9 +64,7 @@ def test_main_lincls__published_protocol_is_the_default(method):
     )
     assert (args.epochs, args.batch_size, args.momentum, args.weight_decay, args.trust) == (epochs, batch, 0.9, 0.0, trust)
     assert (args.size, args.resize, args.crop_min) == (224, 256, 0.08)
-    if method == "cmc":  # by the arch, which the checkpoint tells
-        assert args.lr is None
-    else:
+    if method != "cmc":  # by the arch
         assert optim.scaled_lr(args.lr, args.batch_size) == pytest.approx(lr)
     assert args.lr_steps == steps and (not steps or args.lr_gamma == 0.2)
 
@@ -72,19 +72,108 @@ def test_main_lincls__published_protocol_is_the_default(method):
 @pytest.mark.parametrize("arch, lr", [("alexnet", 0.1), ("resnet18v1", 30), ("resnet18v2", 30), ("resnet18v3", 50)])
 def test_build_trunk__cmcs_learning_rate_is_that_of_its_arch(arch, lr):
     paths = ["--pretrained", "random", "--train-shards", "t", "--val-shards", "v"]
-    args = main_lincls.get_args(["--method", "cmc", *paths, "--arch", arch])
-    main_lincls.build_trunk(args)
+    _, args = opened("--method", "cmc", *paths, "--arch", arch)
     assert optim.scaled_lr(args.lr, args.batch_size) == lr
-    args = main_lincls.get_args(["--method", "cmc", *paths, "--arch", arch, "--lr", "7"])
-    main_lincls.build_trunk(args)
+    _, args = opened("--method", "cmc", *paths, "--arch", arch, "--lr", "7")
     assert args.lr == 7
 
 
 def test_build_trunk__an_untrained_trunk_has_the_methods_arch():
     for method, arch in (("cmc", "resnet50v1"), ("insdis", "resnet50")):
-        args = main_lincls.get_args(["--method", method, "--pretrained", "random", "--train-shards", "t", "--val-shards", "v"])
-        main_lincls.build_trunk(args)
+        _, args = opened("--method", method, "--pretrained", "random", "--train-shards", "t", "--val-shards", "v")
         assert args.arch == arch
+
+
+@pytest.mark.parametrize("steps, lr, drops", [(90, 0.05, []), (40, 3.2, []), (60, 30.0, [30, 50])])
+def test_largest_change__bounds_the_steepest_growth(steps, lr, drops):
+    """The gradient that lets a weight grow fastest has its direction, in every step."""
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(5, 3))
+    optimizer, start, total = optim.sgd([weight], lr, 0.9, 0.0, 0.001), weight.norm().item(), 0.0
+    for step in range(steps):
+        now = optim.lr_at(lr, step, steps, drops=drops)
+        optim.set_lr(optimizer, now)
+        total += now
+        weight.grad = -weight.detach().clone()
+        optimizer.step()
+    bound = largest_change(0.001, 0.9, total)
+    growth = math.log(weight.norm().item() / start)
+    assert 0.4 * bound < growth <= bound
+
+
+@pytest.mark.parametrize("images, flags, warned", [
+    (66, ["--batch-size", "64"], True),  # one step an epoch: accuracy was 13.6 %, with --trust 0 it was 86.4 %
+    (66, ["--batch-size", "8"], True),
+    (66, ["--batch-size", "64", "--trust", "0"], False),
+    (1281167, [], False),  # ImageNet: 312 steps x 90 epochs at lr 3.2
+    (126689, [], False),  # ImageNet-100
+])  # fmt: skip
+def test_warn_if_slow__when_the_rate_cannot_move_the_classifier(capsys, images, flags, warned):
+    paths = ["--pretrained", "random", "--train-shards", "t", "--val-shards", "v"]
+    args = main_lincls.get_args(["--method", "mosrep", *paths, *flags])
+    main_lincls.warn_if_slow(args, images // args.batch_size)
+    told = capsys.readouterr().out
+    assert bool(told) == warned and len(told.splitlines()) <= 1
+    if flags == ["--batch-size", "64"]:
+        assert re.search(r"--trust 0.001 with --lr 0.2: in 90 steps .* at most 2.3 %.*pass --trust 0", told)
+
+
+def test_main_lincls__warns_of_a_slow_rate_and_shows_chance(images, trained, tmp_path, capsys):
+    probe(images, trained, tmp_path / "slow", "--epochs", 2, "--trust", 0.001)
+    out = capsys.readouterr().out
+    assert out.count("warning: --trust 0.001 with --lr 3.2: in 10 steps") == 1
+    assert f"(chance {math.log(2):.3f})" in out
+    probe(images, trained, tmp_path / "plain", "--epochs", 2, "--trust", 0)  # the flag that the warning offers
+    assert "warning" not in capsys.readouterr().out
+
+
+def saved_by(method, folder):
+    """A checkpoint as main_pretrain.py saves it."""
+    args = method_args(method)
+    content = {"method": method, "arch": args.arch, "flags": vars(args), "epoch": 1, "step": 0}
+    path = folder / f"{method}.pth.tar"
+    torch.save(content | {"state_dict": checkpoint.prefixed(method_of(args))}, path)
+    return ["--pretrained", path, "--train-shards", "t", "--val-shards", "v", "--size", 64], args
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_get_args__method_arch_and_protocol_are_the_checkpoints(tmp_path, method):
+    paths, trained = saved_by(method, tmp_path)
+    _, args = opened(*paths)
+    assert (args.method, args.arch) == (method, trained.arch)
+    by_hand = main_lincls.get_args(["--method", method, "--arch", trained.arch, *map(str, paths)])
+    assert vars(args) == vars(by_hand)
+    assert {name: vars(args)[name] for name in METHODS[method].probe(trained.arch)} == METHODS[method].probe(trained.arch)
+    _, args = opened(*paths, "--epochs", 3, "--lr", 7)
+    assert (args.epochs, args.lr, args.method) == (3, 7, method)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_read_source__another_method_than_the_checkpoints_is_refused(tmp_path, method):
+    paths, _ = saved_by(method, tmp_path)
+    for other in METHODS.keys() - {method}:
+        with pytest.raises(ValueError) as error:
+            opened("--method", other, *paths)
+        assert str(error.value) == (f"--method {other}: {paths[1]} is a checkpoint of {method}; leave it out, "
+                                    f"or pass --method {method}")  # fmt: skip
+    assert opened("--method", method, *paths)[1].method == method
+
+
+def test_read_source__a_method_that_is_not_here_is_refused(tmp_path):
+    torch.save({"method": "simsiam", "state_dict": {}}, tmp_path / "c.pth.tar")
+    with pytest.raises(ValueError, match="--pretrained .*c.pth.tar: is of method simsiam, not one of mosrep, .*pass another"):
+        read_source("p", METHODS, ["--pretrained", str(tmp_path / "c.pth.tar")])
+
+
+def test_main_lincls__says_which_method_arch_and_protocol(images, trained, tmp_path, capsys):
+    probe(images, trained, tmp_path, "--epochs", 1)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("linear probe of")]
+    assert lines == [f"linear probe of {trained}: method moco (flag), arch tiny_resnet (checkpoint), protocol of moco except "
+                     "--epochs 1 --batch-size 8 --lr 3.2 --trust 0.0"]  # fmt: skip
+    with_source = read_source("p", METHODS, ["--pretrained", str(trained)])
+    assert with_source.facts == "method moco (checkpoint), arch tiny_resnet (checkpoint)"
+    untrained = read_source("p", METHODS, ["--pretrained", "random", "-a", "resnet18"])
+    assert untrained.facts == "method mosrep (default), arch resnet18 (flag)" and untrained.sha256 is None
 
 
 def test_sgd__layer_wise_rate_is_that_of_a_slow_loop():
@@ -107,9 +196,8 @@ def test_sgd__layer_wise_rate_is_that_of_a_slow_loop():
 def evaluate_here(images, fc_state, batch, folder, max_bad=0.1):
     """Top-1 of a fixed classifier by main_lincls' own evaluation, on this process's share of the images."""
     flags = ["--pretrained", "random", "--arch", "tiny_resnet", "--train-shards", "x", "--val-shards", "x", *FLAGS]
-    args = main_lincls.get_args([*flags, "--batch-size", str(batch)])
     torch.manual_seed(5)
-    frozen, _ = main_lincls.build_trunk(args)
+    frozen, args = opened(*flags, "--batch-size", batch)
     fc = Classifiers(frozen.widths(64), 2, 0)
     fc.fc["6"].load_state_dict(fc_state)
     index = main_lincls.load_index(f"{images}/val")
@@ -168,7 +256,7 @@ def test_evaluate__nothing_but_unusable_images_is_one_line(faulty, tmp_path):
 
 def test_evaluate__lost_images_are_an_error(images, tmp_path, monkeypatch):
     short = BatchPlan(lambda: iter([(0, [torch.arange(10).numpy()])]), replace=False)
-    monkeypatch.setattr(utils.evaluation.probe, "evaluation_plan", lambda index, batch: short)
+    monkeypatch.setattr(classifiers, "evaluation_plan", lambda index, batch: short)
     with pytest.raises(RuntimeError, match="validation counted 10 . 0 images, the index has 11"):
         evaluate_here(images, torch.nn.Linear(96, 2).state_dict(), 4, tmp_path)
 
@@ -232,7 +320,7 @@ def broken(trained, tmp_path):
 
 BAD = {
     "missing checkpoint": (["--pretrained", "/nowhere"], "--pretrained /nowhere/?.*: no such file"),
-    "another arch": (["--arch", "resnet18"], "does not cover the trunk exactly .* pass the --arch"),
+    "another arch": (["--arch", "resnet18"], "does not fit the trunk .* pass the --arch"),
     "no labels": (["--val-shards", "{images}/plain"], "--val-shards .*plain: .*needs labels"),
     "no shards": (["--train-shards", "/nowhere"], "--train-shards /nowhere: "),
     "large batch": (["--batch-size", "64"], "--batch-size 64: larger than the data set of 40"),

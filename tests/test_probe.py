@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import webdataset
-from helpers import TINY, spawn
+from helpers import TINY, opened, spawn
 from PIL import Image
 
 import main_lincls
@@ -17,7 +17,8 @@ import main_pretrain
 from utils.data import shards
 from utils.data.bad_samples import BadSamples
 from utils.data.index import load_index
-from utils.evaluation import probe as probe_parts
+from utils.evaluation import classifiers
+from utils.evaluation.frozen import Frozen
 from utils.learning import backbones
 from utils.run import checkpoint, dist
 
@@ -112,15 +113,13 @@ def test_main_lincls__accuracy_is_the_one_counted_by_hand(data, tmp_path, batch)
 
 
 def evaluate_one(data, folder):
-    args = main_lincls.get_args(["--pretrained", "random", "--arch", "tiny_resnet", "--train-shards", "x", "--val-shards", "x",
-                                 *FLAGS])  # fmt: skip
-    frozen, _ = main_lincls.build_trunk(args)
-    fc = probe_parts.Classifiers(frozen.widths(args.size), CLASSES, args.seed)
+    frozen, args = opened("--pretrained", "random", "--arch", "tiny_resnet", "--train-shards", "x", "--val-shards", "x", *FLAGS)
+    fc = classifiers.Classifiers(frozen.widths(args.size), CLASSES, args.seed)
     torch.nn.init.zeros_(fc.fc["6"].weight)
     fc.fc["6"].bias.data = torch.arange(CLASSES).float()  # always says 6
     indices = [load_index(f"{data}/{split}") for split in ("one", "val")]
     bad = BadSamples(folder, 12, 0.01)
-    return [probe_parts.evaluate(args, index, frozen, fc, torch.device("cpu"), bad)[6] for index in indices]
+    return [classifiers.evaluate(args, index, frozen, fc, torch.device("cpu"), bad)[6] for index in indices]
 
 
 def test_evaluate__fewer_images_than_processes(data, tmp_path):
@@ -143,9 +142,9 @@ def test_evaluation_plan__no_image_twice_and_none_lost(data, monkeypatch, world,
 
 
 def test_evaluate__counting_images_twice_is_an_error(data, monkeypatch, tmp_path):
-    real = probe_parts.evaluation_plan
+    real = classifiers.evaluation_plan
     twice = lambda *a: shards.BatchPlan(lambda: [*real(*a).epochs(), *real(*a).epochs()], replace=False)  # noqa: E731
-    monkeypatch.setattr(probe_parts, "evaluation_plan", twice)
+    monkeypatch.setattr(classifiers, "evaluation_plan", twice)
     with pytest.raises(RuntimeError, match="2.*1"):
         evaluate_one(data, tmp_path)
 
@@ -153,7 +152,7 @@ def test_evaluate__counting_images_twice_is_an_error(data, monkeypatch, tmp_path
 def test_main_lincls__training_is_the_slow_loop(data, tmp_path, monkeypatch):
     """fc after 2 epochs of 7 steps: LARC without clipping, trust .001, wd 0, momentum .9, lr x 4 / 256 on a cosine by epoch."""
     seen, start = [], {}
-    real_features, real_loss = probe_parts.Frozen.features, main_lincls.F.cross_entropy
+    real_features, real_loss = Frozen.features, main_lincls.F.cross_entropy
     real_normal = torch.nn.init.normal_
 
     def features(*args):
@@ -165,7 +164,7 @@ def test_main_lincls__training_is_the_slow_loop(data, tmp_path, monkeypatch):
         seen.append((start["last"], label))
         return real_loss(logits, label)
 
-    monkeypatch.setattr(probe_parts.Frozen, "features", features)
+    monkeypatch.setattr(Frozen, "features", features)
     monkeypatch.setattr(main_lincls.F, "cross_entropy", loss)
 
     def normal(weight, *args, **kwargs):
@@ -191,7 +190,7 @@ def test_main_lincls__training_is_the_slow_loop(data, tmp_path, monkeypatch):
     assert saved["optimizer"]["param_groups"][0]["lr"] == pytest.approx(20.0 * 4 / 256 / 2)
 
 
-def test_main_lincls__the_learning_rate_drops_behind_its_epochs(data, tmp_path):
+def test_main_lincls__the_learning_rate_drops_after_its_epochs(data, tmp_path):
     """CMC's probe: not a cosine, but steps."""
     probe(data, tmp_path, "--epochs", 4, "--lr", 16.0, "--lr-steps", 1, 3, "--lr-gamma", 0.2, "--print-freq", 9)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -219,7 +218,7 @@ def test_main_lincls__trunk_stays_as_it_was(data, tmp_path):
 
 @pytest.mark.parametrize("spoil", ["statistics", "weight"])
 def test_main_lincls__a_trunk_that_moves_gives_no_result(data, tmp_path, monkeypatch, spoil):
-    real = probe_parts.Frozen.features
+    real = Frozen.features
 
     def features(frozen, x, name):
         if spoil == "statistics" and len(x) > 1:
@@ -228,7 +227,7 @@ def test_main_lincls__a_trunk_that_moves_gives_no_result(data, tmp_path, monkeyp
             next(frozen.trunk.parameters()).data[0] += 1e-3
         return real(frozen, x, name)
 
-    monkeypatch.setattr(probe_parts.Frozen, "features", features)
+    monkeypatch.setattr(Frozen, "features", features)
     with pytest.raises(RuntimeError, match="frozen trunk changed"):
         probe(data, tmp_path)
     assert not (tmp_path / "result.json").exists()

@@ -1,6 +1,9 @@
 """Probes of several layers in one pass: as if each were alone, each image once on several processes."""
 
+import contextlib
+import io
 import json
+import math
 
 import pytest
 import torch
@@ -25,8 +28,11 @@ def probe(images, out, *flags):
 
 @pytest.fixture(scope="module")
 def all_layers(images, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("all")
-    return probe(images, folder, "--layer", "1", "2", "3", "4", "5"), folder
+    folder, told = tmp_path_factory.mktemp("all"), io.StringIO()
+    with contextlib.redirect_stdout(told):
+        result = probe(images, folder, "--layer", "1", "2", "3", "4", "5")
+    assert f"(chance {5 * math.log(2):.3f})" in told.getvalue()  # the loss is a sum over the layers
+    return result, folder
 
 
 @pytest.mark.parametrize("layer, width", [(1, 9600), (3, 9600), (5, 9216)])

@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 import torch
 import webdataset
-from helpers import in_two, spawn, tiny
+from helpers import in_two, opened, spawn, tiny
 from PIL import Image
 from runs import TWO, Run
 
-import main_lincls
 import main_pretrain
 from methods import METHODS
 from utils.learning import amp
@@ -197,9 +196,7 @@ def test_main_pretrain__two_processes_write_what_one_writes(images, tmp_path, me
     assert lines[1][0]["loss"] == pytest.approx(lines[0][0]["loss"], rel=1e-5)  # before rounding errors grow
     assert lines[1][0]["lr"] == lines[0][0]["lr"]
     assert len(list((tmp_path / "two").glob("events*"))) == 1 and (tmp_path / "two/checkpoint_0000.pth.tar").is_file()
-    main_lincls.build_trunk(main_lincls.get_args(
-        ["--pretrained", str(tmp_path / "two"), "--method", method, "--train-shards", "x", "--val-shards", "x"]
-    ))  # fmt: skip
+    opened("--pretrained", tmp_path / "two", "--train-shards", "x", "--val-shards", "x")
 
 
 # ---------------------------------------------------------------- mends that are offered

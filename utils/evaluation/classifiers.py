@@ -1,0 +1,76 @@
+"""Linear classifiers on the layers of a frozen trunk, and their accuracy over a data set."""
+
+from argparse import Namespace
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from utils.data.bad_samples import BadSamples
+from utils.data.index import Index
+from utils.data.loader import load_batches
+from utils.data.shards import evaluation_plan
+from utils.data.views import ViewSpec
+from utils.evaluation.frozen import Frozen
+from utils.run import dist, streams
+from utils.run.flags import RunError
+
+
+class Classifiers(nn.Module):
+    """A linear classifier for each layer. Weights are N(0, 0.01), a function of seed and layer alone; biases are 0."""
+
+    def __init__(self, widths: dict[int, int], classes: int, seed: int):
+        super().__init__()
+        self.fc = nn.ModuleDict()
+        for layer, width in widths.items():
+            self.fc[str(layer)] = fc = nn.Linear(width, classes)
+            rng = torch.Generator().manual_seed(streams.classifier_seed(seed, layer))
+            nn.init.normal_(fc.weight, std=0.01, generator=rng)
+            nn.init.zeros_(fc.bias)
+
+    def forward(self, features: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:  # n x C each -> n x classes each
+        return {layer: self.fc[str(layer)](f) for layer, f in features.items()}
+
+
+def largest_change(trust: float, momentum: float, lrs: float) -> float:
+    """R such that layer-wise rates change no weight by more than a factor exp(R). lrs: sum of the learning rates of all steps.
+
+    A step adds at most trust x |w| x lr, and momentum repeats it 1 / (1 - momentum) times. Below 1 a classifier stays
+    near its random start: on synthetic features R = 0.02 learned nothing, 0.3 a part, 1 nearly all.
+    """
+    return trust * lrs / max(1 - momentum, 1e-9)
+
+
+@torch.no_grad()
+def evaluate(
+    args: Namespace, index: Index, frozen: Frozen, fc: Classifiers, device: torch.device, bad: BadSamples,
+    asked_to_stop: Callable[[], bool] = lambda: False,
+) -> dict[int, dict[str, float]] | None:  # fmt: skip
+    """layer -> top1 and top5 in % over the whole index, and the number of `unusable` images.
+
+    Each image counts once over all processes. None if `asked_to_stop` is true, which all processes call equally often.
+    """
+    spec = ViewSpec("test", args.size, resize=args.resize)
+    right = torch.zeros(len(fc.fc), 2, dtype=torch.long, device=device)  # layers x (top-1, top-5)
+    seen = torch.zeros((), dtype=torch.long, device=device)
+    met = []
+    plan = evaluation_plan(index, args.batch_size)
+    for batch in load_batches(index, [spec], plan, args.seed, args.workers, device, args.photometric):
+        if asked_to_stop():
+            return None
+        met += batch.bad
+        seen += len(batch.labels)
+        for row, logits in zip(right, fc(frozen.features(batch.views[0], args.amp)).values(), strict=True):
+            hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == batch.labels.unsqueeze(1)  # n x 5
+            row += torch.stack([hits[:, 0].sum(), hits.any(1).sum()])
+    bad.add(met)
+    unusable = sum(len(part) for part in dist.gather_objects(met))
+    count, totals = dist.total(seen).item(), dist.total(right).tolist()
+    if count + unusable != index.total:
+        raise RuntimeError(f"validation counted {count} + {unusable} images, the index has {index.total}")
+    if not count:
+        raise RunError(f"--val-shards {args.val_shards}: none of its {unusable} images can be used; pass others")
+    return {
+        int(layer): {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "unusable": unusable}
+        for layer, (top1, top5) in zip(fc.fc, totals, strict=True)
+    }
