@@ -1,25 +1,28 @@
-"""What a step costs on many devices, predicted in one process: bytes from other devices, and memory.
+"""Predict the cost of a step on many devices, in one process: bytes from other devices, and memory.
 
     python -m benchmarks.scale                                       8, 64 and 512 devices, 32 images each
     python -m benchmarks.scale --methods moco --processes 16         another number
 
-The step is that of main_pretrain.py with bf16, computed with tensors that have shapes and no content, as the first of so many
-processes whose collectives reach nobody. `plain` is benchmarks/step.py's straightforward form. tests/test_scale.py holds the
-bytes against those of real processes.
+The step of main_pretrain.py runs in bf16 with fake tensors, which have shapes and no content, as the first process of a fake
+process group. `plain` is the form of benchmarks/plain.py. tests/test_scale.py compares the bytes with real processes.
 """
 
 import json
+import sys
 import warnings
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
+from pathlib import Path
 
 import torch
 import torch.distributed as td
 
+sys.path.insert(0, str(Path(__file__).parent.parent))  # python benchmarks/scale.py works like python -m benchmarks.scale
+
 from benchmarks import step
+from benchmarks.plain import PLAIN, train_step
 from benchmarks.tracer import Tracer
 from methods import METHODS
-from utils.learning.contrast import Step
+from utils.learning.method import Step
 from utils.run import dist
 from utils.run.engine import Votes
 from utils.run.flags import Parser, one_line_errors, positive
@@ -40,15 +43,11 @@ def get_args(argv=None):
 
 
 def simulate(args, plain: bool = False) -> dict[int, dict[str, dict[str, int]]]:
-    """number of processes -> case -> its `trace`, as the first of so many, with fake tensors. Call in a process of its own."""
+    """number of processes -> case -> its `trace`, with fake tensors. Call in a new process."""
     from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.distributed._tools import fake_collectives  # noqa: F401  what collectives do to fake tensors
+    from torch.distributed._tools import fake_collectives  # noqa: F401  registers collectives for fake tensors
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    dist.DistributedDataParallel = partial(dist.DistributedDataParallel, init_sync=False)  # which would read contents
-    Votes._outcome = lambda *_: [0, 0]  # and so would the host
-    if plain:
-        step.straightforward()
     results = {}
     for processes in args.processes:
         td.init_process_group("fake", rank=0, world_size=processes, store=FakeStore())
@@ -59,26 +58,33 @@ def simulate(args, plain: bool = False) -> dict[int, dict[str, dict[str, int]]]:
 
 
 def trace(args, case: str, plain: bool = False, fake: bool = False) -> dict[str, float]:
-    """collective -> bytes that reach this process in a step, and `memory`, the bytes that its tensors hold at most."""
+    """collective -> bytes that reach this process in a step; `memory` -> the most bytes that its tensors hold at a time."""
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")  # fake tensors are not channels-last
     flags = step.flags_of(args, case, "fp32" if plain else "bf16", args.batch_size * dist.world())
     device = torch.device("cpu")
     with Tracer() as tracer:
-        method = METHODS[flags.method](flags).train()
-        model = dist.data_parallel(method, device)
+        method = (PLAIN if plain else METHODS)[flags.method](flags, args.samples).train()
+        model = dist.data_parallel(method, device, **({"init_sync": False} if fake else {}))  # a sync reads contents
         if fake:
             model.register_comm_hook(None, all_reduced)
-        compute = (step.plain_step if plain else step.default_step)(model, flags, device)
-        views = step.random_views(METHODS[flags.method].views(flags), args.batch_size, device)
-        with model.no_sync():  # momentum is there from the second step on, and DDP has not yet sorted its buckets again
-            compute(views, Step.at(0, 10, 0))
+        train = train_step(model, flags) if plain else step.train_step(model, flags, Unread(device, False) if fake else None)
+        batch = step.random_batch(method.views(flags), args.batch_size, device)
+        with model.no_sync():  # momentum exists from the second step on, and DDP has not yet rebuilt its buckets
+            train(batch, Step(0, 10, 0))
         tracer.start()
-        compute(views, Step.at(1, 10, 0))
+        train(batch, Step(1, 10, 0))
     return {**tracer.received, "memory": tracer.peak}
 
 
+class Unread(Votes):
+    """Votes whose outcome the host does not read, because fake tensors have none."""
+
+    def _outcome(self, inputs, ballot):
+        return [0, 0]
+
+
 def all_reduced(_, bucket) -> torch.futures.Future[torch.Tensor]:
-    """What DDP does with a bucket of gradients by itself, where a collective has no result."""
+    """DDP's own all-reduce of a bucket of gradients, for collectives without a result."""
     td.all_reduce(bucket.buffer())
     future = torch.futures.Future()
     future.set_result(bucket.buffer())

@@ -1,35 +1,30 @@
-"""Time and memory of a training step, beside the straightforward way to write it.
+"""Time and memory of a training step, beside the straightforward form of benchmarks/plain.py.
 
     python -m benchmarks.step                                    every method: ResNet-50, 224 pixels, batch 8
     python -m benchmarks.step --methods moco --batch-size 32     on a GPU, if there is one
 
-`plain` is fp32, contiguous, with the keys' images (of W2SSL the crops) gathered from all processes, a copy of the queue in each
-step, all rows of a memory bank copied out at once, an average and an optimizer that go parameter by parameter, queue and
-average updated before backward, and torchvision's RoIAlign. `default` is what main_pretrain.py does. Each form has a process of
-its own, which takes its turns; printed are medians. Memory is the process's peak beyond what Python and its libraries take, or
-the device's own count.
+`default` is the step of main_pretrain.py. Each form runs in its own process, and the forms take turns; the table shows medians.
+Memory is the peak of the process without Python and its libraries, or the device's own count.
 """
 
 import json
 import multiprocessing
 import platform
 import statistics
+import sys
 import time
-from types import SimpleNamespace
+from pathlib import Path
 
 import torch
-from torchvision.ops import roi_align
 
-import cmc.builder
+sys.path.insert(0, str(Path(__file__).parent.parent))  # python benchmarks/step.py works like python -m benchmarks.step
+
 import main_pretrain
-import moco.builder
-import mosrep.builder
-import w2ssl.builder
-from methods import METHODS
-from moco.builder import MoCo
-from utils.data.photometric import normalized
+from benchmarks import plain
+from mosrep.builder import Projector
+from utils.data.batch import Batch
 from utils.learning import amp, optim
-from utils.learning.contrast import Step
+from utils.learning.method import Step
 from utils.run import dist
 from utils.run.checkpoint import bare
 from utils.run.cpu import keep_freed_memory, peak_memory
@@ -59,24 +54,27 @@ def get_args(argv=None):
     return parser.parse_args(argv)
 
 
-def form(pipe, args, case, plain):
-    """One form's process: builds the method, says so, then computes a step for each number that it is sent."""
+def form(pipe, args, case, is_plain):
+    """The process of one form: build the method, report it, then train a step for each number that arrives."""
     before = peak_memory()
     device = dist.setup(args.device)
-    flags = flags_of(args, case, "fp32" if plain else amp.resolve(args.amp, device), args.batch_size)
-    flags.compile = args.compile and not plain
-    if plain:
-        straightforward()
-    elif device.type == "cpu":
-        keep_freed_memory()  # as a run does
-    method = main_pretrain.build(flags, device).train()
-    step = (plain_step if plain else default_step)(method, flags, device)
-    views = random_views(METHODS[flags.method].views(flags), args.batch_size, device)
+    flags = flags_of(args, case, "fp32" if is_plain else amp.resolve(args.amp, device), args.batch_size)
+    flags.compile = args.compile and not is_plain
+    if is_plain:
+        torch.manual_seed(flags.seed)
+        method = plain.PLAIN[flags.method](flags, args.samples).to(device)
+    else:
+        method = main_pretrain.build(flags, args.samples, device)
+        if device.type == "cpu":
+            keep_freed_memory()  # as a run does
+    method.train()
+    train = (plain if is_plain else sys.modules[__name__]).train_step(method, flags)
+    batch = random_batch(method.views(flags), args.batch_size, device)
     pixels = count_pixels(method)
     pipe.send("ready")
     while (number := pipe.recv()) is not None:
         start = time.perf_counter()
-        step(views, Step.at(number, 1000, 0))
+        train(batch, Step(number, 1000, 0))
         if device.type == "cuda":
             torch.cuda.synchronize()
         pipe.send(1e3 * (time.perf_counter() - start))
@@ -87,7 +85,7 @@ def form(pipe, args, case, plain):
 
 
 def flags_of(args, case, amp_name, batch_size):
-    """What main_pretrain.py makes of a case's flags."""
+    """The flags of a case, parsed by main_pretrain.py."""
     arch = f"{args.arch}v1" if case == "cmc" else args.arch
     flags = ["--arch", arch, "--size", args.size, "--batch-size", batch_size, "--amp", amp_name]
     if case in ("cmc", "insdis"):
@@ -96,129 +94,49 @@ def flags_of(args, case, amp_name, batch_size):
         flags += ["--moco-k", args.moco_k]
     if case == "mosrep":
         flags += ["--shift-range", args.size * 48 // 224]
-    found = main_pretrain.get_args(["--shards", "none", "--method", *CASES[case], *map(str, flags)])
-    found.samples = args.samples
-    return found
+    return main_pretrain.get_args(["--shards", "none", "--method", *CASES[case], *map(str, flags)])
 
 
-def random_views(specs, n, device):
+def random_batch(specs, n, device) -> Batch:
+    """n images of this process: random pixels, not mirrored."""
     rng = torch.Generator().manual_seed(0)
     shapes = [(n, *([s.count] if s.count > 1 else []), 3, s.size, s.size) for s in specs]
-    return [torch.randint(0, 256, shape, generator=rng, dtype=torch.uint8).to(device) for shape in shapes]
-
-
-def rows_of(views):
-    """Sample numbers: this process's images of the global batch."""
-    n = len(views[0])
-    return torch.arange(dist.rank() * n, (dist.rank() + 1) * n, device=views[0].device)
+    views = [torch.randint(0, 256, shape, generator=rng, dtype=torch.uint8).to(device) for shape in shapes]
+    ids = torch.arange(dist.rank() * n, (dist.rank() + 1) * n, device=device)
+    return Batch(views, [torch.zeros(n, s.count, dtype=torch.bool) for s in specs], ids, torch.full_like(ids, -1), [])
 
 
 def count_pixels(method):
-    """[pixels that went through the trunks, steps]; a trunk's forward of a whole view per image is worth size x size."""
+    """[pixels that the trunks have seen, steps]. A forward of one whole view counts size x size pixels."""
     seen = [0, 0]
 
     def add(module, inputs):
         seen[0] += inputs[0].shape[0] * inputs[0].shape[2] * inputs[0].shape[3]
 
     for module in method.encoders():
-        if not isinstance(module, mosrep.builder.Projector):
+        if not isinstance(module, Projector):
             module.register_forward_pre_hook(add)
     method.register_forward_pre_hook(lambda *_: seen.__setitem__(1, seen[1] + 1))
     return seen
 
 
-def default_step(model, flags, device):
-    """What main_pretrain.py does in a step."""
-    optimizer = optim.sgd(model.parameters(), 0.01, flags.momentum, flags.weight_decay, flags.trust, exclude=True)
-    engine = Engine(flags, 1, optimizer, amp.scaler(flags.amp), None, device, None)
+def train_step(model, args, votes=None):
+    """A function of (batch, step) that trains the model for one step, like main_pretrain.py. votes: replace the engine's."""
+    optimizer = optim.sgd(model.parameters(), 0.01, args.momentum, args.weight_decay, args.trust, exclude=True)
+    engine = Engine(args, 1, optimizer, amp.scaler(args.amp), None, next(model.parameters()).device, None)
+    engine.votes = votes or engine.votes
 
-    def step(views, now):
-        loss, _ = model(views, rows_of(views), now)
-        engine.update(loss, StepInputs(0, now.number))
-        bare(model).commit(now)
+    def train(batch, step):
+        method = bare(model)
+        loss, _ = model(batch, method.targets(batch, step), step)
+        engine.update(loss, StepInputs(0, step.number))
+        method.commit(step)
 
-    return step
-
-
-def plain_step(model, flags, device):
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    decay = 0 if flags.trust else flags.weight_decay
-    optimizer = torch.optim.SGD(parameters, 0.01, flags.momentum, weight_decay=decay, foreach=False)
-
-    def step(views, now):
-        loss, _ = model([normalized(view) for view in views], rows_of(views), now)
-        bare(model).commit(now)
-        optimizer.zero_grad()
-        loss.backward()
-        if flags.trust:
-            adapt(parameters, flags)
-        optimizer.step()
-
-    return step
-
-
-@torch.no_grad()
-def adapt(parameters, flags):
-    """LARS, layer by layer."""
-    for p in parameters:
-        if p.ndim > 1:
-            w, g = p.norm(), p.grad.norm()
-            rate = torch.where((w > 0) & (g > 0), flags.trust * w / (g + flags.weight_decay * w), 1)
-            p.grad = (p.grad + flags.weight_decay * p) * rate
-
-
-def straightforward():
-    """Turn this process's methods into their plain form."""
-    torch.channels_last = torch.contiguous_format
-
-    @torch.no_grad()
-    def shuffled_keys(key_forward, x_k, rng):
-        permutation = torch.from_numpy(rng.permutation(dist.world() * len(x_k))).to(x_k.device)
-        mine = permutation.view(dist.world(), -1)[dist.rank()]
-        keys = dist.gather(key_forward(dist.gather(x_k)[mine]))
-        return keys[torch.argsort(permutation)]
-
-    @torch.no_grad()
-    def ema_(pairs, momentum):
-        for query, key in pairs:
-            for p_q, p_k in zip(query.parameters(), key.parameters(), strict=True):
-                p_k.data = p_k.data * momentum + p_q.data * (1 - momentum)
-
-    def with_a_copy_of_the_queue(real):
-        def contrast(self, *args, **kwargs):
-            queue = self.queue
-            self.queue = queue.clone()
-            try:
-                return real(self, *args, **kwargs)
-            finally:
-                self.queue = queue
-
-        return contrast
-
-    def cut_tiles(features, boxes, stride):
-        rois = [boxes.to(features.device)] * len(features)
-        return roi_align(features.float(), rois, tuple(features.shape[2:]), 1 / stride, aligned=True)
-
-    def permute(x, permutation):
-        mine = permutation.reshape(dist.world(), -1)[dist.rank()]
-        return dist.gather(x)[torch.from_numpy(mine).to(x.device)]
-
-    def scores(features, bank, rows):
-        return torch.einsum("nc,nmc->nm", features, bank[rows])  # n x (1 + K) x C are copied
-
-    cmc.builder.Scores = SimpleNamespace(apply=scores)
-    for module in (moco.builder, mosrep.builder):
-        module.shuffled_keys = shuffled_keys
-    moco.builder.ema_ = w2ssl.builder.ema_ = ema_
-    mosrep.builder.cut_tiles = cut_tiles
-    w2ssl.builder.dist = SimpleNamespace(**(vars(dist) | {"permute": permute}))
-    for method in {MoCo, *METHODS.values()}:
-        if "contrast" in vars(method):
-            method.contrast = with_a_copy_of_the_queue(method.contrast)
+    return train
 
 
 def processes():
-    """Where each form gets a process of its own: a new interpreter, or its memory would not be its own."""
+    """The context that starts each form's process: new interpreters, because a fork inherits its parent's memory."""
     return multiprocessing.get_context("spawn")
 
 

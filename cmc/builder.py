@@ -100,9 +100,13 @@ class MemoryBank(Method):
         self.sample_ids, self.seen = ids, {name: [] for name in self.banks}
         return BankTargets(views, rows, n // self.bn_splits)
 
+    def scores(self, features: torch.Tensor, bank: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """n x C, samples x C, n x M -> n x M, each feature times its rows of the bank."""
+        return Scores.apply(features, bank, rows)
+
     def contrast(self, features: dict[str, torch.Tensor], rows: torch.Tensor) -> tuple[torch.Tensor, Stats]:
         """features: bank -> n x C, contrasted with that bank's rows, n x (1 + K)."""
-        found = {name: self.criteria[name](Scores.apply(f, self.banks[name].memory, rows)) for name, f in features.items()}
+        found = {name: self.criteria[name](self.scores(f, self.banks[name].memory, rows)) for name, f in features.items()}
         stats = {f"top1_{name}": top1 for name, (_, top1) in found.items()} if len(found) > 1 else {}
         stats["top1"] = sum(top1 for _, top1 in found.values()) / len(found)
         return sum(loss for loss, _ in found.values()), stats

@@ -74,7 +74,7 @@ def three_losses(plain):
     flags = step.get_args(["-a", "resnet18", "--size", "64", "--batch-size", "4", "--moco-k", "64", "--amp", "fp32",
                            "--nce-k", "64", "--samples", "100"])  # fmt: skip
     found, losses = {}, []
-    for module in set(METHODS.values()):
+    for module in set(METHODS.values()):  # the plain forms inherit it
         module.forward = recording(module.forward, losses)
     for case in step.CASES:
         here, there = multiprocessing.Pipe()

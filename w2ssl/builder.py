@@ -4,6 +4,7 @@ import argparse
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.functional import normalize
@@ -137,6 +138,10 @@ class W2SSL(Method):
         """n/2 x 3 x H x W -> 2n x C, a vector for each crop."""
         return separate(encoder(normalized(montages.contiguous(memory_format=torch.channels_last))).float())
 
+    def deal(self, crops: torch.Tensor, order: np.ndarray) -> torch.Tensor:
+        """2n x ... of this process's images -> 2n x ... of its montages."""
+        return dist.permute(crops, order)
+
     def chance(self, batch_size: int) -> float:
         """ln 2 for the side; for each direction of the crop loss, ln of the number of candidates."""
         crop = 2 * math.log(4 * batch_size - 1) * self.temperature / BASE_TEMPERATURE
@@ -148,13 +153,13 @@ class W2SSL(Method):
         n = len(batch)
         order = deal(dist.world() * n, step.rng)  # 2N
         crops = torch.stack([torch.stack([left_1, left_2], 1), torch.stack([right_1, right_2], 1)], 1)  # n x half x view x ...
-        crops = dist.permute(crops.flatten(0, 1), order)  # 2n x view x 3 x h x w, the montages of this process
+        crops = self.deal(crops.flatten(0, 1), order)  # 2n x view x 3 x h x w, the montages of this process
         montages = [compose(view) for view in crops.unbind(1)]  # n/2 x 3 x H x W each
         number = dist.on_device(order, crops.device)
         side = dist.own(number % 2, 2 * n)  # 2n
         if self.flip_aware:
             flips = torch.cat(batch.flips[:2], 1).flatten().long()  # n x half
-            side = side ^ dist.permute(dist.on_device(flips, crops.device), order)
+            side = side ^ self.deal(dist.on_device(flips, crops.device), order)
         encoder = self.momentum_encoder
         with amp.autocast(crops.device, self.amp):
             keys = [encoder.fc_crop(self.features(encoder, x)) for x in montages]

@@ -49,14 +49,14 @@ def teardown() -> None:
         td.destroy_process_group()
 
 
-def data_parallel(model: nn.Module, device: torch.device) -> nn.Module:
+def data_parallel(model: nn.Module, device: torch.device, **options) -> nn.Module:
     """DDP over the processes, if there are several. Buffers (BatchNorm statistics, queues) are not sent around every step."""
     if world() == 1:
         return model
     ids = [device.index] if device.type == "cuda" else None
     flags = signature(DistributedDataParallel).parameters
     sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in flags else "broadcast_buffers"  # renamed in torch 2.15
-    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, **{sync_buffers: False})
+    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, **{sync_buffers: False}, **options)
 
 
 def rank() -> int:

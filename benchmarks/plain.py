@@ -1,0 +1,138 @@
+"""The straightforward form of each method, as ordinary code: what benchmarks/step.py and scale.py compare with.
+
+fp32 and contiguous tensors. The images of keys (of W2SSL the crops) are gathered from all processes in float32, each
+step copies the queue, all rows of a memory bank are copied at once, the moving average and the optimizer visit one parameter
+after the other, queue and average are updated before backward, and RoIAlign is torchvision's.
+"""
+
+import torch
+from torch.nn.functional import normalize
+from torchvision.ops import roi_align
+
+from cmc.builder import CMC, InsDis
+from moco.builder import MoCo
+from mosrep.builder import MosRep
+from mosrep.mosaic import compose, shift, tile_boxes, tile_weights
+from utils.data.batch import Batch
+from utils.data.photometric import normalized
+from utils.learning.contrast import enqueue_, info_nce
+from utils.learning.method import Method, Step
+from utils.learning.optim import cosine
+from utils.run import dist
+from utils.run.checkpoint import bare
+from w2ssl.builder import W2SSL
+
+
+def gathered(x: torch.Tensor, permutation) -> torch.Tensor:
+    """This process's slice of the global batch in another order, taken from a copy of the whole batch."""
+    mine = torch.from_numpy(permutation.reshape(dist.world(), -1)[dist.rank()]).to(x.device)
+    return dist.gather(x)[mine]
+
+
+@torch.no_grad()
+def average_(pairs, momentum: float) -> None:
+    for query, key in pairs:
+        for p_q, p_k in zip(query.parameters(), key.parameters(), strict=True):
+            p_k.data = p_k.data * momentum + p_q.data * (1 - momentum)
+
+
+class PlainQueue:
+    """What the plain forms of MoCo and MosRep share."""
+
+    def embed(self, network, x, group):
+        return normalize(network(x.contiguous()), dim=1)
+
+    @torch.no_grad()
+    def keys(self, network, x_k, step):
+        permutation = step.rng.permutation(dist.world() * len(x_k))
+        keys = dist.gather(self.embed(network, gathered(x_k, permutation), len(x_k)))
+        self.new_keys = keys[torch.argsort(torch.from_numpy(permutation).to(keys.device))]
+        return self.new_keys
+
+    @torch.no_grad()
+    def commit(self, step):
+        average_(self.pairs(), self.momentum)
+        enqueue_(self.queue, self.queue_ptr, self.new_keys)
+
+
+class PlainMoCo(PlainQueue, MoCo):
+    def contrast(self, q, k):
+        logits = torch.cat([(q * k).sum(1, keepdim=True), q @ self.queue.clone()], dim=1)
+        return self.criterion(logits)
+
+
+class PlainMosRep(PlainQueue, MosRep):
+    def contrast(self, q, keys, places, reduction="mean"):
+        logits = torch.cat([q @ keys.T, q @ self.queue.clone()], dim=1)
+        return info_nce(logits, torch.from_numpy(places).to(q.device), self.temperature, reduction)
+
+    def embed_tiles(self, crops, offset):
+        boxes = tile_boxes(self.size, offset)
+        features = self.encoder_q(shift(compose(crops), offset))
+        rois = [boxes.to(features.device)] * len(features)
+        tiles = roi_align(features, rois, tuple(features.shape[2:]), 1 / self.map.stride, aligned=True)
+        weights = tile_weights(boxes, self.size).to(crops.device).repeat(len(crops))
+        return normalize(self.projector_q(tiles), dim=1), weights
+
+
+class PlainW2SSL(W2SSL):
+    def deal(self, crops, order):
+        return gathered(crops, order)
+
+    @torch.no_grad()
+    def commit(self, step):
+        momentum = 1 - cosine(1 - self.m, (step.number + 1) / step.total) if self.m_cos else self.m
+        average_([(self.base_encoder, self.momentum_encoder)], momentum)
+
+
+class PlainBank:
+    """What the plain forms of CMC and InsDis share."""
+
+    def embed(self, encoder, x, group):
+        return normalize(encoder(x.contiguous()), dim=1)
+
+    def scores(self, features, bank, rows):
+        return torch.einsum("nc,nmc->nm", features, bank[rows])  # copies n x (1 + K) x C
+
+
+class PlainCMC(PlainBank, CMC):
+    pass
+
+
+class PlainInsDis(PlainBank, InsDis):
+    pass
+
+
+PLAIN: dict[str, type[Method]] = {
+    "moco": PlainMoCo, "mosrep": PlainMosRep, "w2ssl": PlainW2SSL, "cmc": PlainCMC, "insdis": PlainInsDis,
+}  # fmt: skip
+
+
+def train_step(model, args):
+    """A function of (batch, step) that trains the model for one step."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    decay = 0 if args.trust else args.weight_decay
+    optimizer = torch.optim.SGD(parameters, 0.01, args.momentum, weight_decay=decay, foreach=False)
+
+    def train(batch: Batch, step: Step) -> None:
+        views = [normalized(view) for view in batch.views]
+        batch = Batch(views, batch.flips, batch.sample_ids, batch.labels, [])
+        loss, _ = model(batch, bare(model).targets(batch, step), step)
+        bare(model).commit(step)
+        optimizer.zero_grad()
+        loss.backward()
+        if args.trust:
+            adapt(parameters, args)
+        optimizer.step()
+
+    return train
+
+
+@torch.no_grad()
+def adapt(parameters, args) -> None:
+    """LARS, layer by layer."""
+    for p in parameters:
+        if p.ndim > 1:
+            w, g = p.norm(), p.grad.norm()
+            rate = torch.where((w > 0) & (g > 0), args.trust * w / (g + args.weight_decay * w), 1)
+            p.grad = (p.grad + args.weight_decay * p) * rate
