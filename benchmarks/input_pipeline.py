@@ -1,12 +1,13 @@
-"""CPU time per image of the input pipeline, beside the chain of PIL operations that it replaces.
+"""CPU time per image of the input pipeline, compared with the chain of PIL operations that it replaces.
 
-    python -m benchmarks.input_pipeline                            MosRep's views of photographs, 500 x 375, from scikit-image
+    python -m benchmarks.input_pipeline                            MosRep's views of scikit-image's photographs, 500 x 375
     python -m benchmarks.input_pipeline --shards DIR --workers 8   your shards, and images per second of 1, 2, 4, 8 workers
     python -m benchmarks.input_pipeline --views 2x224              the two views of MoCo-v2
 
-One process, one thread; the rows take turns for several rounds. Printed are medians over the rounds.
+One process, one thread. The rows take turns for several rounds, and the table shows the median of each.
 """
 
+import argparse
 import io
 import itertools
 import json
@@ -14,6 +15,7 @@ import platform
 import random
 import statistics
 import tempfile
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -39,19 +41,19 @@ VIEWS = {
 }
 
 
-def get_args(argv=None):
+def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(prog="benchmarks.input_pipeline", description=__doc__.split("\n\n")[0])
     add = parser.add_argument
-    add("--shards", metavar="DIR", help="shards to read; default: photographs that come with scikit-image")
-    add("--views", choices=VIEWS, default="2x224+4x112", help="what is cut from an image")
-    add("--images", type=int, default=48, help="different images")
-    add("--rounds", type=int, default=9, help="turns of every row")
-    add("--workers", type=int, default=0, help="measure the throughput of 1, 2, 4 ... of them too")
+    add("--shards", metavar="DIR", help="folder of shards; default: photographs of scikit-image")
+    add("--views", choices=VIEWS, default="2x224+4x112", help="views of an image: number x size")
+    add("--images", type=int, default=48, help="number of different images")
+    add("--rounds", type=int, default=9, help="measurements of every row")
+    add("--workers", type=int, default=0, help="also measure images per second of 1, 2, 4, ... worker processes")
     return parser.parse_args(argv)
 
 
 def photographs(folder: Path, count: int) -> Index:
-    """A shard with parts of real photographs, 500 x 375, JPEG of quality 90."""
+    """A shard of crops of real photographs, 500 x 375, JPEG of quality 90."""
     import skimage.data
 
     whole = [Image.fromarray(getattr(skimage.data, name)()) for name in ("astronaut", "chelsea", "coffee", "rocket")]
@@ -60,15 +62,16 @@ def photographs(folder: Path, count: int) -> Index:
         for number in range(count):
             image = whole[number % len(whole)]
             width = int(min(image.width, image.height * 4 / 3) * rng.uniform(0.7, 1))
-            left, top = rng.integers(image.width - width + 1), rng.integers(image.height - width * 3 // 4 + 1)
+            height = width * 3 // 4
+            left, top = int(rng.integers(image.width - width + 1)), int(rng.integers(image.height - height + 1))
             file = io.BytesIO()
-            image.resize((500, 375), box=(left, top, left + width, top + width * 3 // 4)).save(file, "JPEG", quality=90)
+            image.resize((500, 375), box=(left, top, left + width, top + height)).save(file, "JPEG", quality=90)
             tar.write({"__key__": f"{number:06d}", "jpg": file.getvalue()})
     return load_index(str(folder))
 
 
-def pil_chain(spec: ViewSpec):
-    """A view as the released code makes it: torchvision's transforms on a PIL image."""
+def pil_chain(spec: ViewSpec) -> transforms.Compose:
+    """A view of the released code: torchvision's transforms of a PIL image."""
     blur = transforms.Lambda(lambda image: image.filter(ImageFilter.GaussianBlur(random.uniform(*spec.blur))))
     return transforms.Compose([
         transforms.RandomResizedCrop(spec.size, spec.scale),
@@ -81,8 +84,8 @@ def pil_chain(spec: ViewSpec):
     ])  # fmt: skip
 
 
-def rows(index: Index, specs: list[ViewSpec]) -> dict:
-    """name -> what is measured: a function of sample numbers."""
+def rows(index: Index, specs: list[ViewSpec]) -> dict[str, Callable]:
+    """The measured functions of sample ids, by name."""
     reader = Reader(index)
     plan = training_plan(index, 1, 0, range(1))
     on_device, in_worker = (Chunks(index, specs, plan, seed=0, photometric_here=here) for here in (False, True))
@@ -108,15 +111,15 @@ def rows(index: Index, specs: list[ViewSpec]) -> dict:
 
     def all_cpu(samples):
         reader.expect(samples)
-        for views in in_worker.chunk(reader, next(epoch), samples)[0]:
+        for views in in_worker.chunk(reader, next(epoch), samples).crops:
             normalized(views)
 
-    epoch = itertools.count()  # other views each time
+    epoch = itertools.count()  # new views in every round
     return {"decode_ms": decode, "pil_ms": pil, "worker_ms": worker, "all_cpu_ms": all_cpu}
 
 
-def dali(index: Index, specs: list[ViewSpec], batch: int):
-    """DALI's CPU pipeline with the same operations, as a function of `batch` sample numbers."""
+def dali(index: Index, specs: list[ViewSpec], batch: int) -> Callable:
+    """DALI's CPU pipeline with the same operations, as a function of `batch` sample ids."""
     from nvidia.dali import fn, pipeline_def, types
 
     reader = Reader(index)
@@ -156,12 +159,12 @@ def dali(index: Index, specs: list[ViewSpec], batch: int):
 
 
 def medians(measured: dict, samples: np.ndarray, rounds: int) -> dict[str, float]:
-    """CPU ms per image of each row, which take turns; the first round warms up."""
+    """CPU ms per image of each row. They take turns, and the first round warms up."""
     times = [{name: cpu_ms(work, samples) for name, work in measured.items()} for _ in range(rounds + 1)]
     return {name: statistics.median(turn[name] for turn in times[1:]) for name in measured}
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     args = get_args(argv)
     torch.set_num_threads(1)
     keep_freed_memory()
@@ -172,9 +175,7 @@ def main(argv=None):
         measured = rows(index, specs)
         samples = np.arange(min(args.images, index.total))
         result = medians(measured, samples, args.rounds)
-        if find_spec("nvidia") and find_spec(
-            "nvidia.dali"
-        ):  # on its own: it gives the memory of the process back to the system
+        if find_spec("nvidia") and find_spec("nvidia.dali"):  # last: it returns the process's memory to the system
             result |= medians({"dali_ms": dali(index, specs, len(samples))}, samples, args.rounds)
 
         print(f"{args.views}, {len(samples)} images, {args.rounds} rounds, torch {torch.__version__}, {platform.machine()}")

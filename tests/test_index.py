@@ -327,7 +327,7 @@ def test_load_index__keys_without_an_image_are_named(tmp_path, capsys):
     index = load_index(str(tmp_path))
     assert [s.samples for s in index.shards] == [1, 2] and index.classes == ("0", "1")
     lines = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if "warning" in line]
-    assert lines == [f"warning: {tmp_path}/a.tar: 3 keys without an image are left out, the first: 0"]
+    assert lines == [f"warning: {tmp_path}/a.tar: skips 3 keys without an image, the first: 0"]
 
 
 def test_load_index__verify_shards_compares_every_byte(folder):

@@ -321,8 +321,8 @@ FAULTS = {
     12: ("00012", "(?i)truncated|incomplete|premature", 13),  # half a JPEG
     17: ("00017", "label", 18),  # none
     18: ("00018", "label", 19),  # one that is no number
-    **{number: (f"sample {number - 20}", "damaged", 30) for number in range(26, 30)},  # behind a header that is none
-    **{number: (f"sample {number - 30}", "damaged", 37) for number in range(34, 37)},  # behind the end of a shard that was cut
+    **{number: (f"sample {number - 20}", "corrupt", 30) for number in range(26, 30)},  # behind a header that is none
+    **{number: (f"sample {number - 30}", "corrupt", 37) for number in range(34, 37)},  # behind the end of a shard that was cut
     47: ("00047", "identify image", 48),  # the last one
 }  # fmt: skip
 

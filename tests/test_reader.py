@@ -191,7 +191,7 @@ def test_reader__damaged_header_ends_a_shard(tmp_path, number):
         else:
             error = bad(reader, i)
             assert error.record["shard"] == path and error.record["key"] == f"sample {i - 4}" and error.following == 10
-            assert "damaged" in error.record["error"]
+            assert "corrupt" in error.record["error"]
     reader.close()
 
 
@@ -220,7 +220,7 @@ def test_reader__a_damaged_shard_is_gone_through_once(tmp_path, monkeypatch):
     monkeypatch.setattr(reader_module, "local_samples", lambda path: scanned.append(Path(path).name) or scan(path))
     reader = Reader(index, 1)
     for number in (3, 7, 4, 8, 2):
-        assert reader(number).number == number if number > 4 else bad(reader, number)
+        assert reader(number).sample_id == number if number > 4 else bad(reader, number)
     assert scanned == ["000.tar", "001.tar"]
 
 

@@ -188,7 +188,7 @@ def samples_of(index):
 
 def taken(reader, number, planned=True):
     sample = reader(number, planned)
-    assert sample.number == number
+    assert sample.sample_id == number
     return sample.key, sample.image, sample.label
 
 
@@ -561,7 +561,7 @@ def test_reader__a_stream_that_always_ends_early_ends_its_shard(local, elsewhere
             except BadSample as error:
                 usable.append(False)
                 assert error.record["shard"] == f"{HOST}/003.tar" and error.record["key"] == f"sample {number - 17}"
-                assert "cannot be read on" in error.record["error"] and error.following == TOTAL
+                assert "cannot be read further" in error.record["error"] and error.following == TOTAL
         whole = [cut >= members[2 * n + 1][2] for n in range(5)]
         and_next = [n < 4 and cut >= members[2 * n + 2][1] for n in range(5)]  # with the header that follows
         assert usable == sorted(usable, reverse=True)
@@ -650,7 +650,7 @@ def test_reader__another_shard_than_the_index_says_ends_the_run(elsewhere, chang
     change(elsewhere.folder / "002.tar")
     stream = Reader(index)
     stream.expect(np.array(numbers))
-    with pytest.raises(RunError, match=f"^{HOST}/002.tar is not what its index says .size or sha256 differ"):
+    with pytest.raises(RunError, match=f"^{HOST}/002.tar differs from its index in size or sha256"):
         for number in numbers:
             stream(number)
     stream.close()
@@ -670,7 +670,7 @@ def test_load__another_shard_than_the_index_says_ends_the_run(elsewhere, workers
     index = load_index(HOST)
     flipped(elsewhere.folder / "002.tar")
     text = why_it_ends(index, workers)
-    assert text.startswith(f"{HOST}/002.tar is not what its index says") and "\n" not in text
+    assert text.startswith(f"{HOST}/002.tar differs from its index") and "\n" not in text
 
 
 @pytest.mark.parametrize("cached", [False, True])
@@ -794,7 +794,7 @@ def test_cache_dir__another_shard_than_the_index_says_ends_the_run(elsewhere, tm
     """It is fetched again first, in case it was damaged on its way, and nothing of it is kept."""
     index = load_index(HOST, cache_dir=str(tmp_path / "cache"))
     change(elsewhere.folder / "002.tar")
-    with pytest.raises(RunError, match=f"^{HOST}/002.tar is not what its index says"):
+    with pytest.raises(RunError, match=f"^{HOST}/002.tar differs from its index"):
         Reader(index)(9)
     assert files_of(tmp_path / "cache") == [] and elsewhere.opened()["002.tar"] == remote.TRIES
 
@@ -813,7 +813,7 @@ def test_cache_dir__a_folder_that_takes_nothing_ends_the_run(elsewhere, tmp_path
         monkeypatch.setattr(reader, "copy", full)
     index = load_index(HOST, cache_dir=str(cache))
     text = why_it_ends(index, workers)
-    assert text.startswith(f"--cache-dir {cache}: cannot take 00") and "\n" not in text
+    assert text.startswith(f"--cache-dir {cache}: cannot store 00") and "\n" not in text
     assert files_of(cache) == [] and (where != "full" or "No space left" in text)
 
 
@@ -842,7 +842,7 @@ def test_copy__is_whole_or_an_error(elsewhere, breaks):
     with pytest.raises(RemoteError, match=f"{HOST}/000.tar: ends after {told[0]} of {told[0] + 1} bytes"):
         copy(f"{HOST}/000.tar", io.BytesIO(), (told[0] + 1, told[1]))
     for wrong in ((told[0] - 1, told[1]), (told[0], "0" * 64)):
-        with pytest.raises(RunError, match=f"{HOST}/000.tar is not what its index says"):
+        with pytest.raises(RunError, match=f"{HOST}/000.tar differs from its index"):
             copy(f"{HOST}/000.tar", io.BytesIO(), wrong)
 
 
@@ -902,7 +902,7 @@ def test_main_pretrain__what_ends_a_remote_run_is_one_line(elsewhere, tmp_path, 
     assert f"error: --cache-dir {elsewhere.record}: " in line
     flipped(elsewhere.folder / "002.tar")
     line = ends(capsys, "--shards", HOST, "--output-dir", tmp_path / "c", "--max-bad", 0.5)
-    assert f"error: {HOST}/002.tar is not what its index says" in line
+    assert f"error: {HOST}/002.tar differs from its index" in line
     assert not list(tmp_path.glob("[abc]/checkpoint*"))
 
 

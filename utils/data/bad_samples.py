@@ -1,4 +1,4 @@
-"""The samples of a run that cannot be used: written down, counted, and limited."""
+"""The unusable samples of a run: a record of each, their number, and its limit."""
 
 import json
 from pathlib import Path
@@ -11,10 +11,10 @@ FILE = "bad_samples.jsonl"
 
 
 class BadSamples:
-    """Each unusable sample once: shard, key and error, in bad_samples.jsonl of the run's folder. Lives on every process.
+    """Writes shard, key and error of each unusable sample once, to bad_samples.jsonl. Every process has one.
 
-    images: how many the run uses; max_bad: the share of them that may be unusable. What an earlier start of the run has met is
-    not written again, and not counted: it may have been mended.
+    images: the number of images that the run uses; max_bad: the share of them that may be unusable, in [0, 1]. Samples that an
+    earlier start of the run has met are not written again, and not counted: they may have been fixed since.
     """
 
     def __init__(self, folder: Path, images: int, max_bad: float):
@@ -24,19 +24,19 @@ class BadSamples:
         self.written = dist.first_process_does(lambda: {_identity(json.loads(line)) for line in whole_lines(self.path)})
 
     def add(self, records: list[dict[str, str]]) -> int:
-        """What each process has met since the last call -> how many this start has met. Called by all processes together.
+        """Add the records of all processes, which call it together. Returns the number of samples that this start has met.
 
         Raises RunError, on every process, if there are too many.
         """
-        records = {_identity(record): record for part in dist.gather_objects(records) for record in part}
-        fresh = [record for identity, record in records.items() if identity not in self.written]
-        self.met |= records.keys()
-        self.written |= records.keys()
+        met = {_identity(record): record for part in dist.gather_objects(records) for record in part}
+        fresh = [record for identity, record in met.items() if identity not in self.written]
+        self.met |= met.keys()
+        self.written |= met.keys()
         if fresh and dist.rank() == 0:
             self.lines.put(*fresh)
         if len(self.met) > self.max_bad * self.images:
             raise RunError(f"--max-bad {self.max_bad}: {len(self.met)} of {self.images} images cannot be used, see "
-                           f"{self.path}; mend the shards, or allow more")  # fmt: skip
+                           f"{self.path}; fix the shards, or raise --max-bad")  # fmt: skip
         return len(self.met)
 
 

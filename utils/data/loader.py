@@ -51,6 +51,7 @@ class Chunks(IterableDataset):
             for sample_ids in mine:
                 threads = torch.get_num_threads()
                 torch.set_num_threads(1)  # a view is too small for several cores
+                chunk: Chunk | RunError
                 try:
                     chunk = self.chunk(reader, epoch, sample_ids)
                 except RunError as error:  # the training process raises it, without the worker's traceback
@@ -63,7 +64,9 @@ class Chunks(IterableDataset):
         """The views of these sample ids, or of the samples that replace them."""
         n, counts = len(planned), [spec.count for spec in self.specs]
         crops = [torch.empty(n, s.count, s.size, s.size, 3, dtype=torch.uint8).permute(0, 1, 4, 2, 3) for s in self.specs]
-        drawn, found, bad = np.empty((n, sum(counts), len(COLUMNS)), np.float32), [], []
+        drawn = np.empty((n, sum(counts), len(COLUMNS)), np.float32)
+        found: list[tuple[int, int]] = []  # sample id, label
+        bad: list[dict[str, str]] = []
         for sample_id in planned.tolist():
             if usable := self._usable(reader, epoch, sample_id, bad):
                 taken, label, (views, drawn[len(found)]) = usable
@@ -115,14 +118,9 @@ def load_batches(
     if device.type == "cpu":
         keep_freed_memory()  # of the batches too
     in_worker = photometric_on == "worker" or (photometric_on == "auto" and device.type == "cpu")
-    chunks = DataLoader(
-        Chunks(index, specs, plan, seed, in_worker),
-        batch_size=None,
-        num_workers=workers,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=leave_to_parent,
-    )
-    batches = _finished(_until_a_worker_dies(chunks), specs, workers, device, in_worker)
+    pin, chunks = device.type == "cuda", Chunks(index, specs, plan, seed, in_worker)
+    loader = DataLoader(chunks, batch_size=None, num_workers=workers, pin_memory=pin, worker_init_fn=leave_to_parent)
+    batches = _finished(_until_a_worker_dies(loader), specs, workers, device, in_worker)
     return _beside_the_step(batches, device) if device.type == "cuda" else batches
 
 

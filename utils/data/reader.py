@@ -1,10 +1,12 @@
-"""Reading samples by their number: from local shards anywhere, from remote ones as they pass."""
+"""Samples by their ids. Local shards are read at any position, remote ones in one pass from start to end."""
 
 import os
 import tarfile
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, cast
 
 import numpy as np
 
@@ -16,7 +18,7 @@ from utils.run.flags import RunError
 
 
 class BadSample(Exception):
-    """A sample that cannot be used: its shard, its key, why, and the number of the next one that may be better."""
+    """An unusable sample: its shard, its key and the error. following: the next sample id that may be usable."""
 
     def __init__(self, shard: str, key: str, error: str, following: int):
         super().__init__(f"{shard}: {key}: {error}")
@@ -25,7 +27,7 @@ class BadSample(Exception):
 
 
 class ShardEnds(Exception):
-    """A shard that cannot be read from this position on."""
+    """A shard whose samples cannot be read from this position to its end."""
 
     def __init__(self, position: int, error: str):
         super().__init__(error)
@@ -34,68 +36,69 @@ class ShardEnds(Exception):
 
 @dataclass
 class Sample:
-    number: int
+    sample_id: int  # its number in the index
     key: str
-    image: bytes
+    image: bytes  # encoded
     label: int  # -1 where there is none
 
 
 class Reader:
-    """Reads samples of an index by their number. Keeps up to `open_shards` local shards open; one Reader per process."""
+    """Reads the samples of an index. Keeps up to `open_shards` local shards open. A process needs one Reader."""
 
     def __init__(self, index: Index, open_shards: int = 128):
         self.index, self.open_shards = index, open_shards
         self.first = np.cumsum([0] + [shard.samples for shard in index.shards])
         self.local: OrderedDict[int, LocalShard] = OrderedDict()  # by shard number
         self.passes: dict[tuple[int, int], RemoteShard] = {}  # by shard number and lane
-        self.ends: dict[int, tuple[int, str]] = {}  # shard number -> (position that it cannot be read from on, why)
-        self.expected = self.lanes = np.empty(0, int)
+        self.ends: dict[int, tuple[int, str]] = {}  # by shard number: (the first position that cannot be read, the error)
+        self.expected = self.lane_of_sample = np.empty(0, int)
 
-    def expect(self, samples: np.ndarray, lanes: np.ndarray | None = None) -> None:
-        """What will be asked for from now on, each once, and the lane of each: what a remote shard holds back as it passes.
+    def expect(self, sample_ids: np.ndarray, lane_of_sample: np.ndarray | None = None) -> None:
+        """Announce the samples that will be read, each once, and their lanes. Remote shards keep these samples in memory.
 
-        A shard in which two lanes meet passes once for each: one lane uses its part at the epoch's start, the other at its end.
+        A shard in which two lanes meet is read once for each: one lane needs it at the start of the epoch, one at the end.
         """
         while self.passes:
             self.passes.popitem()[1].close()
-        order = np.argsort(samples)
-        self.expected = samples[order]
-        self.lanes = np.zeros(len(samples), int) if lanes is None else lanes[order]
+        order = np.argsort(sample_ids)
+        self.expected = sample_ids[order]
+        self.lane_of_sample = np.zeros(len(order), int) if lane_of_sample is None else lane_of_sample[order]
 
-    def __call__(self, number: int, planned: bool = True) -> Sample:
-        """A sample, 0 <= number < index.total; `planned` if it is one of those expected. Raises BadSample."""
-        n = self.shard_of(number)
-        shard, position = self.index.shards[n], number - int(self.first[n])
+    def __call__(self, sample_id: int, planned: bool = True) -> Sample:
+        """A sample, 0 <= sample_id < index.total. planned: whether it was announced. Raises BadSample."""
+        n = self.shard_of(sample_id)
+        shard, position = self.index.shards[n], sample_id - int(self.first[n])
         end, why = self.ends.get(n, (shard.samples, ""))
         try:
             if position >= end:
                 raise ShardEnds(end, why)
-            found = self._open(n, number, planned).read(position)
+            found = self._open(n, sample_id, planned).read(position)
         except ShardEnds as error:
             self.ends[n] = error.position, str(error)
             raise BadSample(shard.path, f"sample {position}", str(error), int(self.first[n + 1])) from None
         except OSError as error:
-            raise BadSample(shard.path, f"sample {position}", str(error), number + 1) from None
+            raise BadSample(shard.path, f"sample {position}", str(error), sample_id + 1) from None
         try:
             label = int(found.members[LABEL_EXTENSION]) if self.index.labelled else -1
         except (KeyError, ValueError):
-            raise BadSample(shard.path, found.key, "no label, or one that is no number", number + 1) from None
-        return Sample(number, found.key, found.members[found.image], label)
+            raise BadSample(shard.path, found.key, "no label, or a label that is not a number", sample_id + 1) from None
+        return Sample(sample_id, found.key, found.members[found.image], label)
 
-    def shard_of(self, number: int) -> int:
-        return int(np.searchsorted(self.first, number, side="right")) - 1
+    def shard_of(self, sample_id: int) -> int:
+        """The number of the shard that holds this sample."""
+        return int(np.searchsorted(self.first, sample_id, side="right")) - 1
 
-    def _open(self, n, number, planned):
+    def _open(self, n, sample_id, planned):
         shard = self.index.shards[n]
         if not is_remote(shard.path) or self.index.cache_dir:
             return self._open_local(n, shard)
-        if not planned:  # out of turn, so that the pass over it cannot give it
-            return RemoteShard(shard, np.arange(shard.samples) == number - self.first[n])
-        lane = self.lanes[np.searchsorted(self.expected, number)]
+        if not planned:  # its own pass: the planned one does not keep this sample
+            return RemoteShard(shard, np.arange(shard.samples) == sample_id - self.first[n])
+        lane = self.lane_of_sample[np.searchsorted(self.expected, sample_id)]
         if (n, lane) not in self.passes:
             low, high = np.searchsorted(self.expected, self.first[n : n + 2])
             wanted = np.zeros(shard.samples, bool)
-            wanted[(self.expected[low:high] - self.first[n])[self.lanes[low:high] == lane]] = True
+            wanted[(self.expected[low:high] - self.first[n])[self.lane_of_sample[low:high] == lane]] = True
             self.passes[n, lane] = RemoteShard(shard, wanted)
         return self.passes[n, lane]
 
@@ -103,7 +106,8 @@ class Reader:
         if n not in self.local:
             if len(self.local) >= self.open_shards:
                 self.local.popitem(last=False)[1].close()
-            path = cached(shard, self.index.cache_dir) if is_remote(shard.path) else shard.path
+            cache = self.index.cache_dir
+            path = cached(shard, cache) if cache and is_remote(shard.path) else shard.path
             try:
                 self.local[n] = LocalShard(shard, path)
             except OSError as error:
@@ -121,10 +125,11 @@ class Reader:
 
 
 class LocalShard:
-    """Any sample of a shard in a local file."""
+    """A shard in a local file."""
 
     def __init__(self, shard: Shard, path: str):
-        self.samples, self.damage = [], ""
+        self.samples: list[TarSample] = []
+        self.damage = ""
         try:
             for sample in local_samples(path):
                 self.samples.append(sample)
@@ -136,16 +141,16 @@ class LocalShard:
         self.fd = os.open(path, os.O_RDONLY)
 
     def read(self, position: int) -> TarSample:
-        """A sample. Raises ShardEnds behind a damage of the tar, OSError if the file has become shorter."""
+        """A sample. Raises ShardEnds after a corrupt part of the tar, and OSError if the file has become shorter."""
         if position >= len(self.samples):
-            raise ShardEnds(len(self.samples), f"the shard is damaged: {self.damage}")
+            raise ShardEnds(len(self.samples), f"the shard is corrupt: {self.damage}")
         sample = self.samples[position]
         return TarSample(sample.key, {e: self._bytes(*place) for e, place in sample.members.items() if place})
 
     def _bytes(self, offset, size):
         data = os.pread(self.fd, size, offset)
         if len(data) != size:
-            raise OSError(f"the shard ends before byte {offset + size}; was it changed meanwhile?")
+            raise OSError(f"the shard ends before byte {offset + size}, unlike when it was opened")
         return data
 
     def close(self) -> None:
@@ -153,7 +158,7 @@ class LocalShard:
 
 
 def cached(shard: Shard, folder: str) -> str:
-    """The path of a copy of a remote shard, which is made if it is not there."""
+    """The path of a local copy of a remote shard, which is fetched if necessary. Raises ShardEnds or RunError."""
     path = Path(folder) / f"{shard.sha256[:16]}-{shard.name}"
     if path.exists() and path.stat().st_size == shard.bytes:
         return str(path)
@@ -164,24 +169,26 @@ def cached(shard: Shard, folder: str) -> str:
     except RemoteError as error:
         raise ShardEnds(0, str(error)) from None
     except OSError as error:
-        raise RunError(f"--cache-dir {folder}: cannot take {shard.name} ({error}); give it room, or leave it out") from None
+        raise RunError(f"--cache-dir {folder}: cannot store {shard.name} ({error}); free some space, or leave it out") from None
     return str(path)
 
 
 class RemoteShard:
-    """One pass over a remote shard. Holds what has passed, is wanted, and was not asked for yet.
+    """One pass over a remote shard. Holds the samples that are wanted and have been passed, until they are read.
 
-    wanted: bool, for each of its samples.
+    wanted: bool, for each sample of the shard.
     """
 
     def __init__(self, shard: Shard, wanted: np.ndarray):
         self.shard, self.wanted = shard, wanted
-        self.end = int(np.flatnonzero(wanted)[-1]) + 1  # nothing is wanted behind it
-        self.passed, self.held = 0, {}
-        self.source = self.samples = None
+        self.end = int(np.flatnonzero(wanted)[-1]) + 1  # no later sample is wanted
+        self.passed = 0
+        self.held: dict[int, TarSample] = {}
+        self.source: Source | None = None
+        self.samples: Iterator[TarSample] = iter(())
 
     def read(self, position: int) -> TarSample:
-        """A sample that is wanted, once. Raises ShardEnds if it cannot be had."""
+        """A wanted sample, once. Raises ShardEnds if it cannot be read."""
         while position not in self.held:
             sample = self._next()
             if self.wanted[self.passed]:
@@ -192,42 +199,43 @@ class RemoteShard:
         return self.held.pop(position)
 
     def _next(self):
-        """The next sample of the stream, which is opened again where it broke off."""
+        """The next sample. A stream that breaks off is opened again."""
         for again in attempts():
             try:
-                if self.source is None:
-                    self._open()
+                source = self.source or self._open()
                 sample = next(self.samples)
                 if self.passed + 1 == self.shard.samples:
-                    self._check_whole()
+                    self._check_whole(source)
                 return sample
             except (RemoteError, tarfile.TarError) as error:
                 self.close()
                 if not again:
-                    raise ShardEnds(self.passed, f"cannot be read on: {error}") from None
+                    raise ShardEnds(self.passed, f"cannot be read further: {error}") from None
 
     def _open(self):
         done = self.passed
-        self.source = Source(self.shard.path)
-        tar = tarfile.open(fileobj=self.source, mode="r|", bufsize=BLOCK)  # noqa: SIM115 - closed with its source
+        self.source = source = Source(self.shard.path)
+        tar = tarfile.open(fileobj=cast(IO[bytes], source), mode="r|", bufsize=BLOCK)  # noqa: SIM115 - closed with its source
 
-        def take(member, number):
-            return tar.extractfile(member).read() if done <= number < self.shard.samples and self.wanted[number] else None
+        def take(member, position):
+            wanted = done <= position < self.shard.samples and self.wanted[position]
+            return cast(IO[bytes], tar.extractfile(member)).read() if wanted else None
 
         self.samples = tar_samples(tar, take, self.shard.samples)
         for _ in range(done):
             next(self.samples)
+        return source
 
-    def _check_whole(self):
-        """Read what is behind the last sample. A stream that breaks off there may have lost a part of that sample."""
-        while self.source.read(BLOCK):
+    def _check_whole(self, source):
+        """Read to the end. A stream that breaks off after the last sample's header may have lost a part of that sample."""
+        while source.read(BLOCK):
             pass
-        if self.source.size < self.shard.bytes:
-            raise RemoteError(f"ends after {self.source.size} of {self.shard.bytes} bytes")
-        if (self.source.size, self.source.hash.hexdigest()) != (self.shard.bytes, self.shard.sha256):
+        if source.size < self.shard.bytes:
+            raise RemoteError(f"ends after {source.size} of {self.shard.bytes} bytes")
+        if (source.size, source.hash.hexdigest()) != (self.shard.bytes, self.shard.sha256):
             raise other_shard(self.shard.path)
 
     def close(self) -> None:
         if self.source:
             self.source.close()
-            self.source = self.samples = None
+            self.source, self.samples = None, iter(())
