@@ -14,7 +14,7 @@ OUTPUT=${OUTPUT:-output/${SAMPLE:+sample-}cmc}
 use_checkpoint "$OUTPUT" pretrain_cmc.sh
 
 if [[ $SAMPLE ]]; then
-    # differs from the published protocol: because a crop of 8 % of 64 pixels shows little, and 1,507 images are few steps
+    # not the published protocol: a crop of 8 % of 64 pixels shows little, and 1,507 images give few steps
     recipe=(--size 64 --resize 64 --crop-min 1 --batch-size 64 --lr 1.2 --epochs 60)
 else
     recipe=(--size 224 --batch-size 256 --epochs 60)

@@ -13,7 +13,7 @@ OUTPUT=${OUTPUT:-output/${SAMPLE:+sample-}mosrep}
 use_checkpoint "$OUTPUT" pretrain_mosrep.sh
 
 if [[ $SAMPLE ]]; then
-    # differs from the published protocol: because a crop of 8 % of 28 pixels shows nothing, and 6,000 images are few steps
+    # not the published protocol: a crop of 8 % of 28 pixels shows nothing, and 6,000 images give few steps
     recipe=(--size 64 --resize 64 --crop-min 1 --batch-size 64 --lr 1.2 --trust 0 --epochs 15)
 else
     recipe=(--size 224 --batch-size 4096 --lr 0.2 --epochs 90)

@@ -206,7 +206,7 @@ def test_replay__is_the_step_itself(images, tmp_path, capsys, method):
 def test_replay__names_what_is_wrong_with_its_file(tmp_path, capsys):
     torch.save({"state_dict": {}}, tmp_path / "x.pth.tar")
     code, _, err = replay(capsys, tmp_path / "x.pth.tar")
-    assert code == 2 and f"--replay {tmp_path / 'x.pth.tar'}: is no failed step" in err
+    assert code == 2 and f"--replay {tmp_path / 'x.pth.tar'}: is not a failed step" in err
     assert "--replay /nowhere: no such file" in replay(capsys, Path("/nowhere"))[2]
 
 

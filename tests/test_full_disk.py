@@ -15,7 +15,7 @@ from utils.learning.method import Step
 from utils.run import saver
 from utils.run.checkpoint import saved_in
 
-# TensorBoard's own thread ends with a traceback when its file takes no more; the log then goes on without it
+# TensorBoard's own thread ends with a traceback when the disk is full; the log then continues without it
 pytestmark = pytest.mark.filterwarnings("ignore:Exception in thread Thread-:pytest.PytestUnhandledThreadExceptionWarning")
 SAVING = [*FLAGS, "--epochs", "3", "--save-steps", "2"]
 
@@ -46,7 +46,7 @@ def checkpoints(out):
 
 
 def test_main_pretrain__a_full_disk_stops_no_run(images, disk, capsys):
-    """All checkpoints are to stay, which are too many: training goes on, what is there loads, and the end says it."""
+    """With --keep 99 the disk fills up: training continues, whole checkpoints load, and the last line names the failure."""
     assert train(images, disk, "moco", "--keep", "99", "--save-steps", "1") == 2
     captured = capsys.readouterr()
     warnings = [line for line in captured.out.splitlines() if "could not be written" in line]

@@ -162,7 +162,7 @@ def test_main_pretrain__a_signal_to_the_whole_group(images, tmp_path, name):
         run.until(lambda: len(steps(out)) >= 3 and len(run.pids()) >= 3)
         os.killpg(run.process.pid, getattr(signal, name))
         assert run.end(30) == NAMED[name]
-    assert f"\nStopped by {name}, and saved. The same command goes on from here.\n" in run.said()
+    assert f"\nStopped by {name}, and saved. The same command resumes from here.\n" in run.said()
     told = steps(out)
     assert latest(out)["epoch"] * 5 + latest(out)["step"] == len(told) and "Traceback" not in run.said()
 

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 LATEST = "checkpoint_latest.pth.tar"
 # a checkpoint may hold these besides tensors and plain data: CMC's released ones hold their flags
-ALLOWED = [argparse.Namespace]
+ALLOWED: list = [argparse.Namespace]
 
 
 def name_of(epoch: int, step: int) -> str:
@@ -22,18 +22,18 @@ def name_of(epoch: int, step: int) -> str:
     return f"checkpoint_{epoch:04d}_{step:06d}.pth.tar" if step else f"checkpoint_{epoch - 1:04d}.pth.tar"
 
 
-def place_of(path: Path) -> tuple[int, int] | None:
-    """(whole epochs, steps of the next) from a checkpoint's name; None for LATEST and other names."""
+def place_of(path: Path) -> tuple[float, float]:
+    """(whole epochs, steps of the next) from a checkpoint's name; infinite for LATEST and other names."""
     found = re.fullmatch(r"checkpoint_(\d{4,})(?:_(\d{6,}))?\.pth\.tar", Path(path).name)
     if found is None:
-        return None
+        return math.inf, 0
     return (int(found[1]), int(found[2])) if found[2] else (int(found[1]) + 1, 0)
 
 
 def saved_in(folder: Path) -> list[Path]:
     """The numbered checkpoints of a run, the newest first by (epoch, step). LATEST, another name of the newest, is left out."""
-    places = {path: place for path in Path(folder).glob("checkpoint_*.pth.tar") if (place := place_of(path))}
-    return sorted(places, key=places.__getitem__, reverse=True)
+    paths = Path(folder).glob("checkpoint_*.pth.tar")
+    return sorted((path for path in paths if place_of(path)[0] < math.inf), key=place_of, reverse=True)
 
 
 def newest(folder: Path | str, flag: str) -> Path | None:
@@ -66,7 +66,7 @@ def _place_in(path: Path) -> tuple[float, float]:
         content = _unpickled(path, mmap=True)  # reads no tensor
         return int(content["epoch"]), int(content.get("step", 0))
     except Exception:  # whatever the unpickler meets: `read` will name it
-        return place_of(path) or (math.inf, 0)
+        return place_of(path)
 
 
 def _unpickled(path: Path, **how):
@@ -112,6 +112,7 @@ def prefixed(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def unprefixed(state_dict: dict) -> dict:
+    """The state dict without that prefix."""
     return {name.removeprefix("module."): value for name, value in state_dict.items()}
 
 

@@ -1,4 +1,4 @@
-"""What a process takes of the CPU and of memory."""
+"""CPU time and memory of a process."""
 
 import ctypes
 import re
@@ -12,23 +12,22 @@ import numpy as np
 
 
 def keep_freed_memory() -> None:
-    """Let the C library (glibc) keep what it is given back: fresh pages for each image cost as much as decoding it."""
+    """Let the C library (glibc) keep memory that is freed: fresh pages for each image cost as much as decoding it."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         trim_threshold, mmap_threshold = -1, -3  # malloc.h
         libc.mallopt(trim_threshold, 1 << 30)
-        libc.mallopt(mmap_threshold, 1 << 30) or libc.mallopt(mmap_threshold, 1 << 25)  # as much as it takes
+        libc.mallopt(mmap_threshold, 1 << 30) or libc.mallopt(mmap_threshold, 1 << 25)  # the most it accepts
 
 
 def cpu_ms(work: Callable[[np.ndarray], object], samples: np.ndarray) -> float:
-    """CPU time per image that work(samples) takes, in ms."""
+    """CPU time of work(samples) in ms per image."""
     start = time.process_time()
     work(samples)
     return 1e3 * (time.process_time() - start) / len(samples)
 
 
 def peak_memory() -> int:
-    """The most bytes that this process has held."""
-    if sys.platform == "linux":  # where getrusage's number may be the parent's, which a process that it starts takes over
-        found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
-        return 1024 * int(found[1])
+    """The peak memory of this process, in bytes."""
+    if sys.platform == "linux":  # getrusage may count the peak of the parent too
+        return 1024 * int(re.findall(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[0])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

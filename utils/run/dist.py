@@ -16,8 +16,8 @@ TIMEOUT = 1800.0  # seconds
 def setup(device_flag: str, timeout: float = TIMEOUT) -> torch.device:
     """Join the process group that torchrun describes, if any, and choose this process's device.
 
-    `device_flag` is auto, cpu, cuda or mps; auto takes what the machine has. timeout: seconds that a process waits for another
-    before it fails.
+    `device_flag` is auto, cpu, cuda or mps; auto prefers cuda, then mps. timeout: seconds that a process waits for another
+    before it fails. Raises ValueError if there is no such device.
     """
     if device_flag == "auto":
         device_flag = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -37,7 +37,7 @@ def setup(device_flag: str, timeout: float = TIMEOUT) -> torch.device:
         backend = "nccl" if device.type == "cuda" else "gloo"
         limit = timedelta(seconds=timeout)
         store, rank, world = next(td.rendezvous("env://", timeout=limit))
-        # when torchrun starts all again, what was agreed before may still be in its store
+        # when torchrun restarts all processes, its store may still hold values of the attempt before
         store = td.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         td.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
     return device
@@ -50,25 +50,30 @@ def teardown() -> None:
 
 
 def data_parallel(model: nn.Module, device: torch.device, **options) -> nn.Module:
-    """DDP over the processes, if there are several. Buffers (BatchNorm statistics, queues) are not sent around every step."""
+    """DDP over the processes, if there are several. Buffers (BatchNorm statistics, queues) are not broadcast.
+
+    options: further ones of DistributedDataParallel.
+    """
     if world() == 1:
         return model
+    renamed = "forward_sync_buffers" in signature(DistributedDataParallel).parameters  # in torch 2.15
+    options["forward_sync_buffers" if renamed else "broadcast_buffers"] = False
     ids = [device.index] if device.type == "cuda" else None
-    flags = signature(DistributedDataParallel).parameters
-    sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in flags else "broadcast_buffers"  # renamed in torch 2.15
-    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, **{sync_buffers: False}, **options)
+    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, **options)
 
 
 def rank() -> int:
+    """The number of this process, from 0."""
     return td.get_rank() if td.is_initialized() else 0
 
 
 def world() -> int:
+    """The number of processes."""
     return td.get_world_size() if td.is_initialized() else 1
 
 
 def broadcast_object(obj):
-    """What the first process holds, on every process. Pickle-based, between our own processes only."""
+    """The object of the first process, on every process. Pickle-based, between our own processes only."""
     if world() == 1:
         return obj
     box = [obj]
@@ -77,7 +82,7 @@ def broadcast_object(obj):
 
 
 def first_process_does(fn):
-    """Run `fn` on the first process and give its result, or raise its ValueError or OSError, on every process."""
+    """Run `fn` on the first process; return its result, or raise its ValueError or OSError, on every process."""
     outcome = None
     if rank() == 0:
         try:
@@ -91,7 +96,7 @@ def first_process_does(fn):
 
 
 def gather_objects(obj) -> list:
-    """What each process holds, in rank order, on every process. Pickle-based, between our own processes only."""
+    """The object of each process, in rank order, on every process. Pickle-based, between our own processes only."""
     if world() == 1:
         return [obj]
     out = [None] * world()
@@ -100,7 +105,7 @@ def gather_objects(obj) -> list:
 
 
 def gather_objects_on_first(obj) -> list | None:
-    """What each process holds, in rank order, on the first process; None on the others."""
+    """The object of each process, in rank order, on the first process; None on the others."""
     if world() == 1:
         return [obj]
     out = [None] * world() if rank() == 0 else None
@@ -120,7 +125,7 @@ def gather(x: torch.Tensor) -> torch.Tensor:
     return out
 
 
-# torch's differentiable collectives are called otherwise in each of the releases that we support; these are what they do
+# the releases that we support have different names for torch's differentiable collectives; these are equivalent
 
 
 class _Gather(torch.autograd.Function):
@@ -144,12 +149,12 @@ class _Total(torch.autograd.Function):
 
 
 def gather_with_gradient(x: torch.Tensor) -> torch.Tensor:
-    """As `gather`; backward sums over processes what each one's loss says of this process's rows."""
+    """As `gather`; backward sums the gradients of all processes' losses for this process's rows."""
     return _Gather.apply(x) if world() > 1 else x
 
 
 def total_with_gradient(x: torch.Tensor) -> torch.Tensor:
-    """Sum over processes, a new tensor; backward sums what each one's loss says of it."""
+    """Sum over processes, a new tensor; backward sums the gradients of all processes' losses."""
     return _Total.apply(x) if world() > 1 else x
 
 
@@ -157,7 +162,7 @@ def permute(x: torch.Tensor, permutation: np.ndarray) -> torch.Tensor:
     """This process's slice of the global batch (rank order) reordered by `permutation`, known to every process.
 
     x: n x ..., this process's slice. permutation: N = world * n integers. Row i of the result over all processes is row
-    permutation[i] of the input over all processes. Each row travels once, straight to its new owner.
+    permutation[i] of the input over all processes. Each row is sent once, directly to its new owner.
     """
     n = x.shape[0]
     if world() == 1:
@@ -170,19 +175,19 @@ def permute(x: torch.Tensor, permutation: np.ndarray) -> torch.Tensor:
     receives = np.bincount(slices[rank()], minlength=world()).tolist()
     arrived = torch.empty_like(x, memory_format=torch.contiguous_format)
     td.all_to_all_single(arrived, x[on_device(outgoing, x.device)].contiguous(), receives, sends)
-    # rows arrive grouped by sender; a stable sort of the senders tells which place each was meant for
+    # rows arrive grouped by sender; a stable sort of the senders gives the place of each
     place = np.argsort(slices[rank()], kind="stable")
     return arrived[on_device(np.argsort(place), x.device)]
 
 
 def on_device(indices: np.ndarray | torch.Tensor, device: torch.device) -> torch.Tensor:
-    """What the host has drawn, on the device, without waiting for it: CUDA reads pinned memory when it comes to it."""
+    """Indices that the host has drawn, on the device, without waiting: CUDA copies pinned memory in the background."""
     host = torch.from_numpy(indices) if isinstance(indices, np.ndarray) else indices
     return (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
 
 
 def own(x, n: int):
-    """This process's n entries of what holds the same number for every process, in rank order."""
+    """This process's n entries of x, which holds n for each process, in rank order."""
     return x[rank() * n :][:n]
 
 

@@ -1,4 +1,4 @@
-"""What surrounds a step the same way in every run: a guarded update, agreement between the processes, checkpoints, signals."""
+"""The same in every training loop: a guarded update, agreement between the processes, checkpoints, signals."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +22,7 @@ class StepInputs(NamedTuple):
 
 
 class NotFinite(RunError):
-    """The loss or the gradient of a step is not finite on some process. Raised on all of them before the step's update."""
+    """The loss or the gradient of a step is not finite on some process. Raised on all processes before the update."""
 
     def __init__(self, inputs: StepInputs):
         where = f"epoch {inputs.epoch}, step {inputs.step_in_epoch}"
@@ -31,21 +31,22 @@ class NotFinite(RunError):
 
 
 class Votes:
-    """What the processes decide together at each step, by one all-reduce of a few numbers: each takes the largest.
+    """The decisions that processes take together at each step, by one all-reduce of a few numbers, their maximum.
 
-    late: the outcome reaches the host one step later, while the device (CUDA) is busy with the next one, so that nobody waits.
+    late: the host reads the outcome one step later, while the device (CUDA) computes the next step, so that neither waits.
     """
 
     def __init__(self, device: torch.device, late: bool):
-        self.device, self.late, self.open = device, late, None
+        self.device, self.late = device, late
+        self.open: tuple[StepInputs, torch.Tensor, torch.cuda.Event] | None = None
 
     def __call__(self, inputs: StepInputs, bad: torch.Tensor, *wishes: float) -> tuple[torch.Tensor, list[int]]:
-        """bad: 0 or 1, on the device. -> (bad on any process, on the device; the wishes' outcome, if late of the step before).
+        """bad: 0 or 1, on the device. Returns whether it is bad on any process, on the device, and the maximum of each wish.
 
-        Raises NotFinite.
+        If late, the wishes are those of the step before. Raises NotFinite.
         """
-        wishes = torch.tensor(wishes, dtype=torch.float32, pin_memory=self.late).to(self.device, non_blocking=True)
-        ballot = dist.largest(torch.cat([bad.float().view(1), wishes]))
+        own = torch.tensor(wishes, dtype=torch.float32, pin_memory=self.late).to(self.device, non_blocking=True)
+        ballot = dist.largest(torch.cat([bad.float().view(1), own]))
         if not self.late:
             return ballot[0], self._outcome(inputs, ballot)
         before, host = self.open, torch.empty(len(ballot), pin_memory=True)
@@ -54,7 +55,7 @@ class Votes:
         return ballot[0], self._read(before) if before else [0] * len(wishes)
 
     def settle(self) -> None:
-        """Wait for the outcome that is still to come. Raises NotFinite."""
+        """Wait for an outcome that was not read yet. Raises NotFinite."""
         if self.open:
             self._read(self.open)
             self.open = None
@@ -72,15 +73,15 @@ class Votes:
 
 
 class Engine:
-    """Lives on every process, as a context around training.
+    """A context around training, on every process.
 
-    content: (epoch, step) -> what a checkpoint after so many whole epochs and steps of the next holds.
+    content: (epoch, step) -> the content of a checkpoint after so many whole epochs and steps of the next.
     """
 
     def __init__(self, args, steps: int, optimizer, scaler, log: Log, device: torch.device, content: Callable, keep_epochs=0):
         self.steps, self.save_steps, self.optimizer, self.scaler = steps, args.save_steps, optimizer, scaler
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        # a fused optimizer can leave an update out by itself, as the device finds; for others the host must know before
+        # a fused optimizer can skip an update by itself, on the device; for others the host must know before
         late = device.type == "cuda" and getattr(optimizer, "_step_supports_amp_scaling", False)
         self.log, self.content, self.votes, self.signals = log, content, Votes(device, late), Signals()
         self.saver = Saver(Path(args.output_dir), args.keep, args.save_minutes, keep_epochs)
@@ -96,9 +97,9 @@ class Engine:
         self.signals.__exit__()
 
     def update(self, loss: torch.Tensor, inputs: StepInputs) -> dict[str, torch.Tensor]:
-        """Backward and the optimizer's step, if loss and gradient are finite on every process; else raises NotFinite before.
+        """Backward and the optimizer's step, if loss and gradient are finite on every process; otherwise raises NotFinite.
 
-        An overflow that fp16's scaler meets is no failure: it leaves the step out and tries a smaller scale. -> stats.
+        An overflow under fp16's scaler is no failure: the scaler skips the step and tries a smaller scale. Returns stats.
         """
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
@@ -118,7 +119,7 @@ class Engine:
         return stats
 
     def done(self, epoch: int, step: int) -> bool:
-        """After `step` steps of an epoch: save if it is due. True if the run is to stop, by a signal to any process."""
+        """After `step` steps of an epoch: save if it is due. Returns True if a signal to any process asks the run to stop."""
         on_plan = self.save_steps and (epoch * self.steps + step) % self.save_steps == 0
         inside = step < self.steps  # the end of the epoch has a save of its own
         if (inside and (on_plan or self.wish_to_save)) or self.stopped_by:
@@ -126,12 +127,12 @@ class Engine:
         return self.stopped_by > 0
 
     def asked_to_stop(self, epoch: int) -> bool:
-        """Between the steps of what follows an epoch, an evaluation: True, having saved, if the run is to stop."""
+        """Between the steps of an evaluation after an epoch: save and return True if a signal asks the run to stop."""
         self._vote(StepInputs(epoch, self.steps), self.none_bad)
         return self.done(epoch, self.steps) if self.stopped_by else False
 
     def save(self, epoch: int, step: int) -> None:
-        """Write a checkpoint in the background; at once, if the run stops here."""
+        """Write a checkpoint in the background. If the run stops here, wait for it."""
         self.votes.settle()
         self.log.flush()
         if dist.rank() == 0:
@@ -143,7 +144,7 @@ class Engine:
         """Wait for the last checkpoint. Raises RunError if it could not be written."""
         if self.saver.wait():
             raise RunError(f"--output-dir {self.saver.folder}: the last checkpoint could not be written "
-                           f"({self.saver.reason()}); make room, and start the same command again: it goes on from the one "
+                           f"({self.saver.reason()}); make room and run the same command again: it resumes from the one "
                            "before")  # fmt: skip
 
     def _vote(self, inputs, bad):

@@ -1,5 +1,5 @@
 # Sourced by the launchers, tests/run.sh and .ci/run: which Python, which images, how many processes.
-# Whoever sources it stands in the project's folder; relative paths are relative to that.
+# Source it in the project's folder; relative paths start there.
 # shellcheck shell=bash disable=SC2034
 
 die() {
@@ -7,8 +7,8 @@ die() {
     exit 1
 }
 
-# use_environment FILE: set PYTHON to the interpreter of the active environment if that satisfies the requirements file,
-# else to that of .venv, which is made or completed first if need be. Nothing else is ever installed into.
+# use_environment FILE: set PYTHON to the interpreter of the active environment if it satisfies the requirements file. Otherwise
+# set it to that of .venv, which is created or completed first if needed. No other environment is changed.
 use_environment() {
     for PYTHON in python python3 .venv/bin/python; do
         if satisfies "$PYTHON" "$1" >/dev/null; then return; fi
@@ -24,18 +24,18 @@ new_enough() { # PYTHON
     "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
 }
 
-# make_environment FILE: install a requirements file into .venv. From the first byte to the last the file .venv/incomplete
-# is there, so an installation that was cut off is seen by the next call, and starts anew.
+# make_environment FILE: install a requirements file into .venv. The file .venv/incomplete exists during the installation,
+# so that the next call sees an interrupted one, and starts again.
 make_environment() (
-    flock 9 2>/dev/null || true # a second launcher waits here for the first, where the file system can lock
+    flock 9 2>/dev/null || true # a second launcher waits here for the first, if the file system has locks
     if satisfies .venv/bin/python "$1" >/dev/null; then exit; fi
 
     local base=python3
     new_enough "$base" || base=python
-    new_enough "$base" || die "Python 3.11 or later is needed; on Debian 12: apt-get install python3 python3-venv"
-    "$base" -c 'import ensurepip' 2>/dev/null || die "$base cannot make environments; on Debian 12: apt-get install python3-venv"
+    new_enough "$base" || die "Python 3.11 or later is required; on Debian 12: apt-get install python3 python3-venv"
+    "$base" -c 'import ensurepip' 2>/dev/null || die "$base cannot create environments; on Debian 12: apt-get install python3-venv"
     echo "$(command -v "$base") lacks $(satisfies "$base" "$1")"
-    echo "Installing $1 into .venv, once (to use an environment of your own: activate it, pip install -r $1)"
+    echo "Installing $1 into .venv, once (to use your own environment: activate it, then pip install -r $1)"
 
     if [[ -e .venv/incomplete ]] || ! new_enough .venv/bin/python; then
         "$base" -m venv --clear --without-pip .venv
@@ -46,7 +46,7 @@ make_environment() (
     rm .venv/incomplete
 ) 9<.
 
-# use_shards: without SHARDS, train on the embedded sample, converted once. SAMPLE is 1 then, and empty otherwise.
+# use_shards: without SHARDS, use the embedded sample, converted once. SAMPLE is 1 then, and empty otherwise.
 use_shards() {
     SAMPLE=
     if [[ -n ${SHARDS:-} ]]; then return; fi
@@ -56,29 +56,29 @@ use_shards() {
     fi
 }
 
-# use_color_shards: the same with the embedded pictures in colour, which are shards already.
+# use_color_shards: the same with the embedded colour pictures, which are shards already.
 use_color_shards() {
     SAMPLE=
     if [[ -n ${SHARDS:-} ]]; then return; fi
     SAMPLE=1 SHARDS=data/clipart
 }
 
-# use_checkpoint FOLDER LAUNCHER: set CHECKPOINT to the newest one of the run folder that LAUNCHER fills, unless it is given.
+# use_checkpoint FOLDER LAUNCHER: set CHECKPOINT, unless given, to the run folder that LAUNCHER writes; the probe finds its newest.
 use_checkpoint() {
     CHECKPOINT=${CHECKPOINT:-$1}
     if [[ $CHECKPOINT == random ]]; then return; fi
-    if [[ -d $CHECKPOINT ]]; then CHECKPOINT+=/checkpoint_latest.pth.tar; fi
-    [[ -f $CHECKPOINT ]] || die "no checkpoint $CHECKPOINT: run bash $2 first, or set CHECKPOINT to a file or run folder"
+    [[ -f $CHECKPOINT ]] || compgen -G "$CHECKPOINT/checkpoint_*.pth.tar" >/dev/null ||
+        die "no checkpoint $CHECKPOINT: run bash $2 first, or set CHECKPOINT to a file or run folder"
 }
 
-# launch SCRIPT FLAGS...: become one process for each GPU, or a single one. NPROC overrides the number. Over several nodes, run
-# the same line on each with NNODES, NODE_RANK and MASTER_ADDR set (and MASTER_PORT, if 29500 is taken). MAX_RESTARTS: how often
-# torchrun starts all processes again, from the last checkpoint, when one was lost.
+# launch SCRIPT FLAGS...: run one process for each GPU, or a single one. NPROC overrides the number. On several nodes, run the
+# same line on each with NNODES, NODE_RANK and MASTER_ADDR set (and MASTER_PORT, if 29500 is in use). MAX_RESTARTS: how often
+# torchrun restarts all processes, from the last checkpoint, after one was lost.
 launch() {
     NPROC=${NPROC:-$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
     local torchrun=("$PYTHON" -m torch.distributed.run --nproc_per_node "$NPROC" --max_restarts "${MAX_RESTARTS:-0}")
     if ((${NNODES:-1} > 1)); then
-        # its static rendezvous: an agent of the c10d one waits for minutes for a host that it has lost
+        # static rendezvous: the c10d one waits for minutes for a lost host
         exec "${torchrun[@]}" --nnodes "$NNODES" --node_rank "${NODE_RANK:?}" \
             --master_addr "${MASTER_ADDR:?}" --master_port "${MASTER_PORT:-29500}" "$@"
     elif ((NPROC > 1 || ${MAX_RESTARTS:-0} > 0)); then

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and files of JSON lines."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 @contextmanager
 def atomic(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that takes its name only when it is complete and on disk; otherwise nothing is left of it."""
+    """A file to write. It gets its name only when it is complete and on disk; otherwise it is removed."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -28,7 +28,7 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
 
 
 def second_name(path: Path, name: str) -> None:
-    """Let `name`, in the same folder, become one more name of a file; a copy of it where the file system has no hard links."""
+    """Give a file one more name in its folder: a hard link, or a copy where the file system has no links."""
     other = path.with_name(name)
     temporary = path.with_name(f".{name}.{os.getpid()}.tmp")
     try:
@@ -43,7 +43,7 @@ def second_name(path: Path, name: str) -> None:
 
 
 def whole_lines(path: Path) -> list[bytes]:
-    """The lines of a file, which may not exist. A run that was killed may have left half a line, which is cut off."""
+    """The lines of a file, which may not exist. Half a line at its end, left by a killed run, is cut off."""
     if not path.exists():
         return []
     data = path.read_bytes()
@@ -59,13 +59,13 @@ def write_json(path: Path, content: dict) -> None:
 
 
 class Lines:
-    """A file of JSON lines that grows. What a full disk does not take is kept, and comes before the next line."""
+    """A growing file of JSON lines. Lines that a full disk refuses are kept, and written before the next line."""
 
     def __init__(self, path: Path):
         self.path, self.waiting, self.warned = Path(path), b"", False
 
     def put(self, *entries: dict) -> None:
-        """Write what has waited, then these."""
+        """Write the lines that wait, then these."""
         self.waiting += b"".join(json.dumps(entry).encode() + b"\n" for entry in entries)
         try:
             with open(self.path, "ab", buffering=0) as file:
@@ -74,18 +74,18 @@ class Lines:
             self.warned = False
         except OSError as error:
             if not self.warned:
-                tqdm.write(f"warning: {self.path} cannot be written ({error.strerror}); its lines wait, training goes on")
+                tqdm.write(f"warning: {self.path} cannot be written ({error.strerror}); its lines wait, training continues")
             self.warned = True
 
     def sync(self) -> None:
-        """Bring the lines to the disk itself."""
+        """Flush the lines to the disk."""
         if self.path.exists():
             with open(self.path, "ab") as file:
                 os.fsync(file.fileno())
 
 
 def _sync(folder):
-    """Bring the names in a folder to the disk."""
+    """Flush the names in a folder to the disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

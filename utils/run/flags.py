@@ -7,6 +7,7 @@ import math
 import os
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from torch.distributed import DistError
 
@@ -33,7 +34,8 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, elsewhere: Callable[[str], str | None] = lambda flag: None, **options):
         super().__init__(allow_abbrev=False, formatter_class=_Help, **options)
-        self.elsewhere, self.groups, self.outside = elsewhere, {}, set()
+        self.elsewhere, self.groups = elsewhere, dict[str, Any]()
+        self.outside: set[str] = set()
 
     def group(self, title: str, identity: bool = True) -> "Group":
         """The group of the help with this title. identity: default for the flags that are added to the returned object."""
@@ -87,7 +89,7 @@ def _dashes(arg: str) -> str:
 
 @contextlib.contextmanager
 def one_line_errors(prog: str, kinds: tuple[type[Exception], ...] = (ValueError, OSError, RunError)):
-    """Turn these exceptions into one line on stderr and exit code 2, on whichever process it happens; default: bad input."""
+    """Turn these exceptions into one line on stderr and exit code 2, on any process; default: bad input."""
     try:
         yield
     except kinds as error:

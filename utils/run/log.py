@@ -1,4 +1,4 @@
-"""What a run tells: console, progress bar, metrics.jsonl, TensorBoard, config.json."""
+"""The output of a run: console, progress bar, metrics.jsonl, TensorBoard, config.json."""
 
 import json
 import math
@@ -25,11 +25,11 @@ def say(*words) -> None:
     """Print on the first process only, without tearing its progress bar."""
     if dist.rank() == 0:
         tqdm.write(" ".join(str(w) for w in words))
-        sys.stdout.flush()  # into a file too, which Python would otherwise write in large pieces
+        sys.stdout.flush()  # Python writes to a file in large pieces otherwise
 
 
 def write_config(folder: Path, args, **facts) -> None:
-    """config.json: every flag, the versions, the commit, and what else tells this run from another."""
+    """config.json: every flag, the versions, the commit, and facts such as the hash of the data."""
     here = Path(__file__).parent
     git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True)
     versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
@@ -45,11 +45,11 @@ class Counts(Protocol):
 
 
 class Log:
-    """Counts what happens between two log lines. Lives on every process, writes on the first.
+    """Means over the steps between two log lines. Lives on every process, writes on the first.
 
-    start: (epoch, step) that the run goes on from; lines of what is done again are taken out, so that metrics.jsonl has each
-    step once. bad: where unusable samples are put down. chance: the loss of guessing, printed beside the loss. batch: images in
-    a global batch.
+    start: (epoch, step) at which the run starts or resumes; later lines are removed, so that metrics.jsonl has each step once.
+    steps: of an epoch. batch: images in a global batch. bad: counts the unusable samples. chance: the loss of guessing, printed
+    after the loss.
     """
 
     def __init__(
@@ -85,15 +85,15 @@ class Log:
 
     @contextmanager
     def waiting(self):
-        """Around what waits for data."""
+        """A context around waiting for data."""
         start = time.perf_counter()
         yield
         self.waited += time.perf_counter() - start
 
     def add(self, step: int, loss: torch.Tensor, stats: dict[str, torch.Tensor], lr: float, bad: list[dict]) -> None:
-        """Add up a step without waiting for the device; every `print_freq` steps and at the epoch's end, write the means.
+        """Add a step to the means, without waiting for the device; write them every `print_freq` steps and after the epoch.
 
-        bad: the unusable samples that this process has met. Raises RunError if there are too many in all.
+        bad: new unusable samples of this process. Raises RunError if there are too many on all processes.
         """
         self.met += bad
         for name, value in {"loss": loss.detach(), **stats}.items():
@@ -104,21 +104,21 @@ class Log:
             self._write()
 
     def flush(self) -> None:
-        """Write what has been added up, to the disk itself: a checkpoint that is saved now goes on behind it."""
+        """Write the means so far to the disk: a checkpoint that is saved now resumes after them."""
         if self.count:
             self._write()
         if self.lines:
             self.lines.sync()
 
     def scalars(self, epoch: int, values: dict[str, float]) -> None:
-        """Write what is known once an epoch."""
+        """Write values of a whole epoch, such as a validation's."""
         if self.lines:
             self._put({"epoch": epoch, **values}, (epoch + 1) * self.steps)
 
     def _write(self):
         step, lr = self.now
-        means = dist.total(torch.stack(list(self.sums.values())).float()) / (self.count * dist.world())
-        means = dict(zip(self.sums, means.tolist(), strict=True))
+        totals = dist.total(torch.stack(list(self.sums.values())).float()) / (self.count * dist.world())
+        means = dict(zip(self.sums, totals.tolist(), strict=True))
         if "skipped" in means:
             means["skipped"] = round(means["skipped"] * self.count)
         unusable = self.bad.add(self.met)
@@ -136,7 +136,8 @@ class Log:
             f"{rate:.0f} images/s  data wait {share:.0%}")  # fmt: skip
 
     def _put(self, entry, number):
-        """A line of metrics.jsonl, and its numbers for TensorBoard. `number`: of the step, counted over all epochs, from 1."""
+        """Write a line of metrics.jsonl, and its numbers for TensorBoard. number: steps over all epochs so far."""
+        assert self.lines
         self.lines.put(entry)
         numbers = {name: value for name, value in entry.items() if name not in ("epoch", "step", "steps")}
         self._curves(lambda writer: [writer.add_scalar(name, value, number) for name, value in numbers.items()])
@@ -146,11 +147,11 @@ class Log:
             try:
                 work(self.writer)
             except OSError as error:  # a full disk
-                say(f"warning: TensorBoard's file cannot be written ({error}); its curves end here, metrics.jsonl goes on")
+                say(f"warning: TensorBoard's file cannot be written ({error}); its curves end here, metrics.jsonl continues")
                 self.writer = None
 
 
 def _place(line):
-    """(epoch, step) that must be done for a line of metrics.jsonl to stand: its own step, or its whole epoch."""
+    """(epoch, step) that a line of metrics.jsonl is about; a line about a whole epoch comes after all its steps."""
     entry = json.loads(line)
     return entry["epoch"], entry.get("step", math.inf)

@@ -1,4 +1,4 @@
-"""A step whose loss or gradient was not finite: written down with all that it was computed from, and computed again."""
+"""A step whose loss or gradient was not finite: saved with all its inputs, and computed again by --replay."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -18,11 +18,11 @@ KEYS = {
 
 
 def write(failure: NotFinite, folder: Path, args, method: torch.nn.Module, scaler, steps: int, images: int) -> NoReturn:
-    """Called by all processes, with what each holds of the failed step; the first one writes the file. Raises RunError.
+    """Gather the inputs of a failed step from all processes, and save them on the first. Called by all. Raises RunError.
 
-    Random numbers are functions of the seed, the number of the step and the process, so these are their state. On CUDA the
-    failure is known one step late: weights and batch are the failed step's; queue, banks and key encoder have gone on, without
-    what is not finite.
+    Random numbers need no saving: they are functions of the seed, the number of the step and the process. On CUDA the host
+    learns of the failure one step late. Weights and batch are the failed step's; queue, banks and key encoder are one update
+    newer, without the values that are not finite.
     """
     inputs = failure.inputs
     batch = inputs.batch
@@ -40,23 +40,23 @@ def write(failure: NotFinite, folder: Path, args, method: torch.nn.Module, scale
             with atomic(path) as file:
                 torch.save(content, file)
         except (OSError, RuntimeError) as error:  # torch turns some of the first into the second
-            raise RunError(f"{failure}; {path}, with all it was computed from, cannot be written ({error})") from None
+            raise RunError(f"{failure}; {path}, with all its inputs, could not be written ({error})") from None
     raise RunError(f"{failure}, and see --replay {path}")
 
 
 def read_failed_step(path: str) -> dict:
-    """The file that `write` has left. Raises FileNotFoundError or ValueError in one line that names --replay."""
+    """A file of `write`. Raises FileNotFoundError or ValueError in one line that names --replay and the path."""
     saved = checkpoint.read(path, "--replay")
     if not saved.keys() >= KEYS:
-        raise ValueError(f"--replay {path}: is no failed step; pass a failed_step_*.pth.tar that a run has left in its folder")
+        raise ValueError(f"--replay {path}: is not a failed step; pass a failed_step_*.pth.tar from the folder of a run")
     return saved
 
 
 def run(method: torch.nn.Module, saved: dict, loss_of: Callable[[dict], torch.Tensor], scaler: torch.amp.GradScaler) -> bool:
-    """Compute the step in one process, its processes as BatchNorm groups, and say where numbers stop being finite.
+    """Compute the step in one process, with the run's processes as BatchNorm groups; say where numbers are not finite.
 
-    method: built with `bn_splits` times the run's processes. loss_of: computes the loss from `saved`, with `method` in training
-    mode. Returns whether it failed again.
+    method: has `bn_splits` times as many groups as the run. loss_of: computes the loss of `saved` by `method`. Returns whether
+    the step failed again.
     """
     method.load_state_dict(checkpoint.unprefixed(saved["state_dict"]))
     strange: list[str] = []
@@ -84,7 +84,7 @@ def run(method: torch.nn.Module, saved: dict, loss_of: Callable[[dict], torch.Te
     say(f"weights that are not finite: {_list(weights)}")
     say(f"modules whose output is not finite, in the order of their calls: {_list(list(dict.fromkeys(strange)))}")
     say(f"parameters whose gradient is not finite: {len(bad)} of {len(gradients)}")
-    say("the step fails again" if again else "the step does not fail here; the run's --device and --amp may be the reason")
+    say("the step fails again" if again else "the step does not fail here; try the run's --device and --amp")
     return again
 
 

@@ -1,8 +1,8 @@
-"""Does this Python have what a requirements file asks for? Exit code 0, or 1 and one line that says what is missing.
+"""Does this Python satisfy a requirements file? Exit code 0, or 1 and one line that lists what is missing.
 
     python utils/run/requirements.py requirements.txt
 
-Answers in a tenth of a second: it reads the installed versions and imports none of the packages.
+Takes a tenth of a second: it reads the installed versions and imports none of the packages.
 """
 
 import sys
@@ -11,8 +11,8 @@ from pathlib import Path
 
 
 def unmet(path: Path) -> list[str]:
-    """What a requirements file (and those it includes with -r) asks for and this environment lacks."""
-    # comes with tensorboard: an environment without it lacks more than that
+    """The requirements of a file (and of those it includes with -r) that this environment does not satisfy."""
+    # installed with tensorboard: an environment without it lacks other packages too
     from packaging.requirements import Requirement
 
     missing = []
@@ -27,13 +27,13 @@ def unmet(path: Path) -> list[str]:
             found = installed(requirement.name)
             if not found:
                 missing.append(str(requirement))
-            elif not requirement.specifier.contains(found, prereleases=True):  # a nightly or +cpu build will do
+            elif not requirement.specifier.contains(found, prereleases=True):  # a nightly or +cpu build is fine
                 missing.append(f"{requirement} (it has {found})")
     return missing
 
 
 def installed(package: str) -> str | None:
-    """Its version, or None if it is not installed, or only in part."""
+    """The version of a package, or None if it is not installed, or only in part."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -41,13 +41,13 @@ def installed(package: str) -> str | None:
 
 
 def main(path: str) -> str | None:
-    """None if all is there, else what is not."""
+    """The missing packages, or None."""
     if Path(sys.prefix, "incomplete").exists():  # left by make_environment of utils/run/env.sh
-        return "the end of its installation, which was cut off"
+        return "packages: its installation was interrupted"
     try:
         missing = unmet(Path(path))
     except ModuleNotFoundError:
-        return f"what {path} lists"
+        return f"the packages of {path}"
     return ", ".join(missing) or None
 
 

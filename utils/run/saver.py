@@ -1,4 +1,4 @@
-"""Writing checkpoints beside training: whole or not at all, in the background, the newest few kept."""
+"""Writing checkpoints in the background of training: whole or not at all, the newest few kept."""
 
 import threading
 import time
@@ -14,21 +14,24 @@ from utils.run.log import say
 class Saver:
     """Writes the checkpoints of a run, on the first process, one at a time.
 
-    keep: how many of the newest stay, beside those of every `keep_epochs`-th epoch (0: none). minutes: after how many without a
-    checkpoint one is due (0: never). A save that fails, on a full disk say, leaves the earlier ones and the run alone.
+    keep: number of newest checkpoints that stay, besides those of every `keep_epochs`-th epoch (0: none). minutes: one is due
+    after so many without a checkpoint (0: never). If a save fails, on a full disk say, earlier ones stay and the run continues.
     """
+
+    thread: threading.Thread | None = None
+    failure: Exception | None = None
 
     def __init__(self, folder: Path, keep: int, minutes: float, keep_epochs: int = 0):
         self.folder, self.keep, self.minutes, self.keep_epochs = Path(folder), keep, minutes, keep_epochs
-        self.thread, self.failure, self.last = None, None, time.monotonic()
+        self.last = time.monotonic()
 
     def due(self) -> bool:
-        """Whether time has come for a checkpoint, and none is still being written."""
+        """Whether --save-minutes have passed, and no checkpoint is being written."""
         idle = self.thread is None or not self.thread.is_alive()
         return bool(self.minutes) and idle and time.monotonic() - self.last >= 60 * self.minutes
 
     def save(self, content: dict) -> None:
-        """Copy `content`, which holds `epoch` and `step`, to the CPU's memory and return; it is written meanwhile."""
+        """Copy `content`, which holds `epoch` and `step`, to the CPU's memory, and write it in the background."""
         self.wait()
         content = _copied(content)
         self.last = time.monotonic()
@@ -36,13 +39,13 @@ class Saver:
         self.thread.start()
 
     def wait(self) -> Exception | None:
-        """Until nothing is being written; why the last save failed, or None."""
+        """Wait until nothing is being written; return the error of the last save, or None."""
         if self.thread:
             self.thread.join()
         return self.failure
 
     def reason(self) -> str:
-        """Of the last failure, in one line."""
+        """The last error, in one line."""
         return str(self.failure).splitlines()[0]
 
     def _write(self, content):
@@ -52,18 +55,18 @@ class Saver:
             self._tidy(path)
             self.failure = None
         except (OSError, RuntimeError) as error:
-            # torch's own error about a file that takes no more hides the system's, which says why
+            # torch's own error about a full disk hides the system's error, which gives the reason
             self.failure = error.__context__ if isinstance(error.__context__, OSError) else error
-            say(f"warning: {path} could not be written ({self.reason()}); training goes on, the next save tries again")
+            say(f"warning: {path} could not be written ({self.reason()}); training continues, the next save tries again")
 
     def _tidy(self, written):
-        """Delete passing checkpoints but the newest. A later one than `written` is of a try that this run does not continue."""
-        saved = checkpoint.saved_in(self.folder)
-        for path in saved[: saved.index(written)]:
+        """Delete all passing checkpoints but the newest. Rename those after `written`: the run has resumed before them."""
+        now, places = checkpoint.place_of(written), {p: checkpoint.place_of(p) for p in checkpoint.saved_in(self.folder)}
+        for path in [path for path, place in places.items() if place > now]:
             path.rename(path.with_name(f"abandoned_{path.name}"))
             say(f"warning: {path} is later than the checkpoint that was resumed; renamed to abandoned_{path.name}")
-        places = ((path, checkpoint.place_of(path)) for path in saved[saved.index(written) :])
-        passing = [path for path, (epoch, step) in places if step or not self.keep_epochs or epoch % self.keep_epochs]
+            del places[path]
+        passing = [path for path, (epoch, step) in places.items() if step or not self.keep_epochs or epoch % self.keep_epochs]
         for path in passing[self.keep :]:
             path.unlink()
 
@@ -76,7 +79,7 @@ def write(path: Path, content: dict) -> None:
 
 
 def _copied(x):
-    """The same, with copies of all tensors in the memory of the CPU."""
+    """A copy whose tensors are on the CPU."""
     if isinstance(x, torch.Tensor):
         return x.detach().to("cpu", copy=True)
     if isinstance(x, dict):

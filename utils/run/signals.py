@@ -1,15 +1,15 @@
-"""Signals that ask a run to stop: it saves first."""
+"""Signals that ask a run to save and stop."""
 
 import os
 import signal
 import time
 
 STOP = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-TOGETHER = 5.0  # seconds in which torchrun's agent passes on a signal that a scheduler has sent to all processes already
+TOGETHER = 5.0  # seconds; torchrun's agent sends a scheduler's signal once more to processes that have it already
 
 
 class Signals:
-    """Remembers the first of SIGTERM, SIGUSR1 and SIGINT; the next ends the process at once. A context, in the main thread."""
+    """A context in the main thread: remembers the first of SIGTERM, SIGUSR1 and SIGINT; the next one ends the process."""
 
     def __init__(self):
         self.received, self.when, self.before = 0, 0.0, {}
@@ -32,16 +32,16 @@ class Signals:
 
 
 def leave_to_parent(*_) -> None:
-    """For a loader's worker: a signal to the whole group, such as Ctrl-C, is the training process's to answer."""
+    """In a loader's worker: ignore signals to the whole group, such as Ctrl-C; the training process handles them."""
     for number in STOP:
         signal.signal(number, signal.SIG_IGN)
 
 
 def stopped(number: int) -> str:
-    """What a run says last that a signal has ended."""
-    return f"Stopped by {signal.Signals(number).name}, and saved. The same command goes on from here."
+    """The last line of a run that a signal has stopped."""
+    return f"Stopped by {signal.Signals(number).name}, and saved. The same command resumes from here."
 
 
 def exit_code(number: int) -> int:
-    """Of a run that has stopped and saved: 0 if a scheduler asked, which will start it again; as the shell's for Ctrl-C."""
+    """The exit code of a run that has saved: 128 + 2, as the shell's, after Ctrl-C; 0 after a scheduler's signal."""
     return 128 + number if number == signal.SIGINT else 0
