@@ -155,7 +155,7 @@ def main(argv=None):
     model = dist.data_parallel(method, device)
     folder = Path(args.output_dir)
     if dist.rank() == 0:
-        write_config(folder, args, index=index.hash, device=str(device))
+        write_config(folder, args, index=index.hash, samples=index.total, device=str(device))
     with one_line_ends(PROG):
         try:
             stopped_by = train(args, index, model, optimizer, scaler, start, lr, device)

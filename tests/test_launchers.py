@@ -111,7 +111,7 @@ def test_launchers__probe_finds_the_run(project, method, variables, run, shards,
     pretrain = dry_run(project, f"pretrain_{method}.sh", SHARDS=shards, **variables)
     probe = dry_run(project, f"linear_{method}.sh", SHARDS=shards, **variables)
     assert Path(pretrain.output_dir) == Path(prefix + run)
-    assert Path(probe.pretrained) == Path(prefix + run, "checkpoint_latest.pth.tar")
+    assert Path(probe.pretrained) == Path(prefix + run)
     assert Path(probe.output_dir) == Path(prefix + run, "linear")
     assert probe.size == pretrain.size
     if method == "moco":
@@ -124,8 +124,8 @@ def test_launchers__output_and_checkpoint_can_be_given(project):
     write(project / "a run/checkpoint_latest.pth.tar")
     write(project / "released/mosrep.pth.tar")
     assert dry_run(project, "pretrain_mosrep.sh", OUTPUT="a run").output_dir == "a run"
-    assert dry_run(project, "linear_mosrep.sh", OUTPUT="a run").pretrained == "a run/checkpoint_latest.pth.tar"
-    assert dry_run(project, "linear_mosrep.sh", CHECKPOINT="a run").pretrained == "a run/checkpoint_latest.pth.tar"
+    assert dry_run(project, "linear_mosrep.sh", OUTPUT="a run").pretrained == "a run"
+    assert dry_run(project, "linear_mosrep.sh", CHECKPOINT="a run").pretrained == "a run"
     assert dry_run(project, "linear_mosrep.sh", CHECKPOINT="released/mosrep.pth.tar").output_dir == "released/linear-mosrep"
 
 

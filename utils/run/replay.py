@@ -26,7 +26,7 @@ def write(failure: NotFinite, folder: Path, args, method: torch.nn.Module, scale
     """
     inputs = failure.inputs
     batch = inputs.batch
-    parts = dist.gather_objects_on_first({"views": [view.cpu() for view in batch.views], "flips": batch.flips})
+    parts = dist.gather_objects_on_first({"views": [view.cpu() for view in batch.views], "flips": batch.flips}) or []
     samples = dist.gather(batch.sample_ids)
     path = folder / f"failed_step_{inputs.epoch:04d}_{inputs.step_in_epoch:06d}.pth.tar"
     if dist.rank() == 0:
