@@ -1,5 +1,6 @@
 """The shell scripts and utils/run/env.sh, without installing anything: what they would run, and in which Python."""
 
+import contextlib
 import os
 import re
 import shutil
@@ -61,7 +62,8 @@ def dry_run(project, launcher, *flags, **variables):
     done = bash(project / launcher, *flags, cwd="/", **variables)
     assert done.returncode == 0, done.stderr
     script, *argv = done.stdout.splitlines()
-    return ENTRY_POINTS[script].get_args(argv)
+    with contextlib.chdir(project):  # as the launcher, which passes relative paths
+        return ENTRY_POINTS[script].get_args(argv)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
