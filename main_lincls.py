@@ -25,14 +25,12 @@ from utils.data.loader import load_batches
 from utils.data.shards import steps_per_epoch, training_plan
 from utils.data.views import ViewSpec
 from utils.evaluation.classifiers import Classifiers, evaluate, largest_change
-from utils.evaluation.frozen import Frozen, build_trunk
-from utils.evaluation.source import Source, add_weights_flags, read_source
+from utils.evaluation.frozen import Frozen, Source, add_weights_flags, build_trunk, read_source
 from utils.learning import amp, optim
-from utils.run import checkpoint, dist, flags, resume
+from utils.run import checkpoint, dist, flags, resume, signals
 from utils.run.engine import Engine, StepInputs
 from utils.run.files import write_json
 from utils.run.log import Log, say, write_config
-from utils.run.signals import exit_code, stopped
 
 PROG = "main_lincls.py"
 
@@ -40,7 +38,9 @@ PROG = "main_lincls.py"
 def get_args(argv: list[str] | None = None, source: Source | None = None) -> flags.Flags:
     """The flags. source: of read_source; its checkpoint decides defaults. Without one no file is read."""
     source = source or read_source(PROG, METHODS, argv, opened=False)
-    parser = flags.Parser(prog=PROG, description=__doc__)
+    parser = flags.Parser(
+        prog=PROG, usage="%(prog)s --pretrained RUN --train-shards DIR --val-shards DIR [flags]", description=__doc__
+    )
     add_weights_flags(parser, METHODS, source)
     add = parser.group("data").add_argument
     add("--train-shards", required=True, identity=False, metavar="DIR",
@@ -123,7 +123,7 @@ def main(argv: list[str] | None = None) -> None:
         frozen.to(device).to(memory_format=torch.channels_last)
         lr = optim.scaled_lr(args.lr, args.batch_size)
         optimizer = optim.sgd(fc.parameters(), lr, args.momentum, args.weight_decay, args.trust)
-        weights = source.sha256
+        weights = checkpoint.file_hash(source.path) if source.path else None
         identity = flags.meaning(args) | {"weights": weights, "train": train_index.hash, "val": val_index.hash}
         progress = {"epoch": 0, "step": 0, "best": {layer: {"top1": -1.0} for layer in args.layer}, "last": None}
         if resume_from:
@@ -145,9 +145,9 @@ def main(argv: list[str] | None = None) -> None:
     if not stopped_by:
         report(args, progress, {"checkpoint_sha256": weights, "trunk_sha256": trunk_hash})
         return dist.teardown()
-    say(stopped(stopped_by))
+    say(signals.stopped(stopped_by))
     dist.teardown()
-    sys.exit(exit_code(stopped_by))
+    sys.exit(signals.exit_code(stopped_by))
 
 
 def train(

@@ -23,8 +23,7 @@ import main_lincls
 import main_pretrain
 from methods import METHODS
 from utils.data.batch import Batch
-from utils.evaluation.frozen import build_trunk
-from utils.evaluation.source import read_source
+from utils.evaluation.frozen import build_trunk, read_source
 from utils.run import dist
 from utils.run.checkpoint import bare
 

@@ -18,7 +18,7 @@ from utils.data.bad_samples import BadSamples
 from utils.data.shards import BatchPlan
 from utils.evaluation import classifiers
 from utils.evaluation.classifiers import Classifiers, evaluate, largest_change
-from utils.evaluation.source import read_source
+from utils.evaluation.frozen import read_source
 from utils.learning import backbones, layouts, optim
 from utils.run import checkpoint
 from utils.run.flags import RunError
@@ -159,6 +159,12 @@ def test_read_source__another_method_than_the_checkpoints_is_refused(tmp_path, m
     assert opened("--method", method, *paths)[1].method == method
 
 
+def test_read_source__a_checkpoint_of_a_probe_is_refused(images, trained, tmp_path):
+    probe(images, trained, tmp_path, "--epochs", 1)
+    with pytest.raises(ValueError, match="--pretrained .*checkpoint_0000.pth.tar: is a checkpoint of a linear probe; pass the"):
+        read_source("p", METHODS, ["--pretrained", str(tmp_path)])
+
+
 def test_read_source__a_method_that_is_not_here_is_refused(tmp_path):
     torch.save({"method": "simsiam", "state_dict": {}}, tmp_path / "c.pth.tar")
     with pytest.raises(ValueError, match="--pretrained .*c.pth.tar: is of method simsiam, not one of mosrep, .*pass another"):
@@ -173,7 +179,7 @@ def test_main_lincls__says_which_method_arch_and_protocol(images, trained, tmp_p
     with_source = read_source("p", METHODS, ["--pretrained", str(trained)])
     assert with_source.facts == "method moco (checkpoint), arch tiny_resnet (checkpoint)"
     untrained = read_source("p", METHODS, ["--pretrained", "random", "-a", "resnet18"])
-    assert untrained.facts == "method mosrep (default), arch resnet18 (flag)" and untrained.sha256 is None
+    assert untrained.facts == "method mosrep (default), arch resnet18 (flag)" and untrained.path is None
 
 
 def test_sgd__layer_wise_rate_is_that_of_a_slow_loop():

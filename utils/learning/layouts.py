@@ -37,11 +37,6 @@ def weights_of(saved: dict, source: str) -> dict[str, torch.Tensor]:
     return state
 
 
-def arch_of(saved: Mapping[str, Any]) -> str | None:
-    """The architecture that a checkpoint names, or None."""
-    return saved.get("flags", {}).get("arch") or saved.get("arch")
-
-
 def recognize(saved: Mapping[str, Any], state: Iterable[str]) -> tuple[str | None, bool]:
     """The method of a checkpoint, by its own word or by the names of its weights; and whether no other method can read it."""
     if "method" in saved:
