@@ -1,4 +1,4 @@
-"""What the tests of the input pipeline share: encoded images, shards built on the fly, photographs, statistics."""
+"""Helpers of the input pipeline's tests: encoded images, small shards, photographs, statistics."""
 
 import functools
 import io
@@ -31,12 +31,12 @@ PHOTOGRAPHS = ("astronaut", "chelsea", "coffee")
 
 
 def color_of(number: int) -> tuple[int, int, int]:
-    """A colour that no other number below 256 has."""
+    """A color that no other number below 256 has."""
     return number, 255 - number, (37 * number) % 256
 
 
 def one_color(number: int, size=(17, 13)) -> bytes:
-    """An image that any crop of it is recognised by."""
+    """An image of one color, so that any crop identifies it."""
     return encode(Image.new("RGB", size, color_of(number)), "PNG")
 
 
@@ -76,7 +76,7 @@ def write_shards(folder, sizes, image=one_color, label=lambda number: number % 3
 
 
 def name_classes(folder, classes) -> Index:
-    """The index of a folder again, now labelled, whatever its shards hold: as if they had changed after the conversion."""
+    """Write class names into the index of a folder, whatever labels its shards have, and load it."""
     content = json.loads((folder / "index.json").read_text())
     (folder / "index.json").write_text(json.dumps(content | {"classes": classes}))
     return load_index(str(folder))

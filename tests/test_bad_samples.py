@@ -1,4 +1,4 @@
-"""Unusable samples: each written down once, counted over all processes, and no more of them than allowed."""
+"""Unusable samples: one record of each, counted over all processes, and limited."""
 
 import json
 
@@ -19,7 +19,7 @@ def written(folder):
 
 
 def test_bad_samples__each_once(tmp_path):
-    """However often it is met, with whatever error; one key in two shards is two samples."""
+    """However often it is met, with any error. One key in two shards is two samples."""
     bad = BadSamples(tmp_path, 100, 1.0)
     assert bad.add([]) == 0 and not (tmp_path / FILE).exists()
     assert bad.add([record("x"), record("y"), record("x")]) == 2
@@ -41,17 +41,17 @@ def test_bad_samples__any_text_is_one_line_of_the_file(tmp_path):
     assert BadSamples(tmp_path, 100, 1.0).add(records) == len(STRANGE) and written(tmp_path) == records
 
 
-def test_bad_samples__goes_on_with_the_file_of_the_run(tmp_path):
+def test_bad_samples__adds_to_the_file_of_the_run(tmp_path):
     BadSamples(tmp_path, 100, 1.0).add([record("x"), record("y")])
     bad = BadSamples(tmp_path, 100, 1.0)
-    assert bad.add([]) == 0  # what an earlier start has met may have been mended
+    assert bad.add([]) == 0  # the samples of an earlier start may have been fixed
     assert bad.add([record("y"), record("z")]) == 2
     assert written(tmp_path) == [record("x"), record("y"), record("z")]
 
 
 @pytest.mark.parametrize("rest", ["{", '{"shard": "a.tar", "key": "y", "err', json.dumps(record("y"))])
 def test_bad_samples__half_a_line_is_ignored(tmp_path, rest):
-    """A run that was killed left it; without its newline it is not there, though it may be all of the record."""
+    """A killed run may leave it. Without its newline a line is not complete."""
     (tmp_path / FILE).write_text(json.dumps(record("x")) + "\n" + rest)
     assert BadSamples(tmp_path, 100, 1.0).add([record("x")]) == 1
     assert written(tmp_path) == [record("x")]
@@ -73,7 +73,7 @@ def test_bad_samples__nothing_is_made_where_nothing_was_met(tmp_path):
     "images, share, most", [(100, 0.01, 1), (100, 0.05, 5), (40, 0.01, 0), (7, 0.5, 3), (50, 0.0, 0), (3, 1.0, 3)]
 )
 def test_bad_samples__no_more_than_allowed(tmp_path, images, share, most):
-    """As many as the share says may be unusable; one more ends the run, and is on record."""
+    """One more than the share allows ends the run, and has a record too."""
     bad = BadSamples(tmp_path, images, share)
     for n in range(most):
         assert bad.add([record(str(n))]) == n + 1
@@ -84,7 +84,7 @@ def test_bad_samples__no_more_than_allowed(tmp_path, images, share, most):
     assert [r["key"] for r in written(tmp_path)] == [*map(str, range(most)), "one more", "another"]
 
 
-def test_bad_samples__what_an_earlier_start_has_met_counts_when_it_is_met_again(tmp_path):
+def test_bad_samples__samples_of_an_earlier_start_count_when_they_are_met_again(tmp_path):
     BadSamples(tmp_path, 100, 0.03).add([record(str(n)) for n in range(3)])
     again = BadSamples(tmp_path, 100, 0.03)
     assert again.add([record("2"), record("3")]) == 2
@@ -110,7 +110,7 @@ def two_processes(folder):
 
 
 def test_bad_samples__processes_agree(tmp_path):
-    """On the count and on the end, and the file has each once."""
+    """On the count and on the end of the run. The file has each sample once."""
     (first, second) = spawn(two_processes, tmp_path)
     assert first == second
     counts, again, text = first

@@ -36,7 +36,7 @@ def shard(path, count, label="{}", start=0):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Someone else's shards: 3, 4 and 5 samples with the labels 0 to 11, no index."""
+    """Shards without an index: 3, 4 and 5 samples with the labels 0 to 11, no index."""
     path = tmp_path / "shards"
     path.mkdir()
     for number, (start, count) in enumerate([(0, 3), (3, 4), (7, 5)]):
@@ -49,7 +49,7 @@ def names(index):
 
 
 def slow_samples(path):
-    """What local_samples should find, with the data of images and labels itself instead of where it is."""
+    """The expected samples of local_samples, with the data of images and labels instead of their places."""
     groups = []
     with tarfile.open(path) as tar:
         for member in tar.getmembers():
@@ -94,19 +94,19 @@ def test_local_samples__extension_that_comes_again_opens_a_sample(tmp_path):
 
 @pytest.mark.parametrize("size", [0, 100, 700, 2048, 2100, 2560, 2600, 3072])
 def test_local_samples__cut_short(tmp_path, size):
-    """In a header, in a payload, and exactly between two members, where tarfile itself sees nothing amiss."""
+    """In a header, in a payload, and exactly between two members, which tarfile itself does not notice."""
     path = write_tar(tmp_path / "x.tar", [("0.jpg", b"0" * 1500), ("1.jpg", b"1" * 1500)])
     os.truncate(path, size)
     found = []
     with pytest.raises(tarfile.TarError):
         for sample in local_samples(path):
             found.append(read(path, sample))
-    assert found == ([("0", {"jpg": b"0" * 1500})] if size >= 2048 else [])  # what is whole before the damage
+    assert found == ([("0", {"jpg": b"0" * 1500})] if size >= 2048 else [])  # the whole samples before the corrupt part
 
 
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT])
 def test_tar_samples__stream_gives_what_the_file_gives(tmp_path, format):
-    """Numbered alike, and only images and labels are taken."""
+    """Their positions are equal, and only images and labels are taken."""
     path, asked = tmp_path / "x.tar", []
     members = [
         ("a.cls", b"1"), ("b.cls", b"2"), ("b.pkl", b"evil"), ("b.jpg", b"B" * 900), ("c.jpg", b""), ("c.json", b"?"),
@@ -127,7 +127,7 @@ def test_tar_samples__stream_gives_what_the_file_gives(tmp_path, format):
 
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_tar_samples__another_number_than_is_known(tmp_path, count):
-    """The last one may have lost a part if there should be more, and is not given."""
+    """If samples are missing, the last one may be incomplete and is not given."""
     path = write_tar(tmp_path / "x.tar", [(f"{i}.jpg", b"image") for i in range(3)])
     found = []
     with (
@@ -321,7 +321,7 @@ def test_load_index__folder_of_splits(tmp_path, splits, expected):
 
 
 def test_load_index__keys_without_an_image_are_named(tmp_path, capsys):
-    """They are no samples; one warning a shard says so, and none where all is well."""
+    """They are no samples. One warning for each such shard says so."""
     write_tar(tmp_path / "a.tar", [("0.cls", b"1"), ("1.jpg", b"?"), ("1.cls", b"0"), ("d/2.cls", b"1"), ("3.txt", b"?")])
     shard(tmp_path / "b.tar", 2)
     index = load_index(str(tmp_path))

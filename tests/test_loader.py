@@ -48,7 +48,7 @@ LAYOUTS = [(1, 0), (1, 2), (2, 1), (2, 2), (4, 1)]  # processes, workers of each
 
 @pytest.fixture(scope="module")
 def colors(tmp_path_factory):
-    """Each image has one colour, that of its number; labels are number mod 3."""
+    """Each image has the one color of its sample id. A label is the sample id mod 3."""
     return write_shards(tmp_path_factory.mktemp("colors"), SIZES)
 
 
@@ -63,7 +63,7 @@ def as_process(monkeypatch, rank, world):
 
 
 def train(monkeypatch, index, batch, world=1, workers=0, specs=MOCO, seed=0, epochs=range(2), first_step=0, on="auto"):
-    """[batches of process 0, of process 1, ...] as real loaders give them."""
+    """[batches of process 0, of process 1, ...] from real loaders."""
     out = []
     for rank in range(world):
         as_process(monkeypatch, rank, world)
@@ -73,7 +73,7 @@ def train(monkeypatch, index, batch, world=1, workers=0, specs=MOCO, seed=0, epo
 
 
 def joined(processes):
-    """Global batches, from those of the processes: [views..., sample numbers, labels]."""
+    """The global batches, joined from those of the processes: [views..., sample ids, labels]."""
     parts = []
     for step in zip(*processes, strict=True):  # strict: equal step counts
         views = [torch.cat(v) for v in zip(*[b.views for b in step], strict=True)]
@@ -96,7 +96,7 @@ def alone(photographs):
 
 @pytest.mark.parametrize("world, workers", [*list(itertools.product((1, 2, 3), (0, 1, 2, 3)))[1:], (4, 1)])
 def test_load_batches__global_batches_do_not_depend_on_processes_and_workers(monkeypatch, photographs, alone, world, workers):
-    """Equal step counts, every sample at most once an epoch, and the very same bytes: pixels, numbers and labels."""
+    """The number of steps is equal, a sample comes at most once an epoch, and pixels, sample ids and labels are bit-equal."""
     processes = train(monkeypatch, photographs, 12, world, workers)
     assert [len(p) for p in processes] == [2 * (37 // 12)] * world
     assert all(len(batch.sample_ids) == 12 // world and batch.bad == [] for p in processes for batch in p)
@@ -153,7 +153,7 @@ def test_load_batches__flips_tell_which_views_are_mirrored(monkeypatch, tmp_path
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_load_batches__photometric_gives_the_same_in_the_worker_and_on_the_device(monkeypatch, photographs, alone, workers):
-    """To the bit, and `auto` is one of them."""
+    """To the bit. `auto` is one of the two."""
     here, spied = [], loader.photometric
     monkeypatch.setattr(loader, "photometric", lambda *args: here.append(1) or spied(*args))
     for on in ("worker", "device"):
@@ -170,7 +170,7 @@ def test_load_batches__no_labels_is_minus_one(monkeypatch, tmp_path):
 
 
 def test_load_batches__view_is_a_function_of_seed_epoch_and_sample(monkeypatch, photographs, alone):
-    """Not of the batch it comes in, nor of its place there. A new epoch and a new seed give new views and another order."""
+    """It does not depend on its batch and its place there. A new epoch or seed gives new views and another order."""
     views = {}
     for step, (*parts, numbers, _) in enumerate(alone):
         views |= {(step // 3, number): [p[i] for p in parts] for i, number in enumerate(numbers.tolist())}
@@ -197,7 +197,7 @@ def test_load_batches__view_is_a_function_of_seed_epoch_and_sample(monkeypatch, 
 
 
 def finished(image, specs, seed, epoch, planned):
-    """The views of one encoded image, drawn for the sample `planned`: each cut and coloured alone, in the order of specs."""
+    """The views of one encoded image, drawn for the sample `planned`: each cropped and colored alone, in the order of specs."""
     kinds = [spec for spec in specs for _ in range(spec.count)]
     u = draw(seed, epoch, planned, len(kinds))
     views = []
@@ -213,7 +213,7 @@ def views_of(batch, i):
 
 
 def test_load_batches__each_view_has_its_own_box_and_colours(monkeypatch, tmp_path):
-    """View number v over all specs is cut with row v of the sample's draws and coloured by it."""
+    """Row v of the sample's draws decides the crop and the colors of view v, counted over all specs."""
     index = write_shards(tmp_path / "x", SIZES, image=one_png)
     specs = [ViewSpec("a", 8), ViewSpec("b", 8, count=2), moco_v2_view("c", 8, (0.2, 1.0), count=2)]
     for batch in train(monkeypatch, index, 18, workers=2, specs=specs, seed=5, epochs=range(3, 4))[0]:
@@ -221,7 +221,7 @@ def test_load_batches__each_view_has_its_own_box_and_colours(monkeypatch, tmp_pa
             found = views_of(batch, i)
             for view, expected in zip(found, finished(one_png(number), specs, 5, 3, number), strict=True):
                 assert torch.equal(view, expected)
-            assert not any(torch.equal(x, y) for x, y in itertools.combinations(found[:3], 2))  # no colours: other boxes
+            assert not any(torch.equal(x, y) for x, y in itertools.combinations(found[:3], 2))  # the boxes differ
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -234,10 +234,10 @@ def test_load_batches__global_random_state_decides_nothing(monkeypatch, photogra
 
 
 @pytest.mark.parametrize("epoch", [1, 2])
-def test_load_batches__continued_at_an_epoch(monkeypatch, photographs, epoch):
+def test_load_batches__resumes_at_an_epoch(monkeypatch, photographs, epoch):
     unbroken = joined(train(monkeypatch, photographs, 12, epochs=range(3)))
-    continued = joined(train(monkeypatch, photographs, 12, workers=1, epochs=range(epoch, 3)))
-    assert same(continued, unbroken[3 * epoch :])
+    resumed = joined(train(monkeypatch, photographs, 12, workers=1, epochs=range(epoch, 3)))
+    assert same(resumed, unbroken[3 * epoch :])
 
 
 SMALL = [moco_v2_view("small", 6, (0.2, 1.0))]
@@ -251,8 +251,8 @@ def unbroken(photographs):
 
 
 @pytest.mark.parametrize("world, workers", [(1, 0), (1, 2), (2, 1)])
-def test_load_batches__continued_at_any_step(monkeypatch, photographs, unbroken, world, workers):
-    """What comes after a step needs nothing of what came before it."""
+def test_load_batches__resumes_at_any_step(monkeypatch, photographs, unbroken, world, workers):
+    """No step needs the steps before it."""
     assert len(unbroken) == 54
     for stop in range(7, 54, 7):
         epoch, step = divmod(stop, 18)
@@ -260,12 +260,12 @@ def test_load_batches__continued_at_any_step(monkeypatch, photographs, unbroken,
         assert same(joined(rest), unbroken[stop:])
 
 
-def test_load_batches__continued_behind_the_last_step_of_an_epoch(monkeypatch, photographs, unbroken):
+def test_load_batches__resumes_after_the_last_step_of_an_epoch(monkeypatch, photographs, unbroken):
     assert same(joined(train(monkeypatch, photographs, 2, specs=SMALL, epochs=range(1, 3), first_step=18)), unbroken[36:])
 
 
 def spy_on_reader(monkeypatch, path):
-    """A function that gives the numbers of the samples that any process has read, in order for each."""
+    """A function that returns the ids of the samples that the processes have read."""
     call = Reader.__call__
 
     def spied(self, number, *rest):
@@ -278,7 +278,7 @@ def spy_on_reader(monkeypatch, path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_load_batches__continued_reads_nothing_from_before(monkeypatch, photographs, tmp_path, workers):
+def test_load_batches__resumes_without_reading_earlier_samples(monkeypatch, photographs, tmp_path, workers):
     numbers = spy_on_reader(monkeypatch, tmp_path / "numbers")
     plan = epoch_plan(photographs, 2, 0, 1)
     list(train(monkeypatch, photographs, 2, workers=workers, specs=SMALL, epochs=range(1, 2), first_step=13))
@@ -288,7 +288,7 @@ def test_load_batches__continued_reads_nothing_from_before(monkeypatch, photogra
 @pytest.mark.parametrize("world, workers", list(itertools.product((1, 2, 3), (0, 1, 2, 3))))
 @pytest.mark.parametrize("batch", [8, 37])
 def test_load_batches__evaluation_sees_each_sample_exactly_once(monkeypatch, colors, batch, world, workers):
-    """The last short batch included, and each with its own label, however many processes and workers share the work."""
+    """With its own label, for any number of processes and workers. The last batch may be smaller."""
     seen = []
     for rank in range(world):
         as_process(monkeypatch, rank, world)
@@ -314,15 +314,15 @@ def test_evaluation_plan__few_samples_and_small_batches(monkeypatch, tmp_path, s
 
 
 FAULTY = (10, 10, 10, 7, 11)
-# number -> (its key, what the error says, the next number that may be better)
+# sample id -> (its key, a part of the error, the next sample id that may be usable)
 FAULTS = {
-    3: ("00003", "identify image", 4),  # bytes that are no image
+    3: ("00003", "identify image", 4),  # bytes that are not an image
     4: ("00004", "identify image", 5),  # no bytes
     12: ("00012", "(?i)truncated|incomplete|premature", 13),  # half a JPEG
     17: ("00017", "label", 18),  # none
-    18: ("00018", "label", 19),  # one that is no number
-    **{number: (f"sample {number - 20}", "corrupt", 30) for number in range(26, 30)},  # behind a header that is none
-    **{number: (f"sample {number - 30}", "corrupt", 37) for number in range(34, 37)},  # behind the end of a shard that was cut
+    18: ("00018", "label", 19),  # not a number
+    **{number: (f"sample {number - 20}", "corrupt", 30) for number in range(26, 30)},  # after a corrupt header
+    **{number: (f"sample {number - 30}", "corrupt", 37) for number in range(34, 37)},  # after the end of a cut shard
     47: ("00047", "identify image", 48),  # the last one
 }  # fmt: skip
 
@@ -344,7 +344,7 @@ def faulty(tmp_path_factory):
 
 
 def slow_replacement(number):
-    """(the usable sample that is taken for `number`, the unusable ones that are met on the way)"""
+    """The usable sample that replaces `number`, and the unusable ones before it."""
     met = []
     while number in FAULTS:
         met.append(number)
@@ -353,7 +353,7 @@ def slow_replacement(number):
 
 
 def check_records(index, records, numbers):
-    """That these are the records of these unusable samples, in this order."""
+    """Check that these are the records of these unusable samples, in this order."""
     shard_of = np.repeat(range(5), FAULTY)
     assert [(r["shard"], r["key"]) for r in records] == [(index.shards[shard_of[n]].path, FAULTS[n][0]) for n in numbers]
     for record, number in zip(records, numbers, strict=True):
@@ -367,7 +367,7 @@ def faulty_alone(faulty):
 
 
 def test_load_batches__an_unusable_sample_is_replaced_by_the_next_usable_one(faulty, faulty_alone):
-    """Its number and label are in the batch, its views are drawn for the planned one, and each that is met is on record."""
+    """The batch has its id and label, its views are drawn for the planned sample, and each unusable sample has a record."""
     replaced = 0
     for step, batch in enumerate(faulty_alone[0]):
         planned = epoch_plan(faulty, 12, 0, step // 4)[step % 4].tolist()
@@ -390,8 +390,8 @@ def test_load_batches__replacements_do_not_depend_on_processes_and_workers(monke
 
 
 @pytest.mark.parametrize("world, workers", LAYOUTS)
-def test_load_batches__evaluation_leaves_unusable_samples_out(monkeypatch, faulty, world, workers):
-    """Every other is there once, and each of these is on record once."""
+def test_load_batches__evaluation_skips_unusable_samples(monkeypatch, faulty, world, workers):
+    """Every other sample comes once, and each unusable one has one record."""
     seen, bad = [], []
     for rank in range(world):
         as_process(monkeypatch, rank, world)
@@ -407,7 +407,7 @@ def test_load_batches__evaluation_leaves_unusable_samples_out(monkeypatch, fault
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_load_batches__evaluation_of_nothing_but_unusable_samples(tmp_path, workers):
-    """However many they are: empty batches, no error here."""
+    """The batches are empty; any number of them is no error here."""
     index = write_shards(tmp_path / "x", (110,), image=lambda number: b"junk")
     batches = list(load_batches(index, TEST, evaluation_plan(index, 50), 0, workers, CPU))
     assert [batch.views[0].shape for batch in batches] == [(0, 3, 4, 4)] * 3
@@ -415,7 +415,7 @@ def test_load_batches__evaluation_of_nothing_but_unusable_samples(tmp_path, work
 
 
 def test_load_batches__keys_that_come_again_and_groups_without_image(monkeypatch, tmp_path):
-    """Samples of equal keys are all seen; what has no image is none, and is nowhere on record."""
+    """All samples with equal keys are used. A group without image is no sample and has no record."""
     write_members(tmp_path / "x.tar", [
         ("a.png", one_color(0)), ("a.cls", b"0"), ("a.png", one_color(1)), ("a.cls", b"1"), ("lone.cls", b"2"),
         ("b.png", one_color(2)), ("b.cls", b"2"), ("notes.txt", b"?"), ("a.png", one_color(3)), ("a.cls", b"0"),
@@ -437,18 +437,18 @@ def junk_below(folder, count, total=130):
 
 
 def why_it_ends(monkeypatch, index, batch, workers):
-    """The text of the RunError that training ends with, in this process."""
+    """The text of the RunError that ends the training."""
     try:
         train(monkeypatch, index, batch, workers=workers, specs=PLAIN, epochs=range(1))
     except RunError as error:
         assert type(error) is RunError
-        return str(error.with_traceback(None))  # without it, which holds the loader
-    pytest.fail("it goes on")
+        return str(error.with_traceback(None))  # the traceback would keep the loader alive
+    pytest.fail("the training did not end")
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_load_batches__hundred_unusable_samples_in_a_row_end_the_run(monkeypatch, tmp_path, workers):
-    """In the training process, with one line that names the first of them."""
+    """In the training process, with one line that names the first."""
     index = junk_below(tmp_path / "x", 120)
     text = why_it_ends(monkeypatch, index, 10, workers)
     assert text.startswith("100 samples in a row cannot be used")
@@ -457,7 +457,7 @@ def test_load_batches__hundred_unusable_samples_in_a_row_end_the_run(monkeypatch
     assert int(first) < 21 or int(first) == 129  # the planned one
 
 
-def test_load_batches__fewer_than_hundred_in_a_row_are_passed_over(monkeypatch, tmp_path):
+def test_load_batches__fewer_than_hundred_in_a_row_are_replaced(monkeypatch, tmp_path):
     index = junk_below(tmp_path / "x", 99)
     batches = train(monkeypatch, index, 10, specs=PLAIN, epochs=range(1))[0]
     numbers = Counter(number for batch in batches for number in batch.sample_ids.tolist())
@@ -473,7 +473,7 @@ def test_load_batches__few_samples_of_which_none_is_usable(monkeypatch, tmp_path
 
 
 def test_load_batches__workers_are_gone_when_it_ends_the_run(monkeypatch, tmp_path):
-    """They are not left to the garbage collector, which takes five seconds for each."""
+    """They do not wait for the garbage collector, which would take five seconds for each."""
     index = write_shards(tmp_path / "x", (3,), image=lambda number: b"junk")
     try:
         train(monkeypatch, index, 3, workers=1, specs=PLAIN)
@@ -484,7 +484,7 @@ def test_load_batches__workers_are_gone_when_it_ends_the_run(monkeypatch, tmp_pa
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_load_batches__shard_with_another_number_of_samples_ends_the_run(monkeypatch, tmp_path, workers):
-    """It is not the shard of the index: its samples are other ones."""
+    """Such a shard holds other samples than the index says."""
     index = write_shards(tmp_path / "x", (5, 5))
     write_shards(tmp_path / "y", (5, 6))
     os.replace(tmp_path / "y/001.tar", tmp_path / "x/001.tar")
@@ -493,7 +493,7 @@ def test_load_batches__shard_with_another_number_of_samples_ends_the_run(monkeyp
 
 
 def test_load_batches__leaves_the_number_of_threads(monkeypatch, colors):
-    """And crops views with one."""
+    """Views are cropped with one thread."""
     threads, inside = torch.get_num_threads(), set()
     monkeypatch.setattr(loader, "make_views", lambda *args: inside.add(torch.get_num_threads()) or make_views(*args))
     torch.set_num_threads(2)
@@ -518,7 +518,7 @@ def test_load_batches__leaves_the_number_of_threads_when_it_ends_the_run(monkeyp
 
 
 def test_load_batches__batches_come_one_by_one(monkeypatch, colors, tmp_path):
-    """It reads no further than it is asked to."""
+    """Without workers no batch is read ahead."""
     numbers, asked = spy_on_reader(monkeypatch, tmp_path / "numbers"), []
 
     def epochs():
@@ -542,7 +542,7 @@ def test_keep_freed_memory__twice(colors):
 
 @pytest.mark.parametrize("images", [4, 256])
 def test_worker_ms__is_positive_and_leaves_the_number_of_threads(monkeypatch, photographs, tmp_path, images):
-    """Fewer images than asked for are there in one case; every image of a round is read."""
+    """A round reads each image once, also where there are fewer than `images`."""
     numbers, threads = spy_on_reader(monkeypatch, tmp_path / "numbers"), torch.get_num_threads()
     torch.set_num_threads(2)
     try:
@@ -553,8 +553,8 @@ def test_worker_ms__is_positive_and_leaves_the_number_of_threads(monkeypatch, ph
     assert Counter(numbers()) == dict.fromkeys(range(min(images, 37)), 3)
 
 
-def test_worker_ms__is_of_the_processor_not_of_the_clock(monkeypatch, colors):
-    """The time that an image of the same work takes, whatever the number of images, is the same."""
+def test_worker_ms__is_cpu_time(monkeypatch, colors):
+    """The time for an image is the time of a round divided by its images."""
     clock = itertools.count(step=0.5)  # seconds, at each look
     monkeypatch.setattr(loader.time, "process_time", lambda: next(clock))
     assert worker_ms(colors, PLAIN, 0, images=10, rounds=3) == pytest.approx(50)
@@ -562,7 +562,7 @@ def test_worker_ms__is_of_the_processor_not_of_the_clock(monkeypatch, colors):
 
 
 class Stream:
-    """Stands for a CUDA stream: notes what happens, and in which stream it is launched."""
+    """A stand-in for a CUDA stream that records events and the stream of each."""
 
     now, told = None, []
 
@@ -579,7 +579,7 @@ class Tensor:
 
 
 def test_load_batches__on_cuda_a_batch_is_made_beside_the_step(monkeypatch):
-    """With stand-ins for streams: work goes to a stream of its own, for which the step waits, and which knows of its use."""
+    """With stand-ins: batches are made on their own stream, the step waits for it, and the tensors know both streams."""
     main = Stream.now = Stream("main")
 
     @contextlib.contextmanager

@@ -33,7 +33,7 @@ def to_tensor(image):
 
 
 def seen(views, parameters):
-    """What photometric makes of uint8 views, as float."""
+    """The result of photometric for uint8 views, as float."""
     out = photometric(views, parameters)
     assert out.dtype == torch.uint8 and out.shape == views.shape
     return out.float()
@@ -52,7 +52,7 @@ def apart(ours, theirs):
 
 
 def random_rows(n, seed=0, strong=False):
-    """n rows as they occur in training, all operations mixed; with `strong`, far from neutral."""
+    """n rows of all operations mixed, as in training; with `strong`, far from neutral."""
     rng = np.random.default_rng(seed)
     low, high, turn = (0.2, 1.8, 0.5) if strong else (0.6, 1.4, 0.1)
     values = dict(zip(COLOR_JITTER, [*rng.uniform(low, high, (3, n)), rng.uniform(-turn, turn, n)], strict=True))
@@ -148,7 +148,7 @@ def test_normalized__is_torchvisions(shape):
 
 
 @pytest.mark.parametrize("name", PHOTOGRAPHS)
-def test_photometric__flip_mirrors_what_is_there_in_the_end(name):
+def test_photometric__flip_is_applied_last(name):
     views, rows = to_tensor(photo(name)).repeat(6, 1, 1, 1), random_rows(6, seed=3)
     plain, flipped = rows.clone(), rows.clone()
     flip = COLUMNS.index("flip")
@@ -190,7 +190,7 @@ def test_photometric__each_sample_has_its_own_order():
 
 
 def order_of(code):
-    """The order that a code stands for, from the outside: which of all loops agrees with it."""
+    """The order of a code, found by the loop that agrees with it."""
     image = photo("astronaut", (24, 24))
     values = {"brightness": 1.6, "contrast": 0.4, "saturation": 1.9, "hue": 0.2}
     ours = seen(to_tensor(image)[None], row(order=code, **values)[None])[0]
@@ -255,7 +255,7 @@ def test_photometric__batch_is_its_samples_one_by_one():
 
 
 def test_photometric__batched_as_on_an_accelerator_is_view_by_view():
-    """There, every operation takes the views that need it at once, each with its own value."""
+    """There an operation takes all views that need it at once, each with its own value."""
     views = torch.stack([to_tensor(photo(name, (48, 40))) for name in PHOTOGRAPHS]).repeat(10, 1, 1, 1)
     rows = random_rows(30, strong=True)
     for n in (1, 2, 30):

@@ -23,7 +23,7 @@ def five(tmp_path):
 
 
 def open_files(folder):
-    """What this process holds open under a folder."""
+    """The files in a folder that this process has open."""
     links = [os.path.join("/proc/self/fd", fd) for fd in os.listdir("/proc/self/fd")]
     return [os.readlink(link) for link in links if os.path.lexists(link) and os.readlink(link).startswith(f"{folder}/")]
 
@@ -68,8 +68,8 @@ def test_reader__agrees_with_a_walk_through_the_tars(five, open_shards):
     assert not open_files(folder)
 
 
-def test_reader__what_is_expected_changes_nothing_here(five):
-    """Local shards give any sample at any time, any number of times."""
+def test_reader__expect_changes_nothing_for_local_shards(five):
+    """Any sample of a local shard can be read at any time, any number of times."""
     expected, reader = slow_walk(five), Reader(five)
     for samples in ([3, 1, 2], [], range(15)):
         reader.expect(np.array(samples, int))
@@ -105,7 +105,7 @@ def test_reader__members_in_any_order_and_unknown_ones(tmp_path):
 
 
 def test_reader__keys_that_come_again_are_samples_of_their_own(tmp_path):
-    """One after the other or far apart; and a sample with two images takes the first of them."""
+    """Side by side or far apart. A sample with two images has the first of them."""
     images = [one_color(i) for i in range(6)]
     write_members(tmp_path / "x.tar", [
         ("a.png", images[0]), ("a.cls", b"0"), ("a.png", images[1]), ("a.cls", b"1"), ("b.png", images[2]), ("b.cls", b"2"),
@@ -119,7 +119,7 @@ def test_reader__keys_that_come_again_are_samples_of_their_own(tmp_path):
 
 @pytest.mark.parametrize("label", [None, "cat {}", ""])
 def test_reader__no_label_is_minus_one(tmp_path, label):
-    """Nor is text one: pre-training needs none."""
+    """A text label is none either: pre-training needs no labels."""
     index = write_shards(tmp_path / "x", (3,), label=lambda number: label and label.format(number))
     reader = Reader(index)
     assert [reader(i) for i in range(3)] == [Sample(i, f"{i:05d}", one_color(i), -1) for i in range(3)]
@@ -178,8 +178,8 @@ def test_reader__shard_cut_short(tmp_path, when, size):
 
 
 @pytest.mark.parametrize("number", [4, 8, 9])
-def test_reader__damaged_header_ends_a_shard(tmp_path, number):
-    """What is before it can be read, nothing behind it, and the next that can is in the next shard."""
+def test_reader__corrupt_header_ends_a_shard(tmp_path, number):
+    """Samples before it can be read, none after it. The next usable one is in the next shard."""
     index = write_shards(tmp_path / "x", (4, 6, 2))
     path = index.shards[1].path
     overwrite(path, member_at(path, f"{number:05d}.png")[0], b"\xa5" * 512)
@@ -195,7 +195,7 @@ def test_reader__damaged_header_ends_a_shard(tmp_path, number):
     reader.close()
 
 
-def test_reader__damaged_label_header(tmp_path):
+def test_reader__corrupt_label_header(tmp_path):
     """The image before it is whole. Without its label it can be used only where the index has no classes."""
     for labelled in (False, True):
         index = write_shards(tmp_path / f"{labelled}", (3, 2), label=lambda number: 0)
@@ -212,8 +212,8 @@ def test_reader__damaged_label_header(tmp_path):
         reader.close()
 
 
-def test_reader__a_damaged_shard_is_gone_through_once(tmp_path, monkeypatch):
-    """Nothing behind its damage is looked for again, though other shards have taken its place since."""
+def test_reader__a_corrupt_shard_is_read_through_once(tmp_path, monkeypatch):
+    """It is not searched again, although other shards have been opened since."""
     index, scanned = write_shards(tmp_path / "x", (5, 5)), []
     os.truncate(index.shards[0].path, 6 * 512)
     scan = reader_module.local_samples
@@ -233,7 +233,7 @@ def test_reader__shard_gone(tmp_path):
 
 
 def spied_file(path, ranges):
-    """An open file that notes (start, end) of what is read."""
+    """An open file that records (start, end) of each read."""
 
     class Spy:
         def __init__(self):
@@ -257,7 +257,7 @@ OTHERS = [("x.pkl", b"\x80\x04.." * 251), ("x.pth", b"evil" * 77), ("x.json", b'
 
 @pytest.fixture
 def mixed(tmp_path):
-    """A shard whose samples have members that nobody asked for; payloads that do not end with a block of the tar."""
+    """A shard whose samples have unknown members. Their sizes are not multiples of a tar block."""
     members = []
     for i in range(3):
         members += [*OTHERS[: i + 1], ("x.png", one_color(i)), ("x.cls", b"%d" % i), *OTHERS[i + 1 :], ("LICENSE", b"?" * 900)]
@@ -290,13 +290,13 @@ def test_reader__nothing_but_images_and_labels_is_read(mixed, monkeypatch):
 
 
 def remote(index):
-    """The same shards, as files that lie elsewhere."""
+    """The same shards, as remote files."""
     far = [dataclasses.replace(shard, path=f"file://{shard.path}") for shard in index.shards]
     return dataclasses.replace(index, shards=tuple(far))
 
 
 def test_reader__nothing_but_images_and_labels_is_taken_of_a_stream(mixed, monkeypatch):
-    """And of these only what is wanted."""
+    """Of these, only the announced samples."""
     taken, extract = [], tarfile.TarFile.extractfile
     monkeypatch.setattr(tarfile.TarFile, "extractfile", lambda self, member: taken.append(member.name) or extract(self, member))
     reader = Reader(remote(mixed))
@@ -307,7 +307,7 @@ def test_reader__nothing_but_images_and_labels_is_taken_of_a_stream(mixed, monke
 
 
 def most_held(monkeypatch, index, pool, batch, lanes, parts):
-    """The most images that the reader of any worker holds at a time, with a new plan for each of two epochs."""
+    """The most images that a worker's reader holds at a time, over two epochs."""
     monkeypatch.setattr(shards, "POOL", pool)
     alive, most, next_ = weakref.WeakSet(), [0], RemoteShard._next
 
@@ -338,7 +338,7 @@ def many(tmp_path_factory):
 
 @pytest.mark.parametrize("pool, parts", [(64, 16), (64, 8), (64, 1), (128, 16), (16, 16)])
 def test_reader__holds_its_part_of_the_pool(monkeypatch, many, pool, parts):
-    """Workers that divide the lanes hold the pool of their own lanes, also where two of these meet in a shard."""
+    """A worker holds the pool of its own lanes, also where two of them meet in a shard."""
     assert most_held(monkeypatch, many, pool, 16, 16, parts) <= pool // parts + 1
 
 

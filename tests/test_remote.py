@@ -1,4 +1,4 @@
-"""Shards that lie elsewhere: the same samples, once each, whatever breaks off; nothing executed that was not allowed."""
+"""Remote shards: the same samples, once each, after any broken connection; no command runs without --allow-pipe."""
 
 import dataclasses
 import errno
@@ -51,18 +51,18 @@ def soon(monkeypatch):
 
 @pytest.fixture(scope="module")
 def local(tmp_path_factory):
-    """The shards as a local folder; elsewhere they are never written to."""
+    """The shards as a local folder, which no test changes."""
     return write_shards(tmp_path_factory.mktemp("local"), SIZES, image=one_png)
 
 
 @pytest.fixture
 def folder(local, tmp_path):
-    """A copy of the folder, for a test that damages it."""
+    """A copy of the folder, for a test that corrupts it."""
     return Path(shutil.copytree(Path(local.shards[0].path).parent, tmp_path / "copy"))
 
 
 class Stream(io.BytesIO):
-    """Bytes in pieces as a socket may give them, and then the end, or an error, which closing it is, too."""
+    """Bytes in pieces, as from a socket, then the end or an error. Closing it early is an error too."""
 
     def __init__(self, data, error):
         super().__init__(data)
@@ -148,7 +148,7 @@ def server(folder):
 
 
 def global_batches(index, world=1, workers=0, epochs=range(2), first_step=0, lanes=None):
-    """What so many processes with so many workers make together, step by step: views, numbers, labels, unusable samples."""
+    """The global batches of these processes and workers: views, sample ids, labels, records of unusable samples."""
     processes = []
     with pytest.MonkeyPatch.context() as patch:
         for rank in range(world):
@@ -196,14 +196,14 @@ def taken(reader, number, planned=True):
 
 
 @pytest.mark.parametrize("world, workers", [*LAYOUTS, (3, 0), (2, 2)])
-def test_load__remote_shards_give_what_local_ones_give(local, expected, elsewhere, world, workers):
+def test_load_batches__remote_shards_give_what_local_ones_give(local, expected, elsewhere, world, workers):
     index = load_index(HOST)
     assert index.hash == local.hash and all(shard.path.startswith(HOST) for shard in index.shards)
     assert_same(global_batches(index, world, workers), expected)
 
 
 @pytest.mark.parametrize("world, workers", LAYOUTS)
-def test_load__a_command_gives_what_local_shards_give(local, expected, folder, world, workers):
+def test_load_batches__a_command_gives_what_local_shards_give(local, expected, folder, world, workers):
     index = load_index(f"pipe:cat {folder}/{{000..003}}.tar", allow_pipe=True)
     assert index.hash == local.hash and index.shards[2].path == f"pipe:cat {folder}/002.tar"
     assert_same(global_batches(index, world, workers), expected)
@@ -211,14 +211,14 @@ def test_load__a_command_gives_what_local_shards_give(local, expected, folder, w
 
 @NEEDS_CURL
 @pytest.mark.parametrize("world, workers", LAYOUTS)
-def test_load__a_server_gives_what_local_shards_give(expected, server, world, workers):
+def test_load_batches__a_server_gives_what_local_shards_give(expected, server, world, workers):
     index = load_index(server.url)
     assert_same(global_batches(index, world, workers), expected)
     assert {name for name in server.asked if name != "index.json"} == {shard.name for shard in index.shards}
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_load__remote_shards_continued_at_any_step(expected, elsewhere, workers):
+def test_load_batches__remote_shards_resumed_at_any_step(expected, elsewhere, workers):
     index = load_index(HOST)
     for epoch in range(2):
         for step in range(3) if workers == 0 else (1,):
@@ -227,7 +227,7 @@ def test_load__remote_shards_continued_at_any_step(expected, elsewhere, workers)
 
 
 @pytest.mark.parametrize("lanes", [1, 2, 3])
-def test_load__a_remote_shard_is_opened_once_an_epoch(elsewhere, lanes):
+def test_load_batches__a_remote_shard_is_opened_once_an_epoch(elsewhere, lanes):
     """Once for each lane that meets another one in it."""
     index = load_index(HOST)
     for epoch in range(4):
@@ -239,7 +239,7 @@ def test_load__a_remote_shard_is_opened_once_an_epoch(elsewhere, lanes):
 
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_load__evaluation_of_remote_shards(local, elsewhere, tmp_path, workers, cached):
+def test_load_batches__evaluation_of_remote_shards(local, elsewhere, tmp_path, workers, cached):
     index = load_index(HOST, cache_dir=str(tmp_path / "cache") if cached else None)
     there, here = (
         list(load_batches(which, SPECS, evaluation_plan(which, 4), 0, workers, torch.device("cpu"))) for which in (index, local)
@@ -249,12 +249,12 @@ def test_load__evaluation_of_remote_shards(local, elsewhere, tmp_path, workers, 
         assert torch.equal(batch.views[0], other.views[0]) and torch.equal(batch.labels, other.labels) and batch.bad == []
 
 
-def test_remote_shard__holds_what_is_wanted_and_reads_no_further(local, elsewhere):
+def test_remote_shard__holds_wanted_samples_and_reads_no_further(local, elsewhere):
     known, shard = samples_of(local)[8:], load_index(HOST).shards[2]
     there = RemoteShard(shard, np.isin(np.arange(9), (2, 4, 5)))
     assert there.read(4).key == known[4][0] and set(there.held) == {2} and there.passed == 5
     source = there.source
-    assert there.read(5).key == known[5][0] and there.source is None and there.passed == 6  # nothing is wanted behind it
+    assert there.read(5).key == known[5][0] and there.source is None and there.passed == 6  # no later sample is wanted
     assert source.stream.closed and source.size < shard.bytes
     assert there.read(2).members["png"] == known[2][1] and not there.held and elsewhere.opened()["002.tar"] == 1
 
@@ -266,7 +266,7 @@ def test_reader__remote_samples_in_any_order_and_out_of_turn(local, elsewhere, o
         order, np.random.default_rng(3).permutation(TOTAL)
     )
     stream = Reader(index)
-    stream.expect(np.array(numbers[:15]))  # of the rest nothing is held back
+    stream.expect(np.array(numbers[:15]))  # the other samples are not held
     for number in numbers[:15]:
         assert taken(stream, int(number)) == known[number]
         other = (int(number) * 5 + 2) % TOTAL
@@ -277,7 +277,7 @@ def test_reader__remote_samples_in_any_order_and_out_of_turn(local, elsewhere, o
 
 
 def test_reader__leaves_no_process_behind(folder):
-    """The commands that were cut off included."""
+    """This includes commands that were stopped early."""
     index = load_index(f"pipe:cat {folder}/{{000..003}}.tar", allow_pipe=True)
     stream = Reader(index)
     stream.expect(np.array([0, 5, 7, 8, 20]))
@@ -291,7 +291,7 @@ def test_reader__leaves_no_process_behind(folder):
     assert not [state for state in states if "cat" in state or not state]  # a zombie has no command line
 
 
-# ---------------------------------------------------------------- the index of what lies elsewhere
+# ---------------------------------------------------------------- the index of remote shards
 
 
 @pytest.mark.parametrize("spec, names", [
@@ -357,7 +357,7 @@ NAMES = ["../000.tar", "a/000.tar", "/etc/000.tar", "..", ".", "", "000.tar;touc
 
 @pytest.mark.parametrize("name", NAMES)
 def test_load_index__names_that_are_no_plain_names_are_refused(elsewhere, monkeypatch, name):
-    """Of a command they become part, and of a URL."""
+    """They become a part of a command or a URL."""
     path = elsewhere.folder / "index.json"
     content = json.loads(path.read_text())
     content["shards"][2]["name"] = name
@@ -408,7 +408,7 @@ def test_load_index__unknown_scheme(scheme):
 
 @pytest.mark.parametrize("spec", ["s3://bucket/a b/{000..003}.tar", "s3://bucket/$(touch x)", "s3://bucket/folder"])
 def test_load_index__s3_is_read_with_aws(folder, tmp_path, monkeypatch, expected, spec):
-    """`aws s3 cp --quiet URL -`, without a shell. This aws writes its arguments down and copies the local file."""
+    """`aws s3 cp --quiet URL -`, without a shell. This aws records its arguments and copies the local file."""
     (tmp_path / "bin").mkdir()
     fake = tmp_path / "bin/aws"
     fake.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" >> {tmp_path}/arguments\nexec cat {folder}/"${{4##*/}}"\n')
@@ -449,7 +449,7 @@ def test_place__of_a_file_beside_it(spec, tar, there):
     assert tar_name(spec) == tar and place(spec, "N") == there
 
 
-# ---------------------------------------------------------------- trying again
+# ---------------------------------------------------------------- retries
 
 
 def test_attempts__wait_longer_and_longer(monkeypatch):
@@ -459,7 +459,7 @@ def test_attempts__wait_longer_and_longer(monkeypatch):
     assert list(remote.attempts()) == [True] * 4 + [False] and waits == [1, 2, 4, 8]
     waits.clear()
     next(remote.attempts())
-    assert waits == []  # what succeeds at once does not wait
+    assert waits == []  # no wait after a success
 
 
 ERRORS = [FileNotFoundError("curl"), ConnectionRefusedError("refused"), OSError("exit 22"), ValueError("no")]
@@ -477,7 +477,7 @@ def test_reader__an_opening_that_fails_and_then_works(local, elsewhere):
 
 @NEEDS_CURL
 @pytest.mark.parametrize("workers", [0, 2])
-def test_load__a_server_that_fails_twice_and_then_works(server, expected, workers):
+def test_load_batches__a_server_that_fails_twice_and_then_works(server, expected, workers):
     index = load_index(server.url)
     server.cuts = {"000.tar": [-404, -404], "002.tar": [3000, 5000]}
     assert_same(global_batches(index, 1, workers, epochs=range(1)), expected[:3])
@@ -485,7 +485,7 @@ def test_load__a_server_that_fails_twice_and_then_works(server, expected, worker
 
 
 def test_load_index__an_index_that_comes_at_the_last_try(local, elsewhere):
-    """Nothing of the tries before is left in it."""
+    """It contains nothing of the failed tries."""
     elsewhere.breaks, elsewhere.cuts = True, {"index.json": [0, 10, 50, ERRORS[1]]}
     assert load_index(HOST).hash == local.hash
 
@@ -497,7 +497,7 @@ def members_of(path):
 
 
 def positions(path):
-    """Every place of a shard where a stream may break off in another way: around each part of each member, and the end."""
+    """The places of a shard where breaks may differ: around each part of each member, and at the end."""
     size = os.path.getsize(path)
     parts = [p for member in members_of(path) for p in member] + [(m[0] + m[1]) // 2 for m in members_of(path)]
     end = members_of(path)[-1][3]
@@ -508,7 +508,7 @@ def positions(path):
 @pytest.mark.parametrize("breaks", [False, True], ids=["ends", "breaks"])
 @pytest.mark.parametrize("wanted", ["all", "some", "last"])
 def test_reader__a_connection_that_is_dropped_anywhere_loses_and_repeats_nothing(local, elsewhere, breaks, wanted):
-    """Between the members of one sample, inside of each, and behind the last one: the next opening goes on there."""
+    """Between the members of a sample, within each, and after the last. The next connection resumes there."""
     known, index, elsewhere.breaks = samples_of(local), load_index(HOST), breaks
     numbers = {"all": range(17, 22), "some": (18, 20), "last": (21,)}[wanted]
     places = positions(local.shards[3].path)
@@ -523,7 +523,7 @@ def test_reader__a_connection_that_is_dropped_anywhere_loses_and_repeats_nothing
 
 
 def test_reader__a_stream_that_breaks_off_again_and_again_comes_to_its_end(local, elsewhere):
-    """More often than it may fail in one place; no try starts over with what has passed."""
+    """More often than it may fail in one place. No retry starts over."""
     known, index = samples_of(local), load_index(HOST)
     cuts = [p for member in members_of(local.shards[2].path) for p in (member[0] + 700, member[2] + 513)]
     elsewhere.cuts = {"002.tar": sorted(cuts)}
@@ -536,18 +536,18 @@ def test_reader__a_stream_that_breaks_off_again_and_again_comes_to_its_end(local
 
 
 @pytest.mark.parametrize("world, workers", LAYOUTS)
-def test_load__dropped_connections_change_no_batch(elsewhere, expected, world, workers):
+def test_load_batches__dropped_connections_change_no_batch(elsewhere, expected, world, workers):
     index = load_index(HOST)
     elsewhere.cuts = {"000.tar": [1500, 6000, 0], "002.tar": [9000, 2048, 700], "003.tar": [ERRORS[2], 10000]}
     assert_same(global_batches(index, world, workers), expected)
 
 
-# ---------------------------------------------------------------- what ends early every time
+# ---------------------------------------------------------------- shards that always end early
 
 
 @pytest.mark.parametrize("breaks", [False, True], ids=["ends", "breaks"])
 def test_reader__a_stream_that_always_ends_early_ends_its_shard(local, elsewhere, breaks):
-    """What is before can be read. A sample whose bytes are not all there never is, and the next to try is in the next shard."""
+    """Samples before the end can be read, an incomplete one never. The next one to try is in the next shard."""
     known, index, elsewhere.breaks = samples_of(local), load_index(HOST), breaks
     members = members_of(local.shards[3].path)  # image, label, image, label ...
     for cut in positions(local.shards[3].path)[::7]:
@@ -563,11 +563,11 @@ def test_reader__a_stream_that_always_ends_early_ends_its_shard(local, elsewhere
                 assert error.record["shard"] == f"{HOST}/003.tar" and error.record["key"] == f"sample {number - 17}"
                 assert "cannot be read further" in error.record["error"] and error.following == TOTAL
         whole = [cut >= members[2 * n + 1][2] for n in range(5)]
-        and_next = [n < 4 and cut >= members[2 * n + 2][1] for n in range(5)]  # with the header that follows
+        and_next = [n < 4 and cut >= members[2 * n + 2][1] for n in range(5)]  # with the next header
         assert usable == sorted(usable, reverse=True)
         assert all(a <= u <= w for a, u, w in zip(and_next, usable, whole, strict=True)), cut
         before = elsewhere.opened()["003.tar"]
-        for number in (17, 21):  # out of turn it is the same, and what is lost is not looked for again
+        for number in (17, 21):  # the same out of order, without another search
             if usable[number - 17]:
                 assert taken(stream, number, planned=False) == known[number]
             else:
@@ -577,19 +577,19 @@ def test_reader__a_stream_that_always_ends_early_ends_its_shard(local, elsewhere
         stream.close()
 
 
-def lost_behind(local, n, cut):
-    """The samples of a shard that such a stream does not give: from the first whose successor's header is not there."""
+def lost_after(local, n, cut):
+    """The samples that such a stream loses: from the first one without a header after it."""
     members = members_of(local.shards[n].path)
     starts = [members[2 * k + 2][1] for k in range(SIZES[n] - 1)] + [local.shards[n].bytes]
     return [FIRST[n] + k for k in range(SIZES[n]) if starts[k] > cut]
 
 
 @pytest.mark.parametrize("world, workers", [*LAYOUTS, (1, 3)])
-def test_load__what_always_ends_early_is_replaced_from_the_next_shard(local, elsewhere, world, workers):
-    """Same batches whoever reads it, and a record of each sample that is lost."""
+def test_load_batches__samples_after_an_early_end_are_replaced_from_the_next_shard(local, elsewhere, world, workers):
+    """The batches do not depend on processes and workers, and each lost sample has a record."""
     elsewhere.always = {"000.tar": 6000, "003.tar": 9000}
     index = load_index(HOST)
-    lost = lost_behind(local, 0, 6000) + lost_behind(local, 3, 9000)
+    lost = lost_after(local, 0, 6000) + lost_after(local, 3, 9000)
     assert 2 < len(lost) < 11 and 0 not in lost and 17 not in lost
     following = {number: 7 if number < 7 else 0 for number in lost}  # of the last shard, the first
     steps = global_batches(index, world, workers)
@@ -610,7 +610,7 @@ def once(index: Index, faults):
 
 
 @pytest.mark.parametrize("name", ["001.tar", "003.tar"])
-def test_load__a_shard_that_is_gone_is_replaced_as_a_whole(elsewhere, name):
+def test_load_batches__a_shard_that_is_gone_is_replaced_as_a_whole(elsewhere, name):
     index = load_index(HOST)
     (elsewhere.folder / name).unlink()
     one, two = (global_batches(index, 1, workers) for workers in (0, 2))
@@ -619,11 +619,11 @@ def test_load__a_shard_that_is_gone_is_replaced_as_a_whole(elsewhere, name):
     assert keys and {shard for shard, _ in keys} == {f"{HOST}/{name}"}
 
 
-# ---------------------------------------------------------------- what is not what the index says
+# ---------------------------------------------------------------- shards that differ from the index
 
 
 def flipped(path):
-    """A pixel's byte in the middle of its first image; the tar is as long and as whole as before."""
+    """Change a byte of a pixel in its first image. The tar keeps its length and structure."""
     start, end = members_of(path)[0][1:3]
     data = path.read_bytes()
     overwrite(path, (start + end) // 2, bytes([data[(start + end) // 2] ^ 1]))
@@ -657,16 +657,16 @@ def test_reader__another_shard_than_the_index_says_ends_the_run(elsewhere, chang
 
 
 def why_it_ends(index, workers):
-    """The text of the RunError that training ends with, in this process."""
+    """The text of the RunError that ends the training."""
     try:
         global_batches(index, 1, workers)
     except RunError as error:
-        return str(error.with_traceback(None))  # without it, which holds the loader
+        return str(error.with_traceback(None))  # the traceback would keep the loader alive
     pytest.fail("it goes on")
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_load__another_shard_than_the_index_says_ends_the_run(elsewhere, workers):
+def test_load_batches__another_shard_than_the_index_says_ends_the_run(elsewhere, workers):
     index = load_index(HOST)
     flipped(elsewhere.folder / "002.tar")
     text = why_it_ends(index, workers)
@@ -675,7 +675,7 @@ def test_load__another_shard_than_the_index_says_ends_the_run(elsewhere, workers
 
 @pytest.mark.parametrize("cached", [False, True])
 def test_reader__a_shorter_shard_passes_for_one_that_breaks_off(elsewhere, tmp_path, cached):
-    """As one written anew, from smaller images: its last sample may be a part. In a cache nothing of it is kept."""
+    """Its last sample may be incomplete. A cache keeps nothing of it."""
     index = load_index(HOST, cache_dir=str(tmp_path / "cache") if cached else None)
     with tarfile.open(elsewhere.folder / "002.tar") as tar:
         members = [(member.name, tar.extractfile(member).read()[-1:]) for member in tar]
@@ -791,7 +791,7 @@ def test_cache_dir__nothing_is_left_of_a_download_that_is_stopped(elsewhere, tmp
 
 @pytest.mark.parametrize("change", [flipped, longer, other])
 def test_cache_dir__another_shard_than_the_index_says_ends_the_run(elsewhere, tmp_path, change):
-    """It is fetched again first, in case it was damaged on its way, and nothing of it is kept."""
+    """It is fetched again first, in case the transfer corrupted it, and nothing of it is kept."""
     index = load_index(HOST, cache_dir=str(tmp_path / "cache"))
     change(elsewhere.folder / "002.tar")
     with pytest.raises(RunError, match=f"^{HOST}/002.tar differs from its index"):
@@ -848,7 +848,7 @@ def test_copy__is_whole_or_an_error(elsewhere, breaks):
 
 @pytest.mark.parametrize("code", [1, 22, 255])
 def test_copy__a_command_that_fails_at_its_end_has_failed(folder, code):
-    """However much it has given, which may have been no more than a part."""
+    """However much it has given: it may be incomplete."""
     with pytest.raises(RemoteError, match=f"exit {code}"):
         copy(f"pipe:cat {folder}/000.tar; exit {code}", io.BytesIO())
 
@@ -860,7 +860,7 @@ FLAGS = ["--method", "moco", *TINY, "--device", "cpu", "--amp", "fp32", "--worke
 
 
 def test_main_pretrain__remote_shards_train_the_same_weights(elsewhere, tmp_path):
-    """The copies too, and none of the paths of the shards is in what is saved."""
+    """With copies too. Checkpoints contain no path of a shard."""
     saved = []
     for name, spec in (("local", str(elsewhere.folder)), ("remote", HOST), ("cached", HOST), ("cached again", HOST)):
         cache = ["--cache-dir", str(tmp_path / "cache")] if "cached" in name else []
@@ -894,8 +894,8 @@ def test_main_pretrain__no_waiting_for_a_server_that_is_there(elsewhere, monkeyp
     assert time.monotonic() - start < 25
 
 
-def test_main_pretrain__what_ends_a_remote_run_is_one_line(elsewhere, tmp_path, capsys):
-    """A command without --allow-pipe, a cache that takes nothing, a shard that is not the one of the index."""
+def test_main_pretrain__errors_of_a_remote_run_are_one_line(elsewhere, tmp_path, capsys):
+    """A command without --allow-pipe, a full cache, a shard that differs from its index."""
     line = ends(capsys, "--shards", f"pipe:touch {tmp_path}/ran; cat a.tar", "--output-dir", tmp_path / "a")
     assert "--allow-pipe" in line and not (tmp_path / "ran").exists()
     line = ends(capsys, "--shards", HOST, "--output-dir", tmp_path / "b", "--cache-dir", elsewhere.record)
@@ -906,7 +906,7 @@ def test_main_pretrain__what_ends_a_remote_run_is_one_line(elsewhere, tmp_path, 
     assert not list(tmp_path.glob("[abc]/checkpoint*"))
 
 
-def test_main_pretrain__a_shard_that_cannot_be_read_is_on_record(elsewhere, tmp_path, capsys):
+def test_main_pretrain__a_shard_that_cannot_be_read_is_recorded(elsewhere, tmp_path, capsys):
     elsewhere.always = {"001.tar": 600}
     main_pretrain.main([*FLAGS, "--shards", HOST, "--output-dir", str(tmp_path), "--max-bad", "0.1", "--batch-size", "22",
                         "--moco-k", "22"])  # fmt: skip

@@ -42,13 +42,24 @@ def test_epoch_plan__exactly_once_with_any_lanes(lanes):
     assert sorted(epoch_plan(index_of(10, 10, 10, 6), 12, 5, 1, lanes).ravel()) == list(range(36))
 
 
+@pytest.mark.parametrize("lanes, batch, fix", [(3, 8, 8), (5, 12, 4), (-4, 8, 8), (16, 8, 8)])
+def test_lanes_of__must_divide_the_batch(lanes, batch, fix):
+    with pytest.raises(ValueError, match=f"^--lanes {lanes}: must divide --batch-size {batch}; {fix} would do$"):
+        lanes_of(lanes, batch)
+    assert lanes_of(fix, batch) == fix
+
+
+def test_steps_per_epoch__counts_whole_batches():
+    assert [steps_per_epoch(total, 4) for total in (3, 4, 7, 8)] == [0, 1, 1, 2]
+
+
 def test_epoch_plan__lanes_must_divide_the_batch():
     with pytest.raises(ValueError, match="--lanes 5.*--batch-size 12"):
         epoch_plan(index_of(*SIZES), 12, 0, 0, lanes=5)
 
 
 def test_epoch_plan__function_of_seed_and_epoch_alone():
-    """A new seed and a new epoch give another order, (1, 2) is not (2, 1), and the global random state decides nothing."""
+    """A new seed or epoch gives another order, (1, 2) is not (2, 1), and the global random state changes nothing."""
     plans = {}
     for seed, epoch in itertools.product(range(5), range(5)):
         plans[seed, epoch] = epoch_plan(index_of(*SIZES), 4, seed, epoch).tobytes()
@@ -62,7 +73,7 @@ def test_epoch_plan__function_of_seed_and_epoch_alone():
 @pytest.mark.parametrize("pool", [1, 6, 4096])
 @pytest.mark.parametrize("sizes, batch, lanes", [((5, 2, 1), 4, 2), ((1, 11), 6, 1), (SIZES, 12, 4), ((9,), 4, 4)])
 def test_epoch_plan__positions_are_uniform_over_epochs(monkeypatch, pool, sizes, batch, lanes):
-    """Exact law: any sample is at any position, or among those left over, with equal probability. Even without any mixing."""
+    """A sample has any position, or is left over, with equal probability, even without a shuffle buffer."""
     monkeypatch.setattr(shards, "POOL", pool)
     index, epochs = index_of(*sizes), 1500
     counts = np.zeros((index.total, steps_per_epoch(index.total, batch) * batch))
@@ -81,7 +92,7 @@ def test_epoch_plan__positions_are_uniform_over_epochs(monkeypatch, pool, sizes,
 
 
 def test_epoch_plan__cuts_a_ring_of_permuted_shards_into_lanes(monkeypatch):
-    """Without mixing, the lanes one after the other are the shards in random order, entered anywhere; batches dealt evenly."""
+    """Without shuffling, the lanes joined are the shards in random order from a random start. Batches take equal parts."""
     monkeypatch.setattr(shards, "POOL", 1)
     index, batch, lanes = index_of(*SIZES, 3), 8, 4
     first = [0, 10, 20, 30, 37, 40]
@@ -105,7 +116,7 @@ def test_epoch_plan__cuts_a_ring_of_permuted_shards_into_lanes(monkeypatch):
 
 @pytest.mark.parametrize("batch, lanes", [(4, 1), (64, 64), (48, 16), (100, 100)])
 def test_epoch_plan__pool_is_bounded(monkeypatch, batch, lanes):
-    """All windows together hold POOL images; each lane's samples are those of its own range."""
+    """All buffers together hold POOL images, and a lane has the samples of its own range."""
     calls = []
 
     def spy(ranges, places, rng):
@@ -140,7 +151,7 @@ def test_shuffle_buffer__each_row_keeps_its_items_and_none_leaves_early(length, 
 
 
 def law(waiting, buffer, places):
-    """{order of emission: probability} of a shuffle buffer, by walking every branch."""
+    """{order: probability} of a shuffle buffer, by a walk through all its draws."""
     buffer, waiting = buffer + waiting[: places - len(buffer)], waiting[places - len(buffer) :]
     if not buffer:
         return {(): 1.0}

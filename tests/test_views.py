@@ -74,7 +74,7 @@ def test_draw__row_is_a_function_of_seed_epoch_sample_and_view_alone():
 
 
 def test_draw__no_number_comes_twice():
-    """Of 53 random bits each: two streams that overlapped anywhere would repeat each other."""
+    """A number has 53 random bits, so two streams that overlapped would show."""
     keys = itertools.product((0, 1, 2), (0, 1, 2), [*range(40), 10**6])
     numbers = np.concatenate([draw(*key, 6).ravel() for key in keys])
     assert len(np.unique(numbers)) == len(numbers) == 9 * 41 * 6 * 40
@@ -301,7 +301,7 @@ def test_draws__each_number_has_one_use():
 
 
 def test_draws__numbers_keep_their_use(many):
-    """What each is compared with or scaled to; a change would give every seed other views."""
+    """A change would give every seed other views."""
     numbers = {name: numbers for name, (numbers, _) in DRAWS.items()}
     assert numbers == {
         "flip": (22,), "order": (23, 28), "brightness": (24,), "contrast": (25,), "saturation": (26,), "hue": (27,),
@@ -316,7 +316,7 @@ def test_draws__numbers_keep_their_use(many):
 
 
 def test_make_views__is_a_function_of_the_key(many):
-    """Crops and parameters of all views, in the order of the specs, as those that are made one by one."""
+    """Crops and parameters equal those of each view alone, in the order of the specs."""
     specs = [LOCAL, ViewSpec("second", 16, count=2, jitter=JITTER, jitter_p=0.8)]
     data, u = encode(PHOTO, "PNG"), draw(3, 2, 11, 3)
     crops, drawn = make_views(data, specs, (3, 2, 11))
@@ -374,7 +374,7 @@ ENCODED = {  # bytes, what they should look like, tolerance in 1/255
 
 @pytest.mark.parametrize("format", ENCODED)
 def test_decode__every_format_gives_rgb(format):
-    """The right pixels, 3 x H x W uint8, no warning, and what PIL makes of it."""
+    """The right pixels, 3 x H x W uint8, without a warning, equal to PIL's."""
     data, looks, tolerance = ENCODED[format]()
     image = decode(data)
     assert image.shape == (3, 161, 181) and image.dtype == torch.uint8
@@ -462,7 +462,7 @@ def test_cut_views__the_smallest_crop_of_all_views_decides(many, monkeypatch):
 
 
 def test_cut_views__a_reduced_view_loses_no_detail(many, monkeypatch):
-    """Beside the crop of the whole image at the box that the reduced pixels stand for."""
+    """Compared with the crop of the full-size image at the same box."""
     data, spec = encode(LARGE, "JPEG", quality=95), ViewSpec("part", 64, (0.02, 0.3))
     full, seen = to_tensor(Image.open(io.BytesIO(data))), set()
     for u in many[:40]:

@@ -94,7 +94,10 @@ def _remote(spec, flag, allow_pipe):
 def _local(spec, flag):
     whole = Path(spec).is_dir() or (Path(spec).name == INDEX and Path(spec).exists())
     folder, named = _folder(spec, flag) if whole else _pattern(spec, flag)
-    known, classes = _read(folder / INDEX, flag) if (folder / INDEX).exists() else index_folder(folder, flag)
+    if (path := folder / INDEX).exists():
+        known, classes = _parse(path.read_bytes(), partial(_path, folder), flag, path)
+    else:
+        known, classes = index_folder(folder, flag)
     shards = []
     for name in dict.fromkeys([*known, *named] if whole else named):
         path = folder / name
@@ -146,10 +149,6 @@ def _expanded(pattern, spec, flag):
         return list(braceexpand(pattern))
     except ValueError:
         raise ValueError(f"{flag} {spec}: a brace is not closed; write it like train-{{000000..000009}}.tar") from None
-
-
-def _read(path, flag):
-    return _parse(path.read_bytes(), partial(_path, path.parent), flag, path)
 
 
 def _path(folder, name):

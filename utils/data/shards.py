@@ -99,10 +99,6 @@ def evaluation_plan(index: Index, batch: int) -> BatchPlan:
 
     All processes have the same number of batches; the last ones may be empty.
     """
-    n = max(1, batch // dist.world())
-    return BatchPlan(partial(_evaluation_epoch, index, n, dist.rank(), dist.world()), replace=False)
-
-
-def _evaluation_epoch(index, n, rank, world):
-    parts = np.array_split(np.arange(index.total), world)
-    yield 0, [parts[rank][start : start + n] for start in range(0, len(parts[0]), n)]  # the first part is the longest
+    n, parts = max(1, batch // dist.world()), np.array_split(np.arange(index.total), dist.world())
+    steps = [parts[dist.rank()][start : start + n] for start in range(0, len(parts[0]), n)]  # the first part is the longest
+    return BatchPlan(partial(iter, [(0, steps)]), replace=False)
