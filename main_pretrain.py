@@ -23,23 +23,10 @@ from utils.data.measure import worker_ms
 from utils.data.shards import lanes_of, steps_per_epoch, training_plan
 from utils.learning import amp, optim
 from utils.learning.method import Method, Step
-from utils.run import checkpoint, dist, replay, resume
+from utils.run import checkpoint, dist, flags, replay, resume
 from utils.run.checkpoint import bare
 from utils.run.engine import Engine, NotFinite, StepInputs
-from utils.run.flags import (
-    Flags,
-    Parser,
-    add_lr_steps,
-    add_run_flags,
-    check_batch,
-    check_lr_steps,
-    check_run_flags,
-    in_range,
-    one_line_ends,
-    one_line_errors,
-    positive,
-    shard_flags,
-)
+from utils.run.flags import Flags, Parser, in_range, one_line_ends, one_line_errors, positive
 from utils.run.log import Log, say, write_config
 from utils.run.signals import exit_code, stopped
 
@@ -73,20 +60,20 @@ def get_args(argv=None) -> Flags:
         "--warmup-epochs", type=float, default=0.0, help="epochs in which the learning rate rises linearly from 0, step by step"
     )
     add("--lr-per", choices=["epoch", "step"], default="epoch", help="how often the cosine changes the learning rate")
-    add_lr_steps(optimization)
+    flags.add_lr_steps(optimization)
     add_first_flags(parser)
     parser.group("method").add_argument("-a", "--arch", default="resnet50",
         help="trunk: a timm model that gives a feature map; CMC's own end in v1 to v3")  # fmt: skip
     METHODS[name].add_flags(parser.group("method"))
-    add_run_flags(parser, output_dir="output/run", output_help="folder of checkpoints, metrics and configuration")
+    flags.add_run_flags(parser, output_dir="output/run", output_help="folder of checkpoints, metrics and configuration")
     add = parser.group("run", identity=False).add_argument
     add("--save-freq", type=int, default=10, help="epochs between two checkpoints that stay")
     add("--compile", action="store_true", help="compile the encoders with torch.compile")
     add("--dry-run", nargs="?", type=float, const=1000.0, metavar="RATE",
         help="check everything, say how many --workers feed a device that trains RATE (1000) images/s, and stop")  # fmt: skip
     if failed:  # one process computes it, with the processes of the run as groups of BatchNorm
-        flags = failed["flags"] | {"bn_splits": failed["processes"] * failed["flags"].get("bn_splits", 1)}
-        parser.set_defaults(**{key: value for key, value in flags.items() if key not in ("device", "replay")})
+        groups = failed["processes"] * failed["flags"].get("bn_splits", 1)
+        parser.set_defaults(**(failed["flags"] | {"bn_splits": groups, "device": "auto", "replay": None}))
     return parser.parse_args(argv)
 
 
@@ -101,8 +88,7 @@ def add_first_flags(parser: Parser) -> None:
 def other_method(flag: str, method: str) -> str | None:
     """The method that has a flag which `method` lacks."""
     for name in METHODS:
-        parser = Parser(add_help=False)
-        METHODS[name].add_flags(parser.group("method"))
+        METHODS[name].add_flags((parser := Parser(add_help=False)).group("method"))
         if name != method and flag in parser.format_help().replace(",", " ").split():
             return f"--method {name}"
     return None
@@ -110,12 +96,10 @@ def other_method(flag: str, method: str) -> str | None:
 
 def check(args: Flags, samples: int) -> None:
     """Raise ValueError for flags that cannot work, naming flag, value and a value that works, before anything slow."""
-    check_run_flags(args)
-    check_lr_steps(args)
+    flags.check_run_flags(args)
+    flags.check_lr_steps(args)
     if args.lr_steps and args.lr_per == "step":
-        raise ValueError(
-            "--lr-per step: belongs to the cosine, which --lr-steps replaces; pass --lr-per epoch, or no --lr-steps"
-        )
+        raise ValueError("--lr-per step: belongs to the cosine, which --lr-steps replaces; pass --lr-per epoch")
     method = METHODS[args.method]
     positive(["--epochs", "--batch-size", "--lr", "--save-freq"], args)
     if method.bn_groups(args) < 1:
@@ -125,7 +109,7 @@ def check(args: Flags, samples: int) -> None:
         raise ValueError(f"--warmup-epochs {args.warmup_epochs:g}: must be at least 0 and less than --epochs {args.epochs}")
     if args.dry_run is not None:
         in_range("--dry-run", args.dry_run, 1e-3, 1e9)
-    check_batch(args, samples, method.bn_groups(args))
+    flags.check_batch(args, samples, method.bn_groups(args))
     lanes_of(args.lanes, args.batch_size)
     method.check(args, samples)
 
@@ -137,7 +121,7 @@ def main(argv=None):
         args.amp = amp.resolve(args.amp, device)
         if args.replay:
             return compute_again(args, device)
-        index = dist.first_process_does(lambda: load_index(args.shards, **shard_flags(args)))
+        index = dist.first_process_does(lambda: load_index(args.shards, **flags.shard_flags(args)))
         check(args, index.total)
         if args.dry_run is None:
             resume_from = dist.first_process_does(lambda: resume.open_run(args.output_dir, args.resume))
@@ -147,10 +131,7 @@ def main(argv=None):
         scaler = amp.scaler(args.amp)
         if args.dry_run is not None:
             return dry_run(args, index)
-        start = (0, 0)
-        if resume_from:
-            kind = method.IDENTITY, method.PER_IMAGE
-            start = resume.restore(resume_from, args, index.hash, method, optimizer, scaler, *kind)
+        start = resume.restore(resume_from, args, index.hash, method, optimizer, scaler) if resume_from else (0, 0)
 
     model = dist.data_parallel(method, device)
     folder = Path(args.output_dir)
@@ -172,7 +153,7 @@ def main(argv=None):
 def build(args, samples: int, device: torch.device) -> Method:
     """The method with its first weights, which depend on --seed alone."""
     torch.manual_seed(args.seed)
-    method = METHODS[args.method](args, samples).to(device, memory_format=torch.channels_last)
+    method = METHODS[args.method](args, samples).to(device).to(memory_format=torch.channels_last)
     if args.compile:
         for encoder in method.encoders():
             encoder.compile()
@@ -240,9 +221,7 @@ def dry_run(args, index):
 def compute_again(args, device):
     """--replay: compute a failed step once more; exit code 0 if it fails again."""
     if dist.world() > 1:
-        raise ValueError(
-            f"--replay {args.replay}: runs in one process, and there are {dist.world()}; start it without torchrun"
-        )
+        raise ValueError(f"--replay {args.replay}: runs in one process, not in {dist.world()}; start it without torchrun")
     saved = replay.read_failed_step(args.replay)
     method = build(args, saved["images"], device)
 

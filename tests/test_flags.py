@@ -249,7 +249,7 @@ class Recording(flags.Flags):
 
     def __getattribute__(self, name):
         function = sys._getframe(1).f_code.co_name
-        if function not in {"check", "check_run_flags", "positive", "in_range", "meaning", "check_same_run"}:
+        if function not in {"check", "check_run_flags", "positive", "in_range", "meaning", "_check_same_run"}:
             READ.add(name)
         return super().__getattribute__(name)
 

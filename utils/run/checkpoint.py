@@ -7,6 +7,7 @@ import pickle
 import re
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -101,7 +102,7 @@ def read(path: Path | str, flag: str) -> dict:
     return content
 
 
-def bare(model: nn.Module) -> nn.Module:
+def bare(model: nn.Module) -> Any:  # a Method, for example
     """The module inside DDP, or the model itself."""
     return model.module if isinstance(model, DistributedDataParallel) else model
 

@@ -9,7 +9,7 @@ import time
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
@@ -38,22 +38,16 @@ def write_config(folder: Path, args, **facts) -> None:
     write_json(folder / "config.json", config)
 
 
-class Counts(Protocol):
-    """Unusable samples: takes the new ones of this process, and returns how many this start of the run has met in all."""
-
-    def add(self, records: list[dict[str, str]]) -> int: ...
-
-
 class Log:
     """Means over the steps between two log lines. Lives on every process, writes on the first.
 
     start: (epoch, step) at which the run starts or resumes; later lines are removed, so that metrics.jsonl has each step once.
-    steps: of an epoch. batch: images in a global batch. bad: counts the unusable samples. chance: the loss of guessing, printed
+    steps: of an epoch. batch: images in a global batch. bad: the run's BadSamples. chance: the loss of guessing, printed
     after the loss.
     """
 
     def __init__(
-        self, folder: Path, start: tuple[int, int], steps: int, print_freq: int, batch: int, bad: Counts, chance: float = 0
+        self, folder: Path, start: tuple[int, int], steps: int, print_freq: int, batch: int, bad: Any, chance: float = 0
     ):
         self.steps, self.print_freq, self.batch, self.bad, self.chance = steps, print_freq, batch, bad, chance
         self.lines = self.writer = None

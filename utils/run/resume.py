@@ -1,11 +1,10 @@
 """Resuming a run: its output folder, its newest checkpoint, and every reason why --resume is refused."""
 
-import argparse
 import tempfile
 from pathlib import Path
 
 from utils.run import checkpoint
-from utils.run.flags import meaning, typed
+from utils.run.flags import Flags, meaning, typed
 from utils.run.log import say
 
 ELSEWHERE = "another --output-dir"
@@ -37,23 +36,19 @@ def open_run(folder: Path | str, resume: str | None) -> Path | None:
     return checkpoint.newest(folder, "--resume auto")
 
 
-def restore(
-    path: Path, args: argparse.Namespace, index_hash: str, model, optimizer, scaler, identity: tuple[str, ...], per_image: bool
-) -> tuple[int, int]:
-    """Load a checkpoint of the same run; returns the epoch and the step to resume at.
+def restore(path: Path, args: Flags, index_hash: str, method, optimizer, scaler) -> tuple[int, int]:
+    """Load a checkpoint of the same run; returns the epoch and the step to resume at. method: a Method, not wrapped in DDP.
 
-    identity: flags without which the checkpoint means something else. per_image: its state belongs to the images of one data
-    set, in their order. Raises ValueError for a checkpoint of another run.
+    Raises ValueError for a checkpoint of another run.
     """
     saved = checkpoint.read(path, "--resume")
-    check_same_run(saved, path, args, index_hash, identity, per_image)
-    changed = _changed(saved, args)
+    changed = _check_same_run(saved, path, args, index_hash, method)
     for name in changed:
         say(f"warning: --{name.replace('_', '-')} was {saved['flags'][name]} in {path.name}, is now {getattr(args, name)}")
     if saved["index"] != index_hash:
         say(f"warning: --shards {args.shards} are not the ones {path.name} was trained on")
     try:
-        model.load_state_dict(checkpoint.unprefixed(saved["state_dict"]))
+        method.load_state_dict(checkpoint.unprefixed(saved["state_dict"]))
     except RuntimeError:
         flags = ", ".join(typed(name, saved["flags"][name]) for name in changed) or "another version of this code"
         raise ValueError(f"--resume {path}: its weights have other names or shapes, those of a run with {flags}; "
@@ -64,17 +59,16 @@ def restore(
     return saved["epoch"], saved["step"]
 
 
-def check_same_run(
-    saved: dict, path: Path, args: argparse.Namespace, index_hash: str, identity: tuple[str, ...], per_image: bool
-) -> None:
-    """Raise ValueError if `args` and the data would make another run of the checkpoint."""
+def _check_same_run(saved, path, args, index_hash, method):
+    """Raise ValueError if flags and data would make another run of the checkpoint; returns the flags that have changed."""
     if not saved.keys() >= KEYS:
         raise ValueError(f"--resume {path}: is not a checkpoint of main_pretrain.py; pass one of the same run")
     for name in ("method", "arch"):
         if saved[name] != getattr(args, name):
             raise ValueError(f"--resume {path}: is a run with --{name} {saved[name]}, not {getattr(args, name)}; "
                              f"pass that, or {ELSEWHERE}")  # fmt: skip
-    before, changed, done = saved["flags"], _changed(saved, args), saved["epoch"] >= args.epochs
+    before, done = saved["flags"], saved["epoch"] >= args.epochs
+    changed = [name for name, value in meaning(args).items() if before.get(name, value) != value]
     for name in ORDER:
         if saved["step"] and name in changed:
             raise ValueError(f"{typed(name, getattr(args, name))}: was {before[name]}, and {path} lies inside an epoch, whose "
@@ -83,13 +77,10 @@ def check_same_run(
         if done and name != "amp":  # auto is the machine's choice
             raise ValueError(f"{typed(name, getattr(args, name))}: was {typed(name, before[name])} in {path}, whose "
                              f"{saved['epoch']} epochs are done; pass that, or {ELSEWHERE}")  # fmt: skip
-        if name in identity:
+        if name in method.IDENTITY:
             raise ValueError(f"{typed(name, getattr(args, name))}: {path} was trained with {typed(name, before[name])}; "
                              f"pass that, or {ELSEWHERE}")  # fmt: skip
-    if saved["index"] != index_hash and (done or per_image):
+    if saved["index"] != index_hash and (done or method.PER_IMAGE):
         why = "whose epochs are done, was trained on other images" if done else "holds features of other images"
         raise ValueError(f"--shards {args.shards}: {path}{',' if done else ''} {why}; pass those, or {ELSEWHERE}")
-
-
-def _changed(saved, args):
-    return [name for name, value in meaning(args).items() if saved["flags"].get(name, value) != value]
+    return changed
