@@ -303,10 +303,11 @@ def test_draws__each_number_has_one_use():
 def test_draws__numbers_keep_their_use(many):
     """A change would give every seed other views."""
     numbers = {name: numbers for name, (numbers, _) in DRAWS.items()}
-    assert numbers == {
+    expected = {
         "flip": (22,), "order": (23, 28), "brightness": (24,), "contrast": (25,), "saturation": (26,), "hue": (27,),
         "gray": (29,), "gray_first": (29,), "sigma": (30, 31), "solarize": (32,),
     }  # fmt: skip
+    assert expected.items() <= numbers.items()
     p = parameters(ViewSpec("v", 8, jitter=JITTER, jitter_p=0.8, blur_p=0.5), many)
     expected = np.where(many[:, 23] < 0.8, np.floor(24 * many[:, 28]), -1).astype(np.float32)
     assert np.array_equal(p["order"], expected)

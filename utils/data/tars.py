@@ -28,7 +28,7 @@ def tar_samples(
 ) -> Iterator[TarSample]:
     """The samples of an open tar, which may be a stream, in order. count: their number, or 0 if it is not known.
 
-    As in WebDataset, a key is the member's path up to the first dot of its name, and the rest, in lower case, is the extension.
+    As in WebDataset, a key is the member's path up to the first dot of its name. The rest, in lower case, is the extension.
     Consecutive members with one key are a sample; an extension that comes again starts the next one. A group without an image
     is no sample, and its key is added to `imageless`. take(member, position of the sample) is called for images and labels;
     nothing else is read. Raises tarfile.TarError for a tar that is corrupt or has another number of samples.

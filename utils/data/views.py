@@ -26,7 +26,7 @@ except ImportError:
 NUMBERS = 40  # uniform random numbers of a view: 0 to 21 are its crop's, 22 to 39 those of DRAWS
 TRIES = 10  # of a random resized crop, as in torchvision
 AREA, RATIO, TOP, LEFT = slice(0, TRIES), slice(TRIES, 2 * TRIES), 20, 21
-SPARE = 2  # a JPEG decoded at a reduced size must leave so many pixels of a crop for a pixel of its view, along a side
+SPARE = 2  # pixels of a crop for a pixel of its view, along a side, that a JPEG decoded at a reduced size must leave
 
 
 @dataclass(frozen=True)
@@ -132,8 +132,8 @@ def crop_box(spec: ViewSpec, u: np.ndarray, height: int, width: int) -> tuple[in
 def cut_views(data: bytes, specs: list[ViewSpec], u: np.ndarray) -> list[torch.Tensor]:
     """Decode an image once and crop every view, in the order of specs, each 3 x size x size uint8.
 
-    u: a row of `draw` for each view. A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where every crop keeps SPARE times the
-    pixels of its view along a side, so that no view loses detail. Raises PIL's errors, of many types, for bytes that are no
+    u: a row of `draw` for each view. A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if no view loses detail: every crop
+    must keep SPARE times the pixels of its view along a side. Raises PIL's errors, of many types, for bytes that are no
     image and for more pixels than Image.MAX_IMAGE_PIXELS.
     """
     kinds = [spec for spec in specs for _ in range(spec.count)]
