@@ -32,10 +32,10 @@ TELLING = """
 from methods import METHODS
 from utils.run import dist
 def telling(forward):
-    def told(self, views, index, step):
+    def told(self, batch, targets, step):
         with open(f"{folder}/samples-{{dist.rank()}}", "a") as file:
-            file.write(f"{{step.number}} {{' '.join(map(str, index.tolist()))}}\\n")
-        return forward(self, views, index, step)
+            file.write(f"{{step.number}} {{' '.join(map(str, batch.sample_ids.tolist()))}}\\n")
+        return forward(self, batch, targets, step)
     return told
 for method in METHODS.values():
     method.forward = telling(method.forward)
