@@ -1,4 +1,4 @@
-"""Runs on shards with faults, and with workers that die: what a user sees, and what is left behind."""
+"""Runs on shards with faults, and with workers that die: their messages, and the files they leave."""
 
 import json
 import os
@@ -79,14 +79,14 @@ def test_main_pretrain__more_unusable_images_than_allowed(tmp_path, capsys, work
 
 
 def test_main_pretrain__goes_on_when_more_are_allowed(tmp_path, capsys):
-    """The first mend that the line offers; what was met before is not counted twice."""
+    """The first fix that the line suggests; earlier samples are not counted twice."""
     folder = too_many(tmp_path, capsys, "--workers", 0)[1]
     pretrain(tmp_path / "x", folder, "--resume", "auto", "--epochs", 2, "--workers", 0, "--max-bad", 0.05)
     assert lines_of(folder / "metrics.jsonl")[-1]["bad"] == 2 and len(lines_of(folder / "bad_samples.jsonl")) == 2
 
 
 def test_main_pretrain__goes_on_when_the_shards_are_mended(tmp_path, capsys):
-    """The other mend that the line offers."""
+    """The other fix that the line suggests."""
     folder = too_many(tmp_path, capsys, "--workers", 0)[1]
     for path in (tmp_path / "x").iterdir():
         path.unlink()

@@ -1,4 +1,4 @@
-"""What a run tells: means over steps and processes, rates, chance level, TensorBoard, config.json."""
+"""The output of a run: means over steps and processes, rates, chance level, TensorBoard, config.json."""
 
 import argparse
 import json

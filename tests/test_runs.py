@@ -1,4 +1,4 @@
-"""main_pretrain.py: what travels in a checkpoint, several processes, broken data, and that a mend which is offered works."""
+"""main_pretrain.py: the content of a checkpoint, several processes, corrupt data, and whether suggested fixes work."""
 
 import io
 import json
@@ -78,7 +78,7 @@ def test_main_pretrain__first_update_is_lr_times_gradient(images, tmp_path, monk
     assert len(before) > 10 and any(g.abs().max() > 0 for g in grads.values())
 
 
-# ---------------------------------------------------------------- what a checkpoint carries
+# ---------------------------------------------------------------- the content of a checkpoint
 
 
 @pytest.fixture
@@ -199,7 +199,7 @@ def test_main_pretrain__two_processes_write_what_one_writes(images, tmp_path, me
     opened("--pretrained", tmp_path / "two", "--train-shards", "x", "--val-shards", "x")
 
 
-# ---------------------------------------------------------------- mends that are offered
+# ---------------------------------------------------------------- suggested fixes
 
 
 @pytest.mark.parametrize("k", [1, 7, 12, 30, 33, 65537])

@@ -1,4 +1,4 @@
-"""Checkpoints beside training: whole or not at all, the newest kept, the newest good one found again."""
+"""Checkpoints in the background of training: whole or not at all, the newest kept, the newest whole one resumed."""
 
 import os
 import signal
