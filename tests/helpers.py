@@ -30,7 +30,8 @@ from utils.run.checkpoint import bare
 TINY = ["--arch", "tiny_resnet", "--size", "64", "--moco-dim", "16", "--moco-k", "32", "--batch-size", "8"]
 BANK = ["--nce-dim", "16", "--nce-k", "24", "--lr", "0.03", "--lr-steps", "1"]
 IMAGES = 40  # in the data set of conftest.py
-SMALL = {  # flags of each method
+DEFAULT = ["--arch", "tiny_resnet", "--size", "64", "--batch-size", "8"]  # flags of a method that is not listed
+SMALL = {
     "moco": TINY,
     "mosrep": [*TINY, "--shift-range", "14"],
     "cmc": ["--arch", "resnet18v1", "--size", "32", "--batch-size", "8", *BANK],
@@ -57,7 +58,7 @@ def tiny_convnext(pretrained=False, **kwargs):
 
 
 def tiny(method):
-    return ["--method", method, *SMALL[method]]
+    return ["--method", method, *SMALL.get(method, DEFAULT)]
 
 
 def method_args(name, *flags):
@@ -131,7 +132,7 @@ def uint8_views(args, seed=1):
 
 def in_two(method):
     """Flags with which one process does what two would do."""
-    return ["--bn-splits", "2"] if method != "w2ssl" else []  # its BatchNorm spans all processes
+    return ["--bn-splits", "2"] if "bn_splits" in method_args(method) else []  # without it, BatchNorm spans all processes
 
 
 @functools.cache

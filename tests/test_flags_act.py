@@ -37,9 +37,17 @@ def own_flags(name):
     return [action.dest for action in parser._actions if action.dest != "help"]
 
 
+def other(name, flag):
+    """Another value of a flag, from OTHER, or made of its default; then the flags that it needs."""
+    if flag in OTHER:
+        return OTHER[flag] if isinstance(OTHER[flag], tuple) else (OTHER[flag],)
+    default = getattr(method_args(name), flag)
+    return ("" if default is False else str(type(default)(default / 2)),)
+
+
 def changed(name, flag):
     """(flags of the base line, flags with another value)."""
-    value, *base = OTHER[flag] if isinstance(OTHER[flag], tuple) else (OTHER[flag],)
+    value, *base = other(name, flag)
     option = f"--{flag.replace('_', '-')}"
     if flag == "moco_m_cos":
         return [], ["--no-moco-m-cos"]
