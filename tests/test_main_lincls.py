@@ -54,14 +54,18 @@ def test_main_lincls__learns_and_tells(images, trained, tmp_path):
     assert result["trunk_sha256"] == checkpoint.weights_hash(trunk)  # BatchNorm statistics included
 
 
-@pytest.mark.parametrize("method", METHODS)
+BANKS = (60, 256, 0, 30, [30, 40, 50])
+PUBLISHED = {  # epochs, batch, trust, learning rate of the whole batch, steps
+    **dict.fromkeys(("moco", "mosrep"), (90, 4096, 0.001, 3.2, [])), "w2ssl": (100, 256, 0, 0.1, []),
+    "cmc": BANKS, "insdis": BANKS,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", PUBLISHED)
 def test_main_lincls__published_protocol_is_the_default(method):
     paths = ["--pretrained", "p", "--train-shards", "t", "--val-shards", "v"]
     args = main_lincls.get_args(["--method", method, *paths])
-    banks = (60, 256, 0, 30, [30, 40, 50])
-    epochs, batch, trust, lr, steps = {"w2ssl": (100, 256, 0, 0.1, []), "cmc": banks, "insdis": banks}.get(
-        method, (90, 4096, 0.001, 3.2, [])
-    )
+    epochs, batch, trust, lr, steps = PUBLISHED[method]
     assert (args.epochs, args.batch_size, args.momentum, args.weight_decay, args.trust) == (epochs, batch, 0.9, 0.0, trust)
     assert (args.size, args.resize, args.crop_min) == (224, 256, 0.08)
     if method != "cmc":  # by the arch
