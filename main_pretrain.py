@@ -24,7 +24,6 @@ from utils.data.shards import lanes_of, steps_per_epoch, training_plan
 from utils.learning import amp, optim
 from utils.learning.method import Method, Step
 from utils.run import checkpoint, dist, flags, replay, resume
-from utils.run.checkpoint import bare
 from utils.run.engine import Engine, NotFinite, StepInputs
 from utils.run.flags import Flags, Parser, in_range, one_line_ends, one_line_errors, positive
 from utils.run.log import Log, say, write_config
@@ -139,7 +138,7 @@ def main(argv=None):
         write_config(folder, args, index=index.hash, samples=index.total, device=str(device))
     with one_line_ends(PROG):
         try:
-            stopped_by = train(args, index, model, optimizer, scaler, start, lr, device)
+            stopped_by = train(args, index, method, model, optimizer, scaler, start, lr, device)
         except NotFinite as failure:
             replay.write(failure, folder, args, method, scaler, steps_per_epoch(index.total, args.batch_size), index.total)
     if stopped_by:
@@ -160,9 +159,9 @@ def build(args, samples: int, device: torch.device) -> Method:
     return method
 
 
-def train(args, index, model, optimizer, scaler, start, lr, device) -> int:
+def train(args, index, method, model, optimizer, scaler, start, lr, device) -> int:
     """Train to the end, or until a signal: then save and return its number. Returns 0 at the end."""
-    steps, folder, method = steps_per_epoch(index.total, args.batch_size), Path(args.output_dir), bare(model)
+    steps, folder = steps_per_epoch(index.total, args.batch_size), Path(args.output_dir)
     first_epoch, first_step = start
     position = f" (from its step {first_step})" if first_step else ""
     say(f"{args.method} {args.arch} on {dist.world()} x {device.type} {args.amp}: {index.total} images, "

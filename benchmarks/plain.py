@@ -9,17 +9,17 @@ import torch
 from torch.nn.functional import normalize
 from torchvision.ops import roi_align
 
-from cmc.builder import CMC, InsDis
+from cmc.builder import CMC, InsDis, MemoryBank
 from moco.builder import MoCo
 from mosrep.builder import MosRep
 from mosrep.mosaic import compose, shift, tile_boxes, tile_weights
 from utils.data.batch import Batch
 from utils.data.photometric import normalized
 from utils.learning.contrast import enqueue_, info_nce
+from utils.learning.key_queue import KeyQueue
 from utils.learning.method import Method, Step
 from utils.learning.optim import cosine
 from utils.run import dist
-from utils.run.checkpoint import bare
 from w2ssl.builder import W2SSL
 
 
@@ -36,7 +36,7 @@ def average_(pairs, momentum: float) -> None:
             p_k.data = p_k.data * momentum + p_q.data * (1 - momentum)
 
 
-class PlainQueue:
+class PlainQueue(KeyQueue):
     """What the plain forms of MoCo and MosRep share."""
 
     def embed(self, network, x, group):
@@ -85,7 +85,7 @@ class PlainW2SSL(W2SSL):
         average_([(self.base_encoder, self.momentum_encoder)], momentum)
 
 
-class PlainBank:
+class PlainBank(MemoryBank):
     """What the plain forms of CMC and InsDis share."""
 
     def embed(self, encoder, x, group):
@@ -108,8 +108,8 @@ PLAIN: dict[str, type[Method]] = {
 }  # fmt: skip
 
 
-def train_step(model, args):
-    """A function of (batch, step) that trains the model for one step."""
+def train_step(method, model, args):
+    """A function of (batch, step) that trains the method for one step. model: the method, or DDP around it."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     decay = 0 if args.trust else args.weight_decay
     optimizer = torch.optim.SGD(parameters, 0.01, args.momentum, weight_decay=decay, foreach=False)
@@ -117,8 +117,8 @@ def train_step(model, args):
     def train(batch: Batch, step: Step) -> None:
         views = [normalized(view) for view in batch.views]
         batch = Batch(views, batch.flips, batch.sample_ids, batch.labels, [])
-        loss, _ = model(batch, bare(model).targets(batch, step), step)
-        bare(model).commit(step)
+        loss, _ = model(batch, method.targets(batch, step), step)
+        method.commit(step)
         optimizer.zero_grad()
         loss.backward()
         if args.trust:

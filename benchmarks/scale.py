@@ -42,7 +42,7 @@ def get_args(argv=None):
     return parser.parse_args(argv)
 
 
-def simulate(args, plain: bool = False) -> dict[int, dict[str, dict[str, int]]]:
+def simulate(args, plain: bool = False) -> dict[int, dict[str, dict[str, float]]]:
     """number of processes -> case -> its `trace`, with fake tensors. Call in a new process."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.distributed._tools import fake_collectives  # noqa: F401  registers collectives for fake tensors
@@ -67,7 +67,8 @@ def trace(args, case: str, plain: bool = False, fake: bool = False) -> dict[str,
         model = dist.data_parallel(method, device, **({"init_sync": False} if fake else {}))  # a sync reads contents
         if fake:
             model.register_comm_hook(None, all_reduced)
-        train = train_step(model, flags) if plain else step.train_step(model, flags, Unread(device, False) if fake else None)
+        votes = Unread(device, False) if fake else None
+        train = train_step(method, model, flags) if plain else step.train_step(method, model, flags, votes)
         batch = step.random_batch(method.views(flags), args.batch_size, device)
         with model.no_sync():  # momentum exists from the second step on, and DDP has not yet rebuilt its buckets
             train(batch, Step(0, 10, 0))
@@ -86,7 +87,7 @@ class Unread(Votes):
 def all_reduced(_, bucket) -> torch.futures.Future[torch.Tensor]:
     """DDP's own all-reduce of a bucket of gradients, for collectives without a result."""
     td.all_reduce(bucket.buffer())
-    future = torch.futures.Future()
+    future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
     future.set_result(bucket.buffer())
     return future
 

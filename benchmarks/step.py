@@ -26,7 +26,6 @@ from utils.data.batch import Batch
 from utils.learning import amp, optim
 from utils.learning.method import Step
 from utils.run import dist
-from utils.run.checkpoint import bare
 from utils.run.cpu import keep_freed_memory, peak_memory
 from utils.run.engine import Engine, StepInputs
 from utils.run.flags import Parser, one_line_errors, positive
@@ -68,7 +67,7 @@ def form(pipe, args, case, is_plain):
         if device.type == "cpu":
             keep_freed_memory()  # as a run does
     method.train()
-    train = (plain if is_plain else sys.modules[__name__]).train_step(method, flags)
+    train = (plain if is_plain else sys.modules[__name__]).train_step(method, method, flags)
     batch = random_batch(method.views(flags), args.batch_size, device)
     pixels = count_pixels(method)
     pipe.send("ready")
@@ -120,14 +119,13 @@ def count_pixels(method):
     return seen
 
 
-def train_step(model, args, votes=None):
+def train_step(method, model, args, votes=None):
     """A function of (batch, step) that trains the model for one step, like main_pretrain.py. votes: replace the engine's."""
     optimizer = optim.sgd(model.parameters(), 0.01, args.momentum, args.weight_decay, args.trust, exclude=True)
     engine = Engine(args, 1, optimizer, amp.scaler(args.amp), None, next(model.parameters()).device, None)
     engine.votes = votes or engine.votes
 
     def train(batch, step):
-        method = bare(model)
         loss, _ = model(batch, method.targets(batch, step), step)
         engine.update(loss, StepInputs(0, step.number))
         method.commit(step)
@@ -151,7 +149,7 @@ def measure(args, case) -> dict[str, float]:
     try:
         for pipe in forms.values():
             pipe.recv()
-        times = {name: [] for name in forms}
+        times: dict[str, list[float]] = {name: [] for name in forms}
         for number in range(args.rounds + 2):
             for name, pipe in forms.items():
                 pipe.send(number)

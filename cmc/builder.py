@@ -12,10 +12,10 @@ from cmc.memory import Bank, Scores, draw_rows, last_places
 from cmc.nets import ARCHS, TwoBranches
 from utils.data.batch import Batch
 from utils.data.views import ViewSpec, moco_v1_view
-from utils.learning import backbones, layouts, mixture
+from utils.learning import backbones, mixture
 from utils.learning.contrast import embed
 from utils.learning.criterion import criterion
-from utils.learning.method import Method, Probed, Stats, Step, Targets
+from utils.learning.method import Method, Stats, Step, Targets
 from utils.run import dist
 from utils.run.flags import in_range, positive
 
@@ -160,11 +160,13 @@ class CMC(MemoryBank):
         return cls.PROBE | {"lr": 0.1 if arch == "alexnet" else 50.0 if arch.endswith("v3") else 30.0}
 
     @staticmethod
-    def frozen(args: Namespace) -> Probed:
+    def frozen(args: Namespace) -> backbones.Probed:
         """Both branches; layers 1 to 5 of AlexNet, 6 of a ResNet."""
         check_arch(args)
         trunk = TwoBranches(args.arch)
-        return Probed(trunk, trunk.layers, "fc", lambda x, layers: trunk.features(*color_views(x, args.space), layers))
+        return backbones.Probed(
+            trunk, trunk.layers, "fc", lambda x, layers: trunk.features(*color_views(x, args.space), layers)
+        )
 
     @staticmethod
     def trunk(state_dict, args):
@@ -201,18 +203,6 @@ class InsDis(MemoryBank):
     @staticmethod
     def views(args: Namespace) -> list[ViewSpec]:
         return [moco_v1_view("crop", args.size, (args.crop_min, 1.0))]
-
-    @staticmethod
-    def add_probe_flags(group) -> None:
-        backbones.add_flags(group)
-
-    @staticmethod
-    def frozen(args: Namespace) -> Probed:
-        return backbones.probed(args)
-
-    @staticmethod
-    def trunk(state_dict, args):
-        return layouts.trunk_state(state_dict)
 
     def __init__(self, args: Namespace, samples: int):
         backbones.feature_shape(backbones.build_trunk(args), args.arch, args.size, args.size)  # refuses what cannot work

@@ -14,7 +14,7 @@ from utils.data.photometric import normalized
 from utils.data.views import ViewSpec
 from utils.learning import amp, backbones, layouts
 from utils.learning.contrast import ema_, key_copy
-from utils.learning.method import Method, Probed, Stats, Step, Targets
+from utils.learning.method import Method, Stats, Step, Targets
 from utils.learning.optim import cosine
 from utils.learning.sync_bn import synchronized
 from utils.run import dist
@@ -102,14 +102,6 @@ class W2SSL(Method):
             for number, own in ((1, first), (2, {"blur_p": 0.1, "solarize_p": 0.2}))
             for half, part in (("left", (0.0, share)), ("right", (1 - share, 1.0)))
         ]
-
-    @staticmethod
-    def add_probe_flags(group) -> None:
-        backbones.add_flags(group)
-
-    @staticmethod
-    def frozen(args: argparse.Namespace) -> Probed:
-        return backbones.probed(args)
 
     @staticmethod
     def trunk(state_dict, args):

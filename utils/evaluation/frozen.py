@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from utils.learning import amp, layouts
-from utils.learning.method import Method, Probed
+from utils.learning.backbones import Probed
+from utils.learning.method import Method
 from utils.run import checkpoint
 from utils.run.flags import Parser, typed
 

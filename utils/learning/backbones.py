@@ -2,6 +2,7 @@
 
 import difflib
 from argparse import Namespace
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import timm
@@ -9,9 +10,18 @@ import torch
 from torch import nn
 
 from utils.data.photometric import normalized
-from utils.learning.method import Probed
 
 POOLED = 6  # the layer number of a trunk's pooled features, because AlexNet has layers 1 to 5
+
+
+@dataclass(frozen=True)
+class Probed:
+    """A trunk as evaluations see it."""
+
+    trunk: nn.Module
+    layers: tuple[int, ...]  # numbers of the layers that can be probed
+    classifier: str  # name of the submodule that is not part of the trunk; weights below it are left out
+    features: Callable[[torch.Tensor, Sequence[int]], dict[int, torch.Tensor]]  # (n x 3 x H x W, layers) -> layer -> n x C
 
 
 @dataclass(frozen=True)

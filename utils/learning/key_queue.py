@@ -7,9 +7,9 @@ from torch import nn
 from torch.nn.functional import normalize
 
 from utils.data.views import ViewSpec, moco_v2_view
-from utils.learning import backbones, layouts
+from utils.learning import backbones
 from utils.learning.contrast import ema_, embed, enqueue_, shuffled_keys
-from utils.learning.method import Method, Probed, Step
+from utils.learning.method import Method, Step
 from utils.run import dist
 from utils.run.flags import in_range, positive
 
@@ -63,18 +63,6 @@ class KeyQueue(Method):
     @staticmethod
     def bn_groups(args: Namespace) -> int:
         return args.bn_splits
-
-    @staticmethod
-    def trunk(state_dict, args):
-        return layouts.trunk_state(state_dict)
-
-    @staticmethod
-    def frozen(args: Namespace) -> Probed:
-        return backbones.probed(args)
-
-    @staticmethod
-    def add_probe_flags(group) -> None:
-        backbones.add_flags(group)
 
     def __init__(self, args: Namespace, samples: int):
         super().__init__(args, samples)

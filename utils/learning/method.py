@@ -12,7 +12,6 @@ Until `commit` a step changes nothing but BatchNorm's statistics, so a step that
 
 from abc import ABC, abstractmethod
 from argparse import Namespace
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Self
 
@@ -22,6 +21,7 @@ from torch import nn
 
 from utils.data.batch import Batch
 from utils.data.views import ViewSpec
+from utils.learning import backbones, layouts
 from utils.run import dist, streams
 
 Stats = dict[str, torch.Tensor]
@@ -61,16 +61,6 @@ class Targets:
 
 def _rows(value: Any, images: slice) -> Any:
     return tuple(x[images] for x in value) if isinstance(value, tuple) else value[images]
-
-
-@dataclass(frozen=True)
-class Probed:
-    """A trunk as evaluations see it."""
-
-    trunk: nn.Module
-    layers: tuple[int, ...]  # numbers of the layers that can be probed
-    classifier: str  # name of the submodule that is not part of the trunk; weights below it are left out
-    features: Callable[[torch.Tensor, Sequence[int]], dict[int, torch.Tensor]]  # (n x 3 x H x W, layers) -> layer -> n x C
 
 
 class Method(nn.Module, ABC):
@@ -129,19 +119,19 @@ class Method(nn.Module, ABC):
         """The loss of guessing, summed over the terms of the loss, for a global batch of this size."""
 
     @staticmethod
-    @abstractmethod
     def trunk(state_dict: dict[str, torch.Tensor], args: Namespace) -> dict[str, torch.Tensor]:
         """The trunk's part of a checkpoint's state dict, under the names of the trunk that `frozen` builds."""
+        return layouts.trunk_state(state_dict)
 
     @staticmethod
-    @abstractmethod
-    def frozen(args: Namespace) -> Probed:
-        """The trunk that evaluations use, with random weights. Raises ValueError for an --arch or --size that cannot work."""
+    def frozen(args: Namespace) -> backbones.Probed:
+        """The trunk of evaluations, with random weights. Raises ValueError for an --arch or --size that cannot work."""
+        return backbones.probed(args)
 
     @staticmethod
-    @abstractmethod
     def add_probe_flags(group) -> None:
-        """Add the flags that an evaluation needs to build the trunk; None stands for the checkpoint's value."""
+        """Add the flags that `frozen` needs; None stands for the checkpoint's value."""
+        backbones.add_flags(group)
 
     @classmethod
     def probe(cls, arch: str) -> dict[str, Any]:
