@@ -12,6 +12,7 @@ import sys
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as td
@@ -64,7 +65,7 @@ def trace(args, case: str, plain: bool = False, fake: bool = False) -> dict[str,
     device = torch.device("cpu")
     with Tracer() as tracer:
         method = (PLAIN if plain else METHODS)[flags.method](flags, args.samples).train()
-        model = dist.data_parallel(method, device, **({"init_sync": False} if fake else {}))  # a sync reads contents
+        model: Any = dist.data_parallel(method, device, **({"init_sync": False} if fake else {}))  # a sync reads contents
         if fake:
             model.register_comm_hook(None, all_reduced)
         votes = Unread(device, False) if fake else None

@@ -14,6 +14,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -122,7 +123,8 @@ def count_pixels(method):
 def train_step(method, model, args, votes=None):
     """A function of (batch, step) that trains the model for one step, like main_pretrain.py. votes: replace the engine's."""
     optimizer = optim.sgd(model.parameters(), 0.01, args.momentum, args.weight_decay, args.trust, exclude=True)
-    engine = Engine(args, 1, optimizer, amp.scaler(args.amp), None, next(model.parameters()).device, None)
+    unused: Any = None  # no log and no checkpoint
+    engine = Engine(args, 1, optimizer, amp.scaler(args.amp), unused, next(model.parameters()).device, unused)
     engine.votes = votes or engine.votes
 
     def train(batch, step):

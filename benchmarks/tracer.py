@@ -20,7 +20,8 @@ class Tracer(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.received, self.counting, self.held, self.peak, self.known = Counter(), False, 0, 0, set()
+        self.received: Counter[str] = Counter()
+        self.counting, self.held, self.peak, self.known = False, 0, 0, set()
 
     def start(self) -> None:
         """Begin to count; tensors that are there stay."""

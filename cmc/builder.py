@@ -3,6 +3,7 @@
 import re
 from argparse import Namespace
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -71,14 +72,14 @@ class MemoryBank(Method):
     def bn_groups(args: Namespace) -> int:
         return args.bn_splits
 
-    def __init__(self, args: Namespace, samples: int, encoder: nn.Module, banks: list[str]):
+    def __init__(self, args: Namespace, samples: int, encoder: Any, banks: list[str]):
         super().__init__(args, samples)
         self.amp, self.bn_splits, self.samples = args.amp, args.bn_splits, samples
         self.negatives, self.momentum = args.nce_k, args.nce_m
         self.mixture = mixture.Mixture(args)
         self.encoder = encoder
-        self.banks = nn.ModuleDict({name: Bank(samples, args.nce_dim) for name in banks})
-        self.criteria = nn.ModuleDict({name: criterion(args.loss, args.nce_t, samples) for name in banks})
+        self.banks: Any = nn.ModuleDict({name: Bank(samples, args.nce_dim) for name in banks})
+        self.criteria: Any = nn.ModuleDict({name: criterion(args.loss, args.nce_t, samples) for name in banks})
 
     def embed(self, encoder: nn.Module, x: torch.Tensor, group: int) -> torch.Tensor:  # n x channels x H x W -> n x C
         return embed(encoder, x, self.amp, group)
@@ -97,7 +98,8 @@ class MemoryBank(Method):
         places = range(dist.rank() * n, (dist.rank() + 1) * n)
         negatives = dist.on_device(draw_rows(step.seed, step.number, places, self.samples, self.negatives), ids.device)
         rows = torch.cat([ids.unsqueeze(1).to(negatives.dtype), negatives], 1)  # n x (1 + K)
-        self.sample_ids, self.seen = ids, {name: [] for name in self.banks}
+        self.sample_ids = ids
+        self.seen: dict[str, list[torch.Tensor]] = {name: [] for name in self.banks}
         return BankTargets(views, rows, n // self.bn_splits)
 
     def scores(self, features: torch.Tensor, bank: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

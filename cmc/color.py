@@ -46,9 +46,9 @@ SCALES = {
 
 def linear(x: torch.Tensor, matrix, offset=(0, 0, 0)) -> torch.Tensor:
     """Multiply the channels of n x 3 x H x W by a 3 x 3 matrix and add an offset."""
-    channels = x.unbind(1)
-    return torch.stack([sum(float(m) * c for m, c in zip(row, channels, strict=True)) + float(o)
-                        for row, o in zip(matrix, offset, strict=True)], 1)  # fmt: skip
+    r, g, b = x.unbind(1)
+    rows = zip(np.asarray(matrix, float).tolist(), offset, strict=True)
+    return torch.stack([0 + i * r + j * g + k * b + float(o) for (i, j, k), o in rows], 1)
 
 
 def xyz(x: torch.Tensor) -> torch.Tensor:

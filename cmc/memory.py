@@ -47,6 +47,8 @@ class Scores(torch.autograd.Function):
 class Bank(nn.Module):
     """Row i is the moving average of image i's features, of length 1. Equal on all processes."""
 
+    memory: torch.Tensor  # samples x C
+
     def __init__(self, samples: int, dim: int):
         super().__init__()
         bound = 1 / math.sqrt(dim / 3)

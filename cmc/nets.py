@@ -59,7 +59,7 @@ class HalfResNet(ResNet):
         return {6: self.global_pool(self.forward_features(x))}
 
 
-def half(arch: str, in_channels: int, dim: int = 0) -> nn.Module:
+def half(arch: str, in_channels: int, dim: int = 0) -> AlexNet | HalfResNet:
     """A branch. dim 0: without its head."""
     if arch == "alexnet":
         return AlexNet(in_channels, dim)

@@ -2,6 +2,7 @@
 
 from argparse import Namespace
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,7 +25,7 @@ class MoCoTargets(Targets):
     query: torch.Tensor  # n x 3 x H x W, the query views after a mixture
     keys: torch.Tensor  # n x C, without gradient
     group: int  # images that BatchNorm sees together
-    mixed: torch.Tensor | tuple[()] = ()  # n x 3 x H x W, Un-Mix's views
+    mixed: Any = ()  # n x 3 x H x W, Un-Mix's views
     share: float = 1.0  # of an image itself in its mixed view
 
 
@@ -86,7 +87,7 @@ class MoCo(KeyQueue):
         if args.moco_head == "linear":
             return model
         name = backbones.classifier_name(model)
-        last = model.get_submodule(name)
+        last: Any = model.get_submodule(name)
         width = last.in_features
         model.set_submodule(name, nn.Sequential(nn.Linear(width, width), nn.ReLU(), last))
         return model

@@ -100,8 +100,8 @@ class MosRep(KeyQueue):
     def targets(self, batch: Batch, step: Step) -> MosRepTargets:
         n = len(batch)
         keys = self.keys(nn.Sequential(self.encoder_k, self.projector_k), batch.views[1], step)  # N x C
-        offsets = [draw_offset(step.rng, **self.shift) for _ in range(dist.world() * self.bn_splits)]
-        offsets = np.repeat(dist.own(offsets, self.bn_splits), n // self.bn_splits, axis=0)  # n x 2
+        drawn = [draw_offset(step.rng, **self.shift) for _ in range(dist.world() * self.bn_splits)]
+        offsets = np.repeat(dist.own(drawn, self.bn_splits), n // self.bn_splits, axis=0)  # n x 2
         return MosRepTargets(keys, n // self.bn_splits, dist.rank() * n + np.arange(n), offsets)
 
     def contrast(self, q: torch.Tensor, keys: torch.Tensor, places: np.ndarray, reduction: str = "mean"):

@@ -2,7 +2,8 @@
 
 import argparse
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -95,13 +96,10 @@ class W2SSL(Method):
     @staticmethod
     def views(args) -> list[ViewSpec]:
         share = (1 + args.overlap) / 2
-        common = {"jitter": (0.4, 0.4, 0.2, 0.1), "jitter_p": 0.8, "gray_p": 0.2}
-        first = {"blur_p": 1.0}
-        return [
-            ViewSpec(f"{half} {number}", args.size // 2, (args.crop_min, 1.0), part=part, **common, **own)
-            for number, own in ((1, first), (2, {"blur_p": 0.1, "solarize_p": 0.2}))
-            for half, part in (("left", (0.0, share)), ("right", (1 - share, 1.0)))
-        ]
+        crop = ViewSpec("", args.size // 2, (args.crop_min, 1.0), jitter=(0.4, 0.4, 0.2, 0.1), jitter_p=0.8, gray_p=0.2)
+        numbers = replace(crop, blur_p=1.0), replace(crop, blur_p=0.1, solarize_p=0.2)
+        halves = {"left": (0.0, share), "right": (1 - share, 1.0)}
+        return [replace(v, name=f"{h} {i}", part=part) for i, v in enumerate(numbers, 1) for h, part in halves.items()]
 
     @staticmethod
     def trunk(state_dict, args):
@@ -126,7 +124,7 @@ class W2SSL(Method):
     def encoders(self) -> list[nn.Module]:
         return [self.base_encoder, self.momentum_encoder]
 
-    def features(self, encoder: nn.Module, montages: torch.Tensor) -> torch.Tensor:
+    def features(self, encoder: Any, montages: torch.Tensor) -> torch.Tensor:
         """n/2 x 3 x H x W -> 2n x C, a vector for each crop."""
         return separate(encoder(normalized(montages.contiguous(memory_format=torch.channels_last))).float())
 
@@ -152,13 +150,14 @@ class W2SSL(Method):
         if self.flip_aware:
             flips = torch.cat(batch.flips[:2], 1).flatten().long()  # n x half
             side = side ^ self.deal(dist.on_device(flips, crops.device), order)
-        encoder = self.momentum_encoder
+        encoder: Any = self.momentum_encoder
         with amp.autocast(crops.device, self.amp):
             keys = [encoder.fc_crop(self.features(encoder, x)) for x in montages]
         return W2SSLTargets(montages, [normalize(k.float(), dim=1) for k in keys], number // 2, side)
 
     def forward(self, batch: Batch, targets: W2SSLTargets, step: Step) -> tuple[torch.Tensor, Stats]:
-        encoder, k = self.base_encoder, targets.keys
+        encoder: Any = self.base_encoder
+        k = targets.keys
         with amp.autocast(targets.image.device, self.amp):
             f = [self.features(encoder, x) for x in targets.montages]  # 2n x C each
             online = [self.predictor(encoder.fc_crop(x)) for x in f]

@@ -4,6 +4,7 @@ import difflib
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import timm
 import torch
@@ -67,7 +68,7 @@ def build_trunk(args: Namespace) -> nn.Module:
     return build(args.arch, args.output_stride, num_classes=0, global_pool="")
 
 
-def classifier_name(model: nn.Module) -> str:
+def classifier_name(model: Any) -> str:
     """The name of a timm model's classifier: fc for ResNets, head.fc for ConvNeXt ..."""
     return model.default_cfg["classifier"]
 
@@ -87,7 +88,7 @@ def _features(model, arch, size):
 
 
 @torch.no_grad()
-def feature_shape(trunk: nn.Module, arch: str, size: int, smallest: int) -> Shape:
+def feature_shape(trunk: Any, arch: str, size: int, smallest: int) -> Shape:
     """The feature map of a `size` x `size` view. smallest: side of the smallest view; trunk: from build_trunk.
 
     Raises ValueError for a trunk without a feature map, or a view smaller than its stride.
@@ -102,7 +103,8 @@ def feature_shape(trunk: nn.Module, arch: str, size: int, smallest: int) -> Shap
     if features.ndim != 4 or abs(features.shape[2] - size / stride) >= 1:
         shape = tuple(features.shape)
         raise ValueError(f"--arch {arch}: gives {shape}, no N x C x H x W feature map; try resnet50 or convnext_tiny")
-    return Shape(*features.shape[1:], stride)
+    channels, height, width = features.shape[1:]
+    return Shape(channels, height, width, stride)
 
 
 def probed(args: Namespace) -> Probed:

@@ -37,6 +37,8 @@ class Nce(nn.Module):
     processes, and stays. The computation uses logarithms, so a small temperature cannot overflow float32.
     """
 
+    log_z: torch.Tensor
+
     def __init__(self, temperature: float, samples: int):
         super().__init__()
         self.temperature, self.samples = temperature, samples
@@ -60,7 +62,7 @@ class Nce(nn.Module):
         return means.logsumexp(0) - math.log(len(means)) + math.log(self.samples)
 
     def _look(self, _):
-        self.known = self.log_z.isfinite().item()
+        self.known = bool(self.log_z.isfinite())
 
     def chance(self, candidates: int) -> float:
         """The loss if every candidate has P = 1 / n."""

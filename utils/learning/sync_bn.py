@@ -1,5 +1,7 @@
 """BatchNorm over the global batch of all processes."""
 
+from typing import Any
+
 import torch
 import torch.distributed as td
 from timm.layers import BatchNormAct2d, convert_sync_batchnorm
@@ -28,13 +30,19 @@ def synchronized(module: nn.Module) -> nn.Module:
 class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
     """BatchNorm over all processes on the CPU. It takes over the parameters and buffers of `norm`, and timm's activation."""
 
-    def __init__(self, norm: nn.modules.batchnorm._BatchNorm):
+    running_mean: torch.Tensor
+    running_var: torch.Tensor
+    num_batches_tracked: torch.Tensor
+    momentum: float
+
+    def __init__(self, norm: Any):
         super().__init__(norm.num_features, norm.eps, norm.momentum, norm.affine)
         self.weight, self.bias = norm.weight, norm.bias
         self.running_mean, self.running_var, self.num_batches_tracked = (
             norm.running_mean, norm.running_var, norm.num_batches_tracked)  # fmt: skip
         timm_norm = isinstance(norm, BatchNormAct2d)
-        self.drop, self.act = (norm.drop, norm.act) if timm_norm else (nn.Identity(), nn.Identity())
+        self.drop: nn.Module = norm.drop if timm_norm else nn.Identity()
+        self.act: nn.Module = norm.act if timm_norm else nn.Identity()
 
     def _check_input_dim(self, input: torch.Tensor) -> None:
         """Any number of dimensions works."""
