@@ -1,4 +1,4 @@
-"""Checkpoint files: whole or not at all, never executed, and in the layouts of METHODS."""
+"""Checkpoint files: whole or not at all, never executed, and in the layouts of docs/methods.md."""
 
 import collections
 
@@ -45,7 +45,7 @@ def resnet():
     return timm.create_model("resnet18", num_classes=7)
 
 
-# METHODS.md, last table: the prefix of the trunk, and what else such a checkpoint holds
+# docs/methods.md, last table: the prefix of the trunk, and what else such a checkpoint holds
 LAYOUTS = {
     "MoCo v1, v2, MosRep, Un-Mix": ("module.encoder_q.", ["module.encoder_k.", "module.queue", "module.queue_ptr"]),
     "the same without DDP": ("encoder_q.", ["encoder_k.", "queue"]),

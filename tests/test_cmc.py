@@ -1,4 +1,4 @@
-"""CMC, InsDis and the criteria against METHODS.md, "CMC": slow loops, draws, banks on several processes, layers."""
+"""CMC, InsDis and the criteria against docs/methods.md, "CMC": slow loops, draws, banks on several processes, layers."""
 
 import copy
 import math
@@ -164,7 +164,7 @@ def test_bank__a_feature_that_is_not_finite_leaves_its_row():
 
 
 def slow_step(method, args, views, index, rows):
-    """METHODS.md, "CMC": -> the loss and the rows of the banks after it."""
+    """docs/methods.md, "CMC": -> the loss and the rows of the banks after it."""
     if args.method == "cmc":
         x, y = color_views(views[0], args.space)
         f = {"l": normalize(method.encoder.l_to_ab(x), dim=1), "ab": normalize(method.encoder.ab_to_l(y), dim=1)}

@@ -1,4 +1,4 @@
-"""MoCo-v2 against METHODS.md, and what MosRep inherits from it: the tests over VARIANTS."""
+"""MoCo-v2 against docs/methods.md, and what MosRep inherits from it: the tests over VARIANTS."""
 
 import copy
 import math
@@ -34,7 +34,7 @@ def relative(a, b):
 
 
 def slow_loss(method, views):
-    """METHODS.md, "MoCo-v2", in words and loops, from the key encoder as it is."""
+    """docs/methods.md, "MoCo-v2", in words and loops, from the key encoder as it is."""
     x_q, x_k, *local = views
 
     def embed(encoder, x):

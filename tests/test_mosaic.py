@@ -1,4 +1,4 @@
-"""Mosaics against METHODS.md, "MosRep", points 1 and 2, pixel by pixel."""
+"""Mosaics against docs/methods.md, "MosRep", points 1 and 2, pixel by pixel."""
 
 import math
 

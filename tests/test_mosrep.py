@@ -1,4 +1,4 @@
-"""MosRep's forward against METHODS.md, "MosRep". (Its mosaics: test_mosaic.py; what it shares with MoCo: test_moco.py.)"""
+"""MosRep's forward against docs/methods.md, "MosRep". (Its mosaics: test_mosaic.py; what it shares with MoCo: test_moco.py.)"""
 
 import copy
 import math
@@ -67,7 +67,7 @@ def slow_roi_align(features, box, scale, out):
 
 
 def slow_loss(method, views, offset, stride):
-    """METHODS.md, "MosRep", points 1 to 6, one process, from the key encoder as it is."""
+    """docs/methods.md, "MosRep", points 1 to 6, one process, from the key encoder as it is."""
     x_q, x_k, crops = views
     n = len(x_q)
 

@@ -98,7 +98,7 @@ def test_lr_at__steps(epoch, factor):
 
 
 def test_sgd__lars_leaves_out_biases_and_gains():
-    """METHODS, "W2SSL", 6, parameter by parameter: no decay and no adaptive rate where there is one axis."""
+    """docs/methods.md, "W2SSL", 6, parameter by parameter: no decay and no adaptive rate where there is one axis."""
     rng = torch.Generator().manual_seed(0)
     layers = [torch.randn(4, 3, generator=rng), 3 * torch.ones(4), torch.zeros(4), torch.randn(2, 4, 3, 3, generator=rng)]
     parameters = [nn.Parameter(p.clone()) for p in layers]

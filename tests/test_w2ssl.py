@@ -1,4 +1,4 @@
-"""W2SSL against METHODS.md, "W2SSL": halves, montages, losses, schedules, and many processes against one."""
+"""W2SSL against docs/methods.md, "W2SSL": halves, montages, losses, schedules, and many processes against one."""
 
 import copy
 import io
