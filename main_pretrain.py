@@ -39,14 +39,11 @@ def get_args(argv=None) -> Flags:
     failed = replay.read_failed_step(known.replay) if known.replay else None
     name = failed["flags"]["method"] if failed else known.method
 
-    parser = Parser(
-        elsewhere=lambda flag: other_method(flag, name), prog=PROG, usage="%(prog)s [--method NAME] --shards DIR [flags]",
-        description="\n\n".join(__doc__.split("\n\n")[:2]),
-    )  # fmt: skip
+    parser = Parser(lambda flag: other_method(flag, name), prog=PROG, usage="%(prog)s [--method NAME] --shards DIR [flags]",
+                    description=__doc__.rpartition("\n\n")[0])  # fmt: skip
     add = parser.group("data", identity=False).add_argument
     add("--shards", required=not failed, metavar="DIR", help="folder of training shards, a glob, or a brace pattern of tars")
-    add("--lanes", type=int, identity=True,
-        help="ranges an epoch is cut into; default: the largest power of two up to 64 that divides the batch")  # fmt: skip
+    add("--lanes", type=int, identity=True, help="ranges of an epoch; default: the largest of 64, 32, .. 1 that fits the batch")
     optimization = parser.group("optimization")
     add = optimization.add_argument
     add("--epochs", type=int, default=200, help="times every image is shown")
@@ -55,15 +52,13 @@ def get_args(argv=None) -> Flags:
     add("--momentum", type=float, default=0.9, help="of SGD and LARS")
     add("--weight-decay", type=float, default=1e-4, help="of SGD, on every parameter; of LARS, not on biases and BatchNorm")
     add("--trust", type=float, default=0.0, help="trust coefficient of LARS, layer-wise adaptive rates; 0 is plain SGD")
-    add(
-        "--warmup-epochs", type=float, default=0.0, help="epochs in which the learning rate rises linearly from 0, step by step"
-    )
+    add("--warmup-epochs", type=float, default=0.0, help="epochs in which the learning rate rises from 0, linearly, each step")
     add("--lr-per", choices=["epoch", "step"], default="epoch", help="how often the cosine changes the learning rate")
     flags.add_lr_steps(optimization)
     add_first_flags(parser)
-    parser.group("method").add_argument("-a", "--arch", default="resnet50",
-        help="trunk: a timm model that gives a feature map; CMC's own end in v1 to v3")  # fmt: skip
-    METHODS[name].add_flags(parser.group("method"))
+    method = parser.group("method")
+    method.add_argument("-a", "--arch", default="resnet50", help="trunk: a timm model with a feature map; CMC has its own, v1 to v3")
+    METHODS[name].add_flags(method)
     flags.add_run_flags(parser, output_dir="output/run", output_help="folder of checkpoints, metrics and configuration")
     add = parser.group("run", identity=False).add_argument
     add("--save-freq", type=int, default=10, help="epochs between two checkpoints that stay")
@@ -95,11 +90,11 @@ def other_method(flag: str, method: str) -> str | None:
 
 def check(args: Flags, samples: int) -> None:
     """Raise ValueError for flags that cannot work, naming flag, value and a value that works, before anything slow."""
+    method = METHODS[args.method]
     flags.check_run_flags(args)
     flags.check_lr_steps(args)
     if args.lr_steps and args.lr_per == "step":
         raise ValueError("--lr-per step: belongs to the cosine, which --lr-steps replaces; pass --lr-per epoch")
-    method = METHODS[args.method]
     positive(["--epochs", "--batch-size", "--lr", "--save-freq"], args)
     if method.bn_groups(args) < 1:
         raise ValueError(f"--bn-splits {method.bn_groups(args)}: must be above 0")
@@ -177,11 +172,9 @@ def train(args, index, method, model, optimizer, scaler, start, lr, device) -> i
     schedule = args.warmup_epochs, args.lr_per == "step", args.lr_steps, args.lr_gamma
 
     def content(epoch, step_in_epoch):
-        return {
-            "epoch": epoch, "step": step_in_epoch, "method": args.method, "arch": args.arch, "flags": vars(args),
-            "index": index.hash, "state_dict": checkpoint.prefixed(model), "optimizer": optimizer.state_dict(),
-            "scaler": scaler.state_dict(),
-        }  # fmt: skip
+        facts = {"method": args.method, "arch": args.arch, "flags": vars(args), "index": index.hash}
+        states = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+        return {"epoch": epoch, "step": step_in_epoch, **facts, "state_dict": checkpoint.prefixed(model), **states}
 
     with (
         Log(folder, start, steps, args.print_freq, args.batch_size, bad, method.chance(args.batch_size)) as log,

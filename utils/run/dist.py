@@ -16,21 +16,17 @@ TIMEOUT = 1800.0  # seconds
 def setup(device_flag: str, timeout: float = TIMEOUT) -> torch.device:
     """Join the process group that torchrun describes, if any, and choose this process's device.
 
-    `device_flag` is auto, cpu, cuda or mps; auto prefers cuda, then mps. timeout: seconds that a process waits for another
-    before it fails. Raises ValueError if there is no such device.
+    device_flag: auto prefers cuda, then mps. timeout: of waiting for another process, in seconds. Raises ValueError.
     """
     if device_flag == "auto":
         device_flag = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if device_flag == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: this machine shows no CUDA device; pass --device auto")
     device = torch.device(device_flag)
     if device.type == "cuda":
-        local_rank = int(os.environ.get("LOCAL_RANK", 0))
-        if local_rank >= torch.cuda.device_count():
-            raise ValueError(
-                f"--nproc_per_node: process {local_rank} has no GPU of its own, this machine has "
-                f"{torch.cuda.device_count()}; start at most that many processes a node"
-            )
+        local_rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if not gpus:
+            raise ValueError("--device cuda: this machine shows no CUDA device; pass --device auto")
+        if local_rank >= gpus:
+            raise ValueError(f"--nproc_per_node: process {local_rank} has no GPU; pass at most {gpus}, as many as there are")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     if "WORLD_SIZE" in os.environ and not td.is_initialized():
@@ -50,10 +46,7 @@ def teardown() -> None:
 
 
 def data_parallel(model: nn.Module, device: torch.device, **options) -> nn.Module:
-    """DDP over the processes, if there are several. Buffers (BatchNorm statistics, queues) are not broadcast.
-
-    options: further ones of DistributedDataParallel.
-    """
+    """DDP with these options, if there are several processes. Buffers (BatchNorm statistics, queues) are not broadcast."""
     if world() == 1:
         return model
     renamed = "forward_sync_buffers" in signature(DistributedDataParallel).parameters  # in torch 2.15
@@ -74,10 +67,9 @@ def world() -> int:
 
 def broadcast_object(obj):
     """The object of the first process, on every process. Pickle-based, between our own processes only."""
-    if world() == 1:
-        return obj
     box = [obj]
-    td.broadcast_object_list(box, src=0)
+    if world() > 1:
+        td.broadcast_object_list(box, src=0)
     return box[0]
 
 
@@ -97,19 +89,9 @@ def first_process_does(fn):
 
 def gather_objects(obj) -> list:
     """The object of each process, in rank order, on every process. Pickle-based, between our own processes only."""
-    if world() == 1:
-        return [obj]
-    out = [None] * world()
-    td.all_gather_object(out, obj)
-    return out
-
-
-def gather_objects_on_first(obj) -> list | None:
-    """The object of each process, in rank order, on the first process; None on the others."""
-    if world() == 1:
-        return [obj]
-    out = [None] * world() if rank() == 0 else None
-    td.gather_object(obj, out, dst=0)
+    out = [obj] * world()
+    if world() > 1:
+        td.all_gather_object(out, obj)
     return out
 
 
@@ -125,32 +107,18 @@ def gather(x: torch.Tensor) -> torch.Tensor:
     return out
 
 
-# the releases that we support have different names for torch's differentiable collectives; these are equivalent
-
-
-class _Gather(torch.autograd.Function):
+class _Total(torch.autograd.Function):  # torch's own has another name in each of the releases that we support
     @staticmethod
     def forward(ctx, x):
-        return gather(x)
+        return total(x.clone(memory_format=torch.contiguous_format))
 
-    @staticmethod
-    def backward(ctx, gradient):
-        return total(gradient.clone(memory_format=torch.contiguous_format)).chunk(world())[rank()]
-
-
-class _Total(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return total(x.clone())
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return total(gradient.clone())
+    backward = forward  # gradients are summed the same way
 
 
 def gather_with_gradient(x: torch.Tensor) -> torch.Tensor:
-    """As `gather`; backward sums the gradients of all processes' losses for this process's rows."""
-    return _Gather.apply(x) if world() > 1 else x
+    """As `gather`, of n x C; backward sums the gradients of all processes' losses for this process's rows."""
+    before, after = rank() * len(x), (world() - 1 - rank()) * len(x)
+    return total_with_gradient(nn.functional.pad(x, (0, 0, before, after)))
 
 
 def total_with_gradient(x: torch.Tensor) -> torch.Tensor:

@@ -49,23 +49,19 @@ class Votes:
         ballot = dist.largest(torch.cat([bad.float().view(1), own]))
         if not self.late:
             return ballot[0], self._outcome(inputs, ballot)
-        before, host = self.open, torch.empty(len(ballot), pin_memory=True)
-        host.copy_(ballot, non_blocking=True)
-        self.open = inputs, host, torch.cuda.current_stream().record_event()
-        return ballot[0], self._read(before) if before else [0] * len(wishes)
+        host = torch.empty(len(ballot), pin_memory=True).copy_(ballot, non_blocking=True)
+        before, self.open = self.open, (inputs, host, torch.cuda.current_stream().record_event())
+        return ballot[0], self._outcome(*before) if before else [0] * len(wishes)
 
     def settle(self) -> None:
         """Wait for an outcome that was not read yet. Raises NotFinite."""
         if self.open:
-            self._read(self.open)
+            self._outcome(*self.open)
             self.open = None
 
-    def _read(self, vote):
-        inputs, host, event = vote
-        event.synchronize()
-        return self._outcome(inputs, host)
-
-    def _outcome(self, inputs, ballot):
+    def _outcome(self, inputs, ballot, event=None):
+        if event:
+            event.synchronize()
         bad, *wishes = map(int, ballot.tolist())
         if bad:
             raise NotFinite(inputs)
@@ -73,10 +69,7 @@ class Votes:
 
 
 class Engine:
-    """A context around training, on every process.
-
-    content: (epoch, step) -> the content of a checkpoint after so many whole epochs and steps of the next.
-    """
+    """A context around training, on every process. content: (epoch, step of the next epoch) -> a checkpoint's content."""
 
     def __init__(self, args, steps: int, optimizer, scaler, log: Log, device: torch.device, content: Callable, keep_epochs=0):
         self.steps, self.save_steps, self.optimizer, self.scaler = steps, args.save_steps, optimizer, scaler

@@ -46,9 +46,7 @@ class Log:
     after the loss.
     """
 
-    def __init__(
-        self, folder: Path, start: tuple[int, int], steps: int, print_freq: int, batch: int, bad: Any, chance: float = 0
-    ):
+    def __init__(self, folder: Path, start: tuple[int, int], steps: int, print_freq: int, batch: int, bad: Any, chance=0.0):
         self.steps, self.print_freq, self.batch, self.bad, self.chance = steps, print_freq, batch, bad, chance
         self.lines = self.writer = None
         if dist.rank() == 0:

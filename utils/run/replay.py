@@ -1,6 +1,7 @@
 """A step whose loss or gradient was not finite: saved with all its inputs, and computed again by --replay."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -24,18 +25,16 @@ def write(failure: NotFinite, folder: Path, args, method: torch.nn.Module, scale
     learns of the failure one step late. Weights and batch are the failed step's; queue, banks and key encoder are one update
     newer, without the values that are not finite.
     """
-    inputs = failure.inputs
-    batch = inputs.batch
-    parts = dist.gather_objects_on_first({"views": [view.cpu() for view in batch.views], "flips": batch.flips}) or []
-    samples = dist.gather(batch.sample_ids)
+    inputs, batch = failure.inputs, failure.inputs.batch
+    ids = batch.sample_ids
+    views, flips = ([dist.gather(x.to(ids.device)).cpu() for x in part] for part in (batch.views, batch.flips))
+    content = {
+        "flags": vars(args), "processes": dist.world(), "epoch": inputs.epoch, "step": inputs.step_in_epoch, "steps": steps,
+        "views": views, "flips": flips, "samples": dist.gather(ids).cpu(), "images": images,
+        "state_dict": checkpoint.prefixed(method), "scaler": scaler.state_dict(),
+    }  # fmt: skip
     path = folder / f"failed_step_{inputs.epoch:04d}_{inputs.step_in_epoch:06d}.pth.tar"
     if dist.rank() == 0:
-        content = {
-            "flags": vars(args), "processes": dist.world(), "epoch": inputs.epoch, "step": inputs.step_in_epoch, "steps": steps,
-            **{name: [torch.cat(x) for x in zip(*(part[name] for part in parts), strict=True)] for name in ("views", "flips")},
-            "samples": samples.cpu(), "images": images,
-            "state_dict": checkpoint.prefixed(method), "scaler": scaler.state_dict(),
-        }  # fmt: skip
         try:
             with atomic(path) as file:
                 torch.save(content, file)
@@ -63,15 +62,12 @@ def run(method: torch.nn.Module, saved: dict, loss_of: Callable[[dict], torch.Te
     if saved["scaler"] and scaler.is_enabled():
         scaler.load_state_dict(saved["scaler"])
 
-    def look(name):
-        def hook(module, inputs, output):
-            if isinstance(output, torch.Tensor) and not output.isfinite().all():
-                strange.append(name)
-
-        return hook
+    def look(name, module, inputs, output):
+        if isinstance(output, torch.Tensor) and not output.isfinite().all():
+            strange.append(name)
 
     for name, module in method.named_modules():
-        module.register_forward_hook(look(name or "the method"))
+        module.register_forward_hook(partial(look, name or "the method"))
     method.train()
     loss = loss_of(saved)
     scaler.scale(loss).backward()
