@@ -57,7 +57,7 @@ def get_args(argv=None) -> Flags:
     flags.add_lr_steps(optimization)
     add_first_flags(parser)
     method = parser.group("method")
-    method.add_argument("-a", "--arch", default="resnet50", help="trunk: a timm model with a feature map; CMC has its own, v1 to v3")
+    method.add_argument("-a", "--arch", default="resnet50", help="trunk: a timm model with feature maps, or CMC's, v1 to v3")
     METHODS[name].add_flags(method)
     flags.add_run_flags(parser, output_dir="output/run", output_help="folder of checkpoints, metrics and configuration")
     add = parser.group("run", identity=False).add_argument
