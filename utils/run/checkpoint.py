@@ -14,8 +14,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 LATEST = "checkpoint_latest.pth.tar"
-# a checkpoint may hold these besides tensors and plain data: CMC's released ones hold their flags
-ALLOWED: list = [argparse.Namespace]
+ALLOWED: list = [argparse.Namespace]  # besides tensors and plain data: CMC's released checkpoints hold their flags
 
 
 def name_of(epoch: int, step: int) -> str:
@@ -25,16 +24,15 @@ def name_of(epoch: int, step: int) -> str:
 
 def place_of(path: Path) -> tuple[float, float]:
     """(whole epochs, steps of the next) from a checkpoint's name; infinite for LATEST and other names."""
-    found = re.fullmatch(r"checkpoint_(\d{4,})(?:_(\d{6,}))?\.pth\.tar", Path(path).name)
-    if found is None:
-        return math.inf, 0
-    return (int(found[1]), int(found[2])) if found[2] else (int(found[1]) + 1, 0)
+    if found := re.fullmatch(r"checkpoint_(\d{4,})(?:_(\d{6,}))?\.pth\.tar", path.name):
+        return (int(found[1]), int(found[2])) if found[2] else (int(found[1]) + 1, 0)
+    return math.inf, 0
 
 
 def saved_in(folder: Path) -> list[Path]:
     """The numbered checkpoints of a run, the newest first by (epoch, step). LATEST, another name of the newest, is left out."""
-    paths = Path(folder).glob("checkpoint_*.pth.tar")
-    return sorted((path for path in paths if place_of(path)[0] < math.inf), key=place_of, reverse=True)
+    paths = (path for path in folder.glob("checkpoint_*.pth.tar") if place_of(path)[0] < math.inf)
+    return sorted(paths, key=place_of, reverse=True)
 
 
 def newest(folder: Path | str, flag: str) -> Path | None:
@@ -89,14 +87,11 @@ def read(path: Path | str, flag: str) -> dict:
                 if broken := file.testzip():  # torch itself does not look at the checksums
                     raise zipfile.BadZipFile(f"the checksum of {broken} is wrong")
         content = _unpickled(path)
-    except pickle.UnpicklingError as error:
-        named = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it holds a {named[1]}, which is code and not data" if named else "it is not a readable checkpoint"
-        raise ValueError(f"{flag} {path}: {reason}; save it again as plain tensors, numbers and strings") from None
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"{flag} {path}: is corrupt ({error}); pass another checkpoint") from None
     except Exception as error:  # torch passes on whatever its unpickler meets in a file of another kind
-        raise ValueError(f"{flag} {path}: not a readable checkpoint ({type(error).__name__}); is it complete?") from None
+        code = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        reason = (f"it holds a {code[1]}, which is code and not data; save it again as plain tensors, numbers and strings"
+                  if code else f"not a readable checkpoint ({type(error).__name__}); pass a complete one")  # fmt: skip
+        raise ValueError(f"{flag} {path}: {reason}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{flag} {path}: holds a {type(content).__name__}, not a dictionary of weights")
     return content
@@ -121,8 +116,7 @@ def weights_hash(model: nn.Module) -> str:
     """sha256 over names and bytes of all parameters and buffers."""
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(name.encode() + value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

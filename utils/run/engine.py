@@ -135,9 +135,9 @@ class Engine:
 
     def finish(self) -> None:
         """Wait for the last checkpoint. Raises RunError if it could not be written."""
-        if self.saver.wait():
+        if failure := self.saver.wait():
             raise RunError(f"--output-dir {self.saver.folder}: the last checkpoint could not be written "
-                           f"({self.saver.reason()}); make room and run the same command again: it resumes from the one "
+                           f"({failure}); make room and run the same command again: it resumes from the one "
                            "before")  # fmt: skip
 
     def _vote(self, inputs, bad):

@@ -14,23 +14,20 @@ from tqdm import tqdm
 @contextmanager
 def atomic(path: Path) -> Iterator[BinaryIO]:
     """A file to write. It gets its name only when it is complete and on disk; otherwise it is removed."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     try:
         with open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync(path.parent)
+        _rename(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def second_name(path: Path, name: str) -> None:
     """Give a file one more name in its folder: a hard link, or a copy where the file system has no links."""
-    other = path.with_name(name)
-    temporary = path.with_name(f".{name}.{os.getpid()}.tmp")
+    other, temporary = path.with_name(name), _temporary(path.with_name(name))
     try:
         temporary.unlink(missing_ok=True)
         os.link(path, temporary)
@@ -38,8 +35,7 @@ def second_name(path: Path, name: str) -> None:
         with atomic(other) as file, open(path, "rb") as source:
             shutil.copyfileobj(source, file)
     else:
-        os.replace(temporary, other)
-        _sync(path.parent)
+        _rename(temporary, other)
 
 
 def whole_lines(path: Path) -> list[bytes]:
@@ -84,9 +80,14 @@ class Lines:
                 os.fsync(file.fileno())
 
 
-def _sync(folder):
-    """Flush the names in a folder to the disk."""
-    handle = os.open(folder, os.O_RDONLY)
+def _temporary(path):
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def _rename(temporary, path):
+    """Rename a file, and flush its folder to the disk."""
+    os.replace(temporary, path)
+    handle = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -5,6 +5,7 @@ import contextlib
 import difflib
 import math
 import os
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -44,7 +45,8 @@ class Parser(argparse.ArgumentParser):
         return Group(self, self.groups[title], identity)
 
     def parse_known_args(self, args=None, namespace=None):
-        args = [_dashes(a) for a in (sys.argv[1:] if args is None else args)]
+        args = sys.argv[1:] if args is None else args
+        args = [re.sub("^--[^=]+", lambda name: name[0].replace("_", "-"), arg) for arg in args]
         flags, unknown = super().parse_known_args(args, Flags() if namespace is None else namespace)
         flags.outside = frozenset(self.outside)
         return flags, unknown
@@ -80,11 +82,6 @@ class Group:
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action):
         return action.help if action.default in (None, []) else super()._get_help_string(action)
-
-
-def _dashes(arg: str) -> str:
-    name, equals, value = arg.partition("=")
-    return name.replace("_", "-") + equals + value if name.startswith("--") else arg
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ Takes a tenth of a second: it reads the installed versions and imports none of t
 """
 
 import sys
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -17,27 +18,15 @@ def unmet(path: Path) -> list[str]:
 
     missing = []
     for line in path.read_text().splitlines():
-        line = line.partition("#")[0].strip()
+        line, found = line.partition("#")[0].strip(), None
         if line.startswith("-r"):
             missing += unmet(path.parent / line.removeprefix("-r").strip())
-        elif line:
-            requirement = Requirement(line)
-            if requirement.marker and not requirement.marker.evaluate():
-                continue
-            found = installed(requirement.name)
-            if not found:
-                missing.append(str(requirement))
-            elif not requirement.specifier.contains(found, prereleases=True):  # a nightly or +cpu build is fine
-                missing.append(f"{requirement} (it has {found})")
+        elif line and ((wanted := Requirement(line)).marker is None or wanted.marker.evaluate()):
+            with suppress(PackageNotFoundError):
+                found = version(wanted.name)  # None if it is installed only in part
+            if not found or not wanted.specifier.contains(found, prereleases=True):  # a nightly or +cpu build is fine
+                missing.append(f"{wanted} (it has {found})" if found else str(wanted))
     return missing
-
-
-def installed(package: str) -> str | None:
-    """The version of a package, or None if it is not installed, or only in part."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def main(path: str) -> str | None:
@@ -45,13 +34,11 @@ def main(path: str) -> str | None:
     if Path(sys.prefix, "incomplete").exists():  # left by make_environment of utils/run/env.sh
         return "packages: its installation was interrupted"
     try:
-        missing = unmet(Path(path))
+        return ", ".join(unmet(Path(path))) or None
     except ModuleNotFoundError:
         return f"the packages of {path}"
-    return ", ".join(missing) or None
 
 
-if __name__ == "__main__":
-    if reason := main(sys.argv[1]):
-        print(reason)
-        sys.exit(1)
+if __name__ == "__main__" and (reason := main(sys.argv[1])):
+    print(reason)
+    sys.exit(1)

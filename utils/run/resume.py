@@ -7,7 +7,7 @@ from utils.run import checkpoint
 from utils.run.flags import Flags, meaning, typed
 from utils.run.log import say
 
-ELSEWHERE = "another --output-dir"
+ELSEWHERE = "pass that, or another --output-dir"
 KEYS = {"flags", "index", "method", "arch", "state_dict", "optimizer", "scaler", "epoch", "step"}
 ORDER = ("batch_size", "lanes", "seed")  # flags that decide the order of the images in an epoch
 
@@ -31,9 +31,7 @@ def open_run(folder: Path | str, resume: str | None) -> Path | None:
         raise ValueError(f"--output-dir {folder}: holds another run, which --resume {resume} would overwrite; pass another")
     for left in folder.glob(".checkpoint_*.tmp"):  # of a save that was killed
         left.unlink(missing_ok=True)
-    if resume != "auto":
-        return Path(resume) if resume else None
-    return checkpoint.newest(folder, "--resume auto")
+    return checkpoint.newest(folder, "--resume auto") if resume == "auto" else Path(resume) if resume else None
 
 
 def restore(path: Path, args: Flags, index_hash: str, method, optimizer, scaler) -> tuple[int, int]:
@@ -51,8 +49,8 @@ def restore(path: Path, args: Flags, index_hash: str, method, optimizer, scaler)
         method.load_state_dict(checkpoint.unprefixed(saved["state_dict"]))
     except RuntimeError:
         flags = ", ".join(typed(name, saved["flags"][name]) for name in changed) or "another version of this code"
-        raise ValueError(f"--resume {path}: its weights have other names or shapes, those of a run with {flags}; "
-                         f"pass that, or {ELSEWHERE}") from None  # fmt: skip
+        wrong = f"its weights have other names or shapes, those of a run with {flags}"
+        raise ValueError(f"--resume {path}: {wrong}; {ELSEWHERE}") from None
     optimizer.load_state_dict(saved["optimizer"])
     if saved["scaler"]:  # empty unless the run was in fp16
         scaler.load_state_dict(saved["scaler"])
@@ -65,22 +63,19 @@ def _check_same_run(saved, path, args, index_hash, method):
         raise ValueError(f"--resume {path}: is not a checkpoint of main_pretrain.py; pass one of the same run")
     for name in ("method", "arch"):
         if saved[name] != getattr(args, name):
-            raise ValueError(f"--resume {path}: is a run with --{name} {saved[name]}, not {getattr(args, name)}; "
-                             f"pass that, or {ELSEWHERE}")  # fmt: skip
+            raise ValueError(f"--resume {path}: is a run with --{name} {saved[name]}, not {getattr(args, name)}; {ELSEWHERE}")
     before, done = saved["flags"], saved["epoch"] >= args.epochs
     changed = [name for name, value in meaning(args).items() if before.get(name, value) != value]
-    for name in ORDER:
-        if saved["step"] and name in changed:
-            raise ValueError(f"{typed(name, getattr(args, name))}: was {before[name]}, and {path} lies inside an epoch, whose "
-                             "order depends on it; pass that, or --resume the checkpoint of an epoch's end")  # fmt: skip
     for name in changed:
+        now, was = typed(name, getattr(args, name)), typed(name, before[name])
+        if saved["step"] and name in ORDER:
+            raise ValueError(f"{now}: was {before[name]}, and {path} lies inside an epoch, whose order depends on it; "
+                             "pass that, or --resume the checkpoint of an epoch's end")  # fmt: skip
         if done and name != "amp":  # auto is the machine's choice
-            raise ValueError(f"{typed(name, getattr(args, name))}: was {typed(name, before[name])} in {path}, whose "
-                             f"{saved['epoch']} epochs are done; pass that, or {ELSEWHERE}")  # fmt: skip
+            raise ValueError(f"{now}: was {was} in {path}, whose {saved['epoch']} epochs are done; {ELSEWHERE}")
         if name in method.IDENTITY:
-            raise ValueError(f"{typed(name, getattr(args, name))}: {path} was trained with {typed(name, before[name])}; "
-                             f"pass that, or {ELSEWHERE}")  # fmt: skip
+            raise ValueError(f"{now}: {path} was trained with {was}; {ELSEWHERE}")
     if saved["index"] != index_hash and (done or method.PER_IMAGE):
-        why = "whose epochs are done, was trained on other images" if done else "holds features of other images"
-        raise ValueError(f"--shards {args.shards}: {path}{',' if done else ''} {why}; pass those, or {ELSEWHERE}")
+        why = ", whose epochs are done, was trained on other images" if done else " holds features of other images"
+        raise ValueError(f"--shards {args.shards}: {path}{why}; pass those, or another --output-dir")
     return changed

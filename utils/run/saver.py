@@ -19,7 +19,7 @@ class Saver:
     """
 
     thread: threading.Thread | None = None
-    failure: Exception | None = None
+    failure = ""
 
     def __init__(self, folder: Path, keep: int, minutes: float, keep_epochs: int = 0):
         self.folder, self.keep, self.minutes, self.keep_epochs = Path(folder), keep, minutes, keep_epochs
@@ -27,8 +27,8 @@ class Saver:
 
     def due(self) -> bool:
         """Whether --save-minutes have passed, and no checkpoint is being written."""
-        idle = self.thread is None or not self.thread.is_alive()
-        return bool(self.minutes) and idle and time.monotonic() - self.last >= 60 * self.minutes
+        passed = self.minutes and time.monotonic() - self.last >= 60 * self.minutes
+        return bool(passed) and not (self.thread and self.thread.is_alive())
 
     def save(self, content: dict) -> None:
         """Copy `content`, which holds `epoch` and `step`, to the CPU's memory, and write it in the background."""
@@ -38,26 +38,22 @@ class Saver:
         self.thread = threading.Thread(target=self._write, args=(content,), name="saver")
         self.thread.start()
 
-    def wait(self) -> Exception | None:
-        """Wait until nothing is being written; return the error of the last save, or None."""
+    def wait(self) -> str:
+        """Wait until nothing is being written; return the error of the last save in one line, empty if there was none."""
         if self.thread:
             self.thread.join()
         return self.failure
-
-    def reason(self) -> str:
-        """The last error, in one line."""
-        return str(self.failure).splitlines()[0]
 
     def _write(self, content):
         path = self.folder / checkpoint.name_of(content["epoch"], content["step"])
         try:
             write(path, content)
             self._tidy(path)
-            self.failure = None
+            self.failure = ""
         except (OSError, RuntimeError) as error:
             # torch's own error about a full disk hides the system's error, which gives the reason
-            self.failure = error.__context__ if isinstance(error.__context__, OSError) else error
-            say(f"warning: {path} could not be written ({self.reason()}); training continues, the next save tries again")
+            self.failure = str(error.__context__ if isinstance(error.__context__, OSError) else error).splitlines()[0]
+            say(f"warning: {path} could not be written ({self.failure}); training continues, the next save tries again")
 
     def _tidy(self, written):
         """Delete all passing checkpoints but the newest. Rename those after `written`: the run has resumed before them."""
