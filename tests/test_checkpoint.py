@@ -82,7 +82,7 @@ def test_load_trunk__our_own(method):
 
 @pytest.mark.parametrize("spoil, message", [
     (lambda s: s.pop("layer3.0.bn1.bias"), "1 missing: layer3.0.bn1.bias"),
-    (lambda s: s.update(extra=torch.zeros(1)), "1 not in the trunk: extra"),
+    (lambda s: s.update(extra=torch.zeros(1)), "1 left over: extra"),
     (lambda s: s.update({"conv1.weight": torch.zeros(64, 3, 3, 3)}), "1 of another shape: conv1.weight"),
     (lambda s: s.clear(), "missing: "),
 ])  # fmt: skip

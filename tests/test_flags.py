@@ -3,12 +3,11 @@
 import argparse
 import inspect
 import re
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from helpers import tiny
+from runs import Run
 
 import main_lincls
 import main_pretrain
@@ -18,7 +17,6 @@ from utils.learning import amp
 from utils.run import flags
 from utils.run.flags import Parser, RunError, one_line_ends, one_line_errors
 
-ROOT = Path(__file__).parent.parent
 PRETRAIN = ["--shards", "x"]
 PROBE = ["--pretrained", "p", "--train-shards", "t", "--val-shards", "v"]
 
@@ -279,8 +277,7 @@ def test_main_lincls__every_flag_that_is_parsed_is_read(images, tmp_path, monkey
     assert set(vars(args)) - READ == set()
 
 
-def test_main_lincls__unknown_flag_in_a_process():
-    script = "main_lincls.py"
-    done = subprocess.run([sys.executable, "-W", "error", script, "--shard", "x"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.count("\n") == 1 and done.stderr.startswith(f"{script}: error: ")
+def test_main_lincls__unknown_flag_in_a_process(tmp_path):
+    with Run(tmp_path, ["lincls", "--shard", "x"]) as run:
+        assert run.end() == 2
+    assert run.said().count("\n") == 1 and run.said().startswith("main_lincls.py: error: ")

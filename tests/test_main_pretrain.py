@@ -1,8 +1,10 @@
 """main_pretrain.py as a user meets it: what a run writes, that it resumes exactly, and what bad input says."""
 
+import functools
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,31 @@ def run(images, out, *flags, method="moco"):
 
 def weights(saved):
     return {k: saved[k] for k in ("epoch", "state_dict", "optimizer", "scaler")}
+
+
+@pytest.fixture(scope="module")
+def unbroken(images, tmp_path_factory):
+    """method -> the folder and the last checkpoint of a run of two epochs that saved every two steps and every epoch."""
+
+    @functools.cache
+    def train(method):
+        folder = tmp_path_factory.mktemp(method)
+        flags = ["--epochs", 2, "--save-freq", 1, "--save-steps", 2, "--keep", 9, "--print-freq", 1]
+        return folder, run(images, folder, *flags, method=method)
+
+    return train
+
+
+@pytest.fixture(scope="module")
+def one_epoch(images, tmp_path_factory):
+    """method -> the folder and the checkpoint of a run of one epoch that saved every two steps."""
+
+    @functools.cache
+    def train(method):
+        folder = tmp_path_factory.mktemp(method)
+        return folder, run(images, folder, "--epochs", 1, "--save-steps", 2, method=method)
+
+    return train
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -70,17 +97,36 @@ def test_main_pretrain__what_a_run_writes(images, tmp_path, method, capsys):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_main_pretrain__resumed_run_is_the_unbroken_run(images, tmp_path, method):
-    whole = run(images, tmp_path / "whole", "--epochs", 2, "--save-freq", 1, method=method)
-    part = tmp_path / "part"
-    part.mkdir()
-    (tmp_path / "whole/checkpoint_0000.pth.tar").rename(part / checkpoint.LATEST)
+def test_main_pretrain__resumed_run_is_the_unbroken_run(images, tmp_path, unbroken, method):
+    """From the folder's only checkpoint, whatever its name."""
+    folder, whole = unbroken(method)
+    shutil.copy(folder / "checkpoint_0000.pth.tar", tmp_path / checkpoint.LATEST)
     torch.manual_seed(12345)  # the global random state decides nothing
-    assert same(weights(run(images, part, "--epochs", 2, "--resume", "auto", method=method)), weights(whole))
+    assert same(weights(run(images, tmp_path, "--epochs", 2, "--resume", "auto", method=method)), weights(whole))
 
 
-def test_main_pretrain__workers_and_global_random_state_change_nothing(images, tmp_path):
-    one = run(images, tmp_path / "a", "--epochs", 1)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_main_pretrain__resume_from_a_numbered_checkpoint_elsewhere(images, tmp_path, unbroken, method):
+    """--resume PATH into another folder gives what the unbroken run gives, workers or not."""
+    folder, whole = unbroken(method)
+    path = folder / "checkpoint_0000.pth.tar"
+    assert torch.load(path, weights_only=True)["epoch"] == 1
+    torch.manual_seed(4321)
+    flags = ["--epochs", 2, "--save-freq", 1, "--print-freq", 1, "--resume", path, "--workers", 2]
+    again = run(images, tmp_path, *flags, method=method)
+    for name in ("state_dict", "optimizer"):
+        old, new = (torch.utils._pytree.tree_flatten_with_path(x[name])[0] for x in (whole, again))
+        assert len(old) == len(new)
+        for (place, a), (_, b) in zip(old, new, strict=True):
+            assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, place
+    assert [(m["epoch"], m["step"]) for m in metrics(tmp_path)] == [(1, step) for step in range(5)]
+    losses = [[m["loss"] for m in metrics(x) if m["epoch"] == 1] for x in (folder, tmp_path)]
+    assert losses[0] == losses[1]
+
+
+def test_main_pretrain__workers_and_global_random_state_change_nothing(images, tmp_path, one_epoch):
+    one = one_epoch("moco")[1]
     torch.manual_seed(999)
     two = run(images, tmp_path / "b", "--epochs", 1, "--workers", 2)
     assert same(weights(one), weights(two))
@@ -139,18 +185,18 @@ def test_main_pretrain__mosaic_takes_four_images(images, tmp_path, capsys):
 
 @pytest.mark.parametrize("method, workers", [*((method, 0) for method in METHODS), ("mosrep", 2)])
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
-def test_main_pretrain__continues_in_the_middle_of_an_epoch(images, tmp_path, workers, method):
+def test_main_pretrain__continues_in_the_middle_of_an_epoch(images, tmp_path, unbroken, workers, method):
     """From every step that was saved: the weights of the unbroken run, and the rest of its log."""
-    whole = run(images, tmp_path / "whole", "--epochs", 2, "--save-steps", 2, "--keep", 9, "--print-freq", 1, method=method)
-    lines = metrics(tmp_path / "whole")
-    names = {p.name for p in (tmp_path / "whole").glob("checkpoint*")}
+    folder, whole = unbroken(method)
+    lines = metrics(folder)
+    names = {p.name for p in folder.glob("checkpoint*")}
     inside = {"checkpoint_0000_000002.pth.tar", "checkpoint_0000_000004.pth.tar", "checkpoint_0001_000001.pth.tar",
               "checkpoint_0001_000003.pth.tar"}  # fmt: skip
     assert names == inside | {"checkpoint_0000.pth.tar", "checkpoint_0001.pth.tar", checkpoint.LATEST}
     for name in inside:
         torch.manual_seed(99)
         out = tmp_path / name.partition(".")[0]
-        flags = ["--resume", tmp_path / "whole" / name, "--workers", workers, "--print-freq", 1]
+        flags = ["--resume", folder / name, "--workers", workers, "--print-freq", 1]
         part = run(images, out, "--epochs", 2, *flags, method=method)
         assert same(weights(part), weights(whole))
         start = tuple(map(int, re.findall(r"_(\d+)", name)))
@@ -158,29 +204,27 @@ def test_main_pretrain__continues_in_the_middle_of_an_epoch(images, tmp_path, wo
 
 
 @pytest.mark.parametrize("flag, value", [("--batch-size", 4), ("--lanes", 4), ("--seed", 5)])
-def test_main_pretrain__inside_an_epoch_the_order_must_stay(images, tmp_path, capsys, flag, value):
-    run(images, tmp_path / "a", "--epochs", 1, "--save-steps", 2)
+def test_main_pretrain__inside_an_epoch_the_order_must_stay(images, tmp_path, capsys, one_epoch, flag, value):
+    folder = one_epoch("moco")[0]
     before = {"--batch-size": 8, "--lanes": None, "--seed": 0}[flag]
-    inside = ["--resume", tmp_path / "a" / "checkpoint_0000_000002.pth.tar"]
+    inside = ["--resume", folder / "checkpoint_0000_000002.pth.tar"]
     argv = ["--method", "moco", "--shards", images / "train", *FLAGS, "--output-dir", tmp_path / "b", flag, value]
     capsys.readouterr()
     assert f"error: {flag} {value}: was {before}, and" in fails(capsys, *argv, *inside)
-    end = ["--resume", tmp_path / "a" / "checkpoint_0000.pth.tar"]
+    end = ["--resume", folder / "checkpoint_0000.pth.tar"]
     assert run(images, tmp_path / "c", *end, "--epochs", 2, flag, value)["epoch"] == 2
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_main_pretrain__photometric_changes_no_result(images, tmp_path, method):
-    """Nor does what else is only of where and how."""
-    saved = [
-        run(images, tmp_path / where, "--epochs", 1, "--photometric", where, "--max-bad", share, method=method)
-        for where, share in (("worker", 0.5), ("device", 0), ("auto", 0.01))
-    ]
-    assert all(same(weights(other), weights(saved[0])) for other in saved[1:])
+def test_main_pretrain__photometric_changes_no_result(images, tmp_path, one_epoch, method):
+    """Nor does any other flag of where and how. The other run has the defaults: auto, and 0.01."""
+    for where, share in (("worker", 0.5), ("device", 0)):
+        other = run(images, tmp_path / where, "--epochs", 1, "--photometric", where, "--max-bad", share, method=method)
+        assert same(weights(other), weights(one_epoch(method)[1]))
 
 
-def test_main_pretrain__a_run_is_not_gone_over_by_another(images, tmp_path, capsys):
-    run(images, tmp_path, "--epochs", 1)
+def test_main_pretrain__a_run_is_not_overwritten_by_another(images, tmp_path, capsys, one_epoch):
+    shutil.copytree(one_epoch("moco")[0], tmp_path, dirs_exist_ok=True)
     before = (tmp_path / checkpoint.LATEST).read_bytes()
     again = ["--shards", images / "train", "--output-dir", tmp_path, *FLAGS]
     assert "holds a run already" in fails(capsys, "--method", "moco", *again)
@@ -208,17 +252,17 @@ def test_main_pretrain__foreign_checkpoint_is_one_line(images, tmp_path, capsys,
     ("insdis", ["--lr-steps"], "--lr-steps: was --lr-steps 1 in .* 1 epochs are done"),
     ("insdis", ["--epochs", "2", "--nce-dim", "8"], "--resume .* names or shapes, those of .*--nce-dim 16.*; pass that"),
 ])  # fmt: skip
-def test_main_pretrain__resume_refuses_what_would_be_another_run(images, tmp_path, capsys, method, flags, message):
-    """What is done already would pass for the run with these flags."""
-    run(images, tmp_path, "--epochs", "1", method=method)
+def test_main_pretrain__resume_refuses_what_would_be_another_run(images, tmp_path, capsys, one_epoch, method, flags, message):
+    """The epochs that are done would pass for epochs with these flags."""
+    shutil.copytree(one_epoch(method)[0], tmp_path, dirs_exist_ok=True)
     with pytest.raises(SystemExit, match="2"):
         run(images, tmp_path, "--epochs", "1", "--resume", "auto", *flags, method=method)
     assert re.search(f"error: {message}", capsys.readouterr().err)
 
 
-def test_main_pretrain__a_bank_is_of_its_images(images, tmp_path, capsys):
+def test_main_pretrain__a_bank_is_of_its_images(images, tmp_path, capsys, one_epoch):
     """Row i is of image i: other shards, of as many images too, would be contrasted with features of other images."""
-    run(images, tmp_path, "--epochs", "1", method="insdis")
+    shutil.copytree(one_epoch("insdis")[0], tmp_path, dirs_exist_ok=True)
     run(images, tmp_path, "--epochs", "1", "--amp", "bf16", "--resume", "auto", method="insdis")  # no error: nothing is left
     (tmp_path / "other").mkdir()
     for i, shard in enumerate(sorted((images / "train").glob("*.tar"), reverse=True)):

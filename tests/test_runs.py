@@ -1,9 +1,11 @@
 """main_pretrain.py: the content of a checkpoint, several processes, corrupt data, and whether suggested fixes work."""
 
+import functools
 import io
 import json
 import math
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -46,6 +48,22 @@ def fails(capsys, *argv, main=main_pretrain):
 
 def metrics(folder):
     return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def one_epoch(images, tmp_path_factory):
+    """method -> the folder and the checkpoint of a run of one epoch."""
+
+    @functools.cache
+    def train(method):
+        folder = tmp_path_factory.mktemp(method)
+        return folder, run(images, folder, method=method)
+
+    return train
+
+
+def copied(folder, there):
+    return shutil.copytree(folder, there, dirs_exist_ok=True)
 
 
 # ---------------------------------------------------------------- the learning rate
@@ -97,10 +115,10 @@ def test_main_pretrain__scaler_and_queue_pointer_travel(images, tmp_path, fp16):
     assert second["epoch"] == 2 and second["optimizer"]["state"]
 
 
-def test_main_pretrain__scaling_changes_no_result(images, tmp_path, fp16, monkeypatch):
+def test_main_pretrain__scaling_changes_no_result(images, tmp_path, fp16, monkeypatch, one_epoch):
     scaled = run(images, tmp_path / "scaled")
     monkeypatch.undo()
-    plain = run(images, tmp_path / "plain")
+    plain = one_epoch("moco")[1]
     assert all(torch.equal(value, plain["state_dict"][name]) for name, value in scaled["state_dict"].items())
 
 
@@ -120,30 +138,12 @@ def test_main_pretrain__an_overflow_is_skipped_and_counted(images, tmp_path, fp1
     assert saved["scaler"]["scale"] == 2.0**19 and all(v.isfinite().all() for v in saved["state_dict"].values())
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_main_pretrain__resume_from_a_numbered_checkpoint_elsewhere(images, tmp_path, method):
-    """--resume PATH into another folder gives what the unbroken run gives, workers or not."""
-    whole = run(images, tmp_path / "a", "--epochs", "3", "--save-freq", "1", method=method)
-    path = tmp_path / "a/checkpoint_0001.pth.tar"
-    assert torch.load(path, weights_only=True)["epoch"] == 2
-    torch.manual_seed(4321)
-    again = run(images, tmp_path / "b", "--epochs", "3", "--resume", path, "--workers", "2", method=method)
-    for name in ("state_dict", "optimizer"):
-        old, new = (torch.utils._pytree.tree_flatten_with_path(x[name])[0] for x in (whole, again))
-        assert len(old) == len(new)
-        for (place, a), (_, b) in zip(old, new, strict=True):
-            assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, place
-    assert [(m["epoch"], m["step"]) for m in metrics(tmp_path / "b")] == [(2, step) for step in range(5)]
-    losses = [[m["loss"] for m in metrics(tmp_path / x) if m["epoch"] == 2] for x in "ab"]
-    assert losses[0] == losses[1]
-
-
 def test_main_pretrain__resume_auto_in_an_empty_folder_starts(images, tmp_path):
     assert run(images, tmp_path / "new", "--resume", "auto")["epoch"] == 1
 
 
-def test_main_pretrain__a_finished_run_resumed_is_left_as_it_is(images, tmp_path):
-    run(images, tmp_path)
+def test_main_pretrain__a_finished_run_resumed_is_left_as_it_is(images, tmp_path, one_epoch):
+    copied(one_epoch("moco")[0], tmp_path)
     before = (tmp_path / checkpoint.LATEST).read_bytes()
     run(images, tmp_path, "--resume", "auto")
     assert (tmp_path / checkpoint.LATEST).read_bytes() == before
@@ -162,9 +162,9 @@ def test_main_pretrain__config_tells_the_run(images, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # of torch's compiler itself
 @pytest.mark.parametrize("method", METHODS)
-def test_main_pretrain__compiled_encoders_are_the_same_encoders(images, tmp_path, monkeypatch, method):
+def test_main_pretrain__compiled_encoders_are_the_same_encoders(images, tmp_path, monkeypatch, one_epoch, method):
     """Names in checkpoints stay, and so does the result, with the compiler's tracing but not its slow code generation."""
-    plain, compiled, real = run(images, tmp_path / "plain", method=method), [], torch.nn.Module.compile
+    plain, compiled, real = one_epoch(method)[1], [], torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(self) or real(self, backend="eager"))
     traced = run(images, tmp_path / "compiled", "--compile", method=method)
     encoders = {"mosrep": 4, "moco": 2, "w2ssl": 2, "cmc": 2, "insdis": 1}
@@ -285,10 +285,10 @@ def test_main_pretrain__a_folder_is_no_checkpoint(images, tmp_path, capsys):
     assert f"--resume {tmp_path}: " in fails(capsys, *flags_of("moco"), *argv)
 
 
-def test_main_pretrain__resume_by_name_does_not_go_over_another_run(images, tmp_path, capsys):
-    """Continuing run a in the folder of run b would write over b's checkpoints."""
+def test_main_pretrain__resume_by_name_does_not_overwrite_another_run(tmp_path, images, capsys, one_epoch):
+    """To resume run a in the folder of run b would overwrite b's checkpoints."""
     for name in "ab":
-        run(images, tmp_path / name)
+        copied(one_epoch("moco")[0], tmp_path / name)
     before = (tmp_path / "b" / checkpoint.LATEST).read_bytes()
     argv = ["--shards", f"{images}/train", "--epochs", "2", "--seed", "9", "--resume", tmp_path / "a" / checkpoint.LATEST]
     assert "--output-dir" in fails(capsys, *flags_of("moco"), *argv, "--output-dir", tmp_path / "b")
@@ -330,8 +330,8 @@ def test_main_pretrain__failure_in_the_middle_exits_non_zero(corrupt, tmp_path, 
     assert "error: --max-bad 0.01: 1 of" in run.said() and "Warning" not in run.said(), run.said()
 
 
-def test_main_pretrain__a_run_that_diverged_keeps_its_last_good_checkpoint(images, tmp_path, capsys):
-    run(images, tmp_path)
+def test_main_pretrain__a_run_that_diverged_keeps_its_last_good_checkpoint(images, tmp_path, capsys, one_epoch):
+    copied(one_epoch("moco")[0], tmp_path)
     before = (tmp_path / checkpoint.LATEST).read_bytes()
     with pytest.raises(SystemExit, match="2"):
         run(images, tmp_path, "--resume", "auto", "--epochs", "3", "--lr", "1e30")
