@@ -16,6 +16,7 @@ import random
 import statistics
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -35,10 +36,8 @@ from utils.data.views import ViewSpec, moco_v2_view
 from utils.run.cpu import cpu_ms, keep_freed_memory
 from utils.run.flags import Parser, one_line_errors, positive
 
-VIEWS = {
-    "2x224+4x112": [moco_v2_view("global", 224, (0.2, 1.0), 2), moco_v2_view("local", 112, (0.1, 0.6), 4)],
-    "2x224": [moco_v2_view("global", 224, (0.2, 1.0), 2)],
-}
+GLOBAL, LOCAL = moco_v2_view("global", 224, (0.2, 1.0), 2), moco_v2_view("local", 112, (0.1, 0.6), 4)
+VIEWS = {"2x224+4x112": [GLOBAL, LOCAL], "2x224": [GLOBAL]}
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -91,31 +90,23 @@ def rows(index: Index, specs: list[ViewSpec]) -> dict[str, Callable]:
     on_device, in_worker = (Chunks(index, specs, plan, seed=0, photometric_here=here) for here in (False, True))
     chains = [pil_chain(spec) for spec in specs for _ in range(spec.count)]
 
-    def images(samples):
+    def decode(samples, chains=()):
         reader.expect(samples)
-        return (reader(number).image for number in samples)
-
-    def decode(samples):
-        for data in images(samples):
-            Image.open(io.BytesIO(data)).convert("RGB").load()
-
-    def pil(samples):
-        for data in images(samples):
-            image = Image.open(io.BytesIO(data)).convert("RGB")
+        for number in samples:
+            image = Image.open(io.BytesIO(reader(number).image)).convert("RGB")
             for chain in chains:
                 chain(image)
 
-    def worker(samples):
+    def worker(samples, chunks=on_device):
         reader.expect(samples)
-        return on_device.chunk(reader, next(epoch), samples)
+        return chunks.chunk(reader, next(epoch), samples).crops
 
     def all_cpu(samples):
-        reader.expect(samples)
-        for views in in_worker.chunk(reader, next(epoch), samples).crops:
+        for views in worker(samples, in_worker):
             normalized(views)
 
     epoch = itertools.count()  # new views in every round
-    return {"decode_ms": decode, "pil_ms": pil, "worker_ms": worker, "all_cpu_ms": all_cpu}
+    return {"decode_ms": decode, "pil_ms": partial(decode, chains=chains), "worker_ms": worker, "all_cpu_ms": all_cpu}
 
 
 def dali(index: Index, specs: list[ViewSpec], batch: int) -> Callable:
@@ -137,10 +128,9 @@ def dali(index: Index, specs: list[ViewSpec], batch: int) -> Callable:
     def view(image, spec):
         b, c, s, h = spec.jitter
         x = fn.random_resized_crop(image, size=spec.size, random_area=list(spec.scale), random_aspect_ratio=list(spec.ratio))
-        jittered = fn.color_twist(
-            x, brightness=fn.random.uniform(range=(1 - b, 1 + b)), contrast=fn.random.uniform(range=(1 - c, 1 + c)),
-            saturation=fn.random.uniform(range=(1 - s, 1 + s)), hue=fn.random.uniform(range=(-360 * h, 360 * h)),
-        )  # fmt: skip
+        brightness, contrast, saturation = (fn.random.uniform(range=(1 - r, 1 + r)) for r in (b, c, s))
+        hue = fn.random.uniform(range=(-360 * h, 360 * h))
+        jittered = fn.color_twist(x, brightness=brightness, contrast=contrast, saturation=saturation, hue=hue)
         x = sometimes(spec.jitter_p, jittered, x)
         x = sometimes(spec.gray_p, fn.hsv(x, saturation=0.0), x)
         x = sometimes(spec.blur_p, fn.gaussian_blur(x, sigma=fn.random.uniform(range=spec.blur)), x)
@@ -182,10 +172,10 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{'':12}{'CPU ms / image':>16}{'of the PIL chain':>20}{'of decoding':>14}")
         for name, value in result.items():
             print(f"{name[:-3]:12}{value:16.2f}{value / result['pil_ms']:20.3f}{value / result['decode_ms']:14.2f}")
-        counts = [2**k for k in range(args.workers.bit_length()) if 2**k <= args.workers]
-        rates = {workers: images_per_second(index, specs, workers) for workers in counts}
-        for workers, rate in rates.items():
-            print(f"{workers} workers: {rate:.0f} images/s")
+        rates = {}
+        for workers in (2**k for k in range(args.workers.bit_length())):
+            rates[workers] = images_per_second(index, specs, workers)
+            print(f"{workers} workers: {rates[workers]:.0f} images/s")
         print(json.dumps(result | {"views": args.views, "images_per_s": rates}))
 
 

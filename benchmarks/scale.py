@@ -7,6 +7,7 @@ The step of main_pretrain.py runs in bf16 with fake tensors, which have shapes a
 process group. `plain` is the form of benchmarks/plain.py. tests/test_scale.py compares the bytes with real processes.
 """
 
+import itertools
 import json
 import sys
 import warnings
@@ -31,15 +32,8 @@ from utils.run.flags import Parser, one_line_errors, positive
 
 def get_args(argv=None):
     parser = Parser(prog="benchmarks.scale", description=__doc__.split("\n\n")[0])
-    add = parser.add_argument
-    add("--methods", nargs="+", choices=step.CASES, default=list(step.CASES), help="what to trace")
-    add("--processes", nargs="+", type=int, default=[8, 64, 512], help="numbers of devices, each with a process")
-    add("-a", "--arch", default="resnet50", help="trunk: a timm model")
-    add("--size", type=int, default=224, help="side of a view in pixels")
-    add("--batch-size", type=int, default=32, help="images of one process in a step")
-    add("--moco-k", type=int, default=65536, help="keys in the queue")
-    add("--nce-k", type=int, default=16384, help="rows of a memory bank that an image is contrasted with")
-    add("--samples", type=int, default=1281167, help="rows of a memory bank")
+    parser.add_argument("--processes", nargs="+", type=int, default=[8, 64, 512], help="numbers of devices, one process each")
+    step.add_sizes(parser, batch_size=32, samples=1281167)
     return parser.parse_args(argv)
 
 
@@ -96,24 +90,20 @@ def all_reduced(_, bucket) -> torch.futures.Future[torch.Tensor]:
 def main(argv=None):
     args = get_args(argv)
     with one_line_errors("benchmarks.scale"):
-        positive(["--size", "--batch-size", "--moco-k", "--nce-k", "--samples"], args)
+        positive(step.SIZES, args)
         if min(args.processes) < 2:
             raise ValueError(f"--processes {min(args.processes)}: one process has nobody to talk to; pass 2 or more")
         with ProcessPoolExecutor(2, step.processes(), max_tasks_per_child=1) as pool:
             plain, default = pool.map(simulate, [args, args], [True, False])
-        results = {
-            n: {case: {"plain": plain[n][case], "default": default[n][case]} for case in args.methods} for n in args.processes
-        }
-    print(
-        f"{args.arch}, {args.size} pixels, {args.batch_size} images a process, queue {args.moco_k}; torch {torch.__version__}"
-    )
-    print("MB that reach a process in a step, and MB that its tensors hold at most")
+    results: dict = {n: {case: {} for case in args.methods} for n in args.processes}
+    print(f"{args.arch}, {args.size} pixels, {args.batch_size} images a process, queue {args.moco_k}; "
+          f"torch {torch.__version__}\nMB that reach a process in a step, and MB that its tensors hold at most")  # fmt: skip
     columns = ("all_to_all", "all_gather", "all_reduce", "memory")
     print(f"{'processes':>9}  {'':24}" + "".join(f"{name:>12}" for name in columns))
-    for n, cases in results.items():
-        for case, forms in cases.items():
-            for form, found in forms.items():
-                print(f"{n:9}  {f'{case} {form}':24}" + "".join(f"{found.get(name, 0) / 1e6:12.2f}" for name in columns))
+    for n, case, (form, found) in itertools.product(args.processes, args.methods, {"plain": plain, "default": default}.items()):
+        results[n][case][form] = found[n][case]
+        cells = (f"{found[n][case].get(name, 0) / 1e6:12.2f}" for name in columns)
+        print(f"{n:9}  {f'{case} {form}':24}" + "".join(cells))
     print(json.dumps(results))
 
 

@@ -31,27 +31,38 @@ from utils.run.cpu import keep_freed_memory, peak_memory
 from utils.run.engine import Engine, StepInputs
 from utils.run.flags import Parser, one_line_errors, positive
 
-CASES = {
-    "mosrep": ["mosrep"], "moco": ["moco"], "moco-multicrop": ["moco", "--local-crops", "4"], "w2ssl": ["w2ssl"],
-    "cmc": ["cmc"], "insdis": ["insdis"],
-}  # fmt: skip
+CASES = {  # the method and its flags
+    "mosrep": "mosrep --arch {arch} --moco-k {moco_k} --shift-range {shift}",
+    "moco": "moco --arch {arch} --moco-k {moco_k}",
+    "moco-multicrop": "moco --arch {arch} --moco-k {moco_k} --local-crops 4",
+    "w2ssl": "w2ssl --arch {arch}",
+    "cmc": "cmc --arch {arch}v1 --nce-k {nce_k}",
+    "insdis": "insdis --arch {arch} --nce-k {nce_k}",
+}
+SIZES = ["--size", "--batch-size", "--moco-k", "--nce-k", "--samples"]
 
 
 def get_args(argv=None):
     parser = Parser(prog="benchmarks.step", description=__doc__.split("\n\n")[0])
+    add_sizes(parser, batch_size=8, samples=100_000)
     add = parser.add_argument
-    add("--methods", nargs="+", choices=CASES, default=list(CASES), help="what to measure")
-    add("-a", "--arch", default="resnet50", help="trunk: a timm model")
-    add("--size", type=int, default=224, help="side of a view in pixels")
-    add("--batch-size", type=int, default=8, help="images in a step")
-    add("--moco-k", type=int, default=65536, help="keys in the queue")
-    add("--nce-k", type=int, default=16384, help="rows of a memory bank that an image is contrasted with")
-    add("--samples", type=int, default=100_000, help="rows of a memory bank; ImageNet has 1281167 images")
     add("--rounds", type=int, default=7, help="turns of each form, after two that warm up")
     add("--device", default="auto", choices=["auto", "cuda", "cpu"], help="where to compute")
     add("--amp", default="auto", choices=["auto", *amp.DTYPES], help="dtype of the default form's encoders")
     add("--compile", action="store_true", help="compile the default form's encoders")
     return parser.parse_args(argv)
+
+
+def add_sizes(parser, batch_size: int, samples: int) -> None:
+    """Flags of this benchmark and of scale.py: what is measured, and its sizes."""
+    add = parser.add_argument
+    add("--methods", nargs="+", choices=CASES, default=list(CASES), help="what to measure")
+    add("-a", "--arch", default="resnet50", help="trunk: a timm model")
+    add("--size", type=int, default=224, help="side of a view in pixels")
+    add("--batch-size", type=int, default=batch_size, help="images of one process in a step")
+    add("--moco-k", type=int, default=65536, help="keys in the queue")
+    add("--nce-k", type=int, default=16384, help="rows of a memory bank that an image is contrasted with")
+    add("--samples", type=int, default=samples, help="rows of a memory bank; ImageNet has 1281167 images")
 
 
 def form(pipe, args, case, is_plain):
@@ -78,23 +89,15 @@ def form(pipe, args, case, is_plain):
         if device.type == "cuda":
             torch.cuda.synchronize()
         pipe.send(1e3 * (time.perf_counter() - start))
-    peak = peak_memory() - before
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated()
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_memory() - before
     pipe.send((peak / 1e6, pixels[0] / (args.batch_size * args.size**2 * pixels[1])))
 
 
 def flags_of(args, case, amp_name, batch_size):
     """The flags of a case, parsed by main_pretrain.py."""
-    arch = f"{args.arch}v1" if case == "cmc" else args.arch
-    flags = ["--arch", arch, "--size", args.size, "--batch-size", batch_size, "--amp", amp_name]
-    if case in ("cmc", "insdis"):
-        flags += ["--nce-k", args.nce_k]
-    elif case != "w2ssl":
-        flags += ["--moco-k", args.moco_k]
-    if case == "mosrep":
-        flags += ["--shift-range", args.size * 48 // 224]
-    return main_pretrain.get_args(["--shards", "none", "--method", *CASES[case], *map(str, flags)])
+    own = CASES[case].format(**vars(args), shift=args.size * 48 // 224)
+    general = f"--shards none --size {args.size} --batch-size {batch_size} --amp {amp_name}"
+    return main_pretrain.get_args(f"{general} --method {own}".split())
 
 
 def random_batch(specs, n, device) -> Batch:
@@ -141,27 +144,25 @@ def processes():
 
 
 def measure(args, case) -> dict[str, float]:
-    context, forms = processes(), {}
-    for name in ("plain", "default"):
+    context, pipes = processes(), []
+    for is_plain in (True, False):
         here, there = context.Pipe()
-        process = context.Process(target=form, args=(there, args, case, name == "plain"), daemon=True)
-        process.start()
+        context.Process(target=form, args=(there, args, case, is_plain), daemon=True).start()
         there.close()
-        forms[name] = here
+        pipes.append(here)
+
+    def ask(pipe, message):
+        pipe.send(message)
+        return pipe.recv()
+
     try:
-        for pipe in forms.values():
+        for pipe in pipes:
             pipe.recv()
-        times: dict[str, list[float]] = {name: [] for name in forms}
-        for number in range(args.rounds + 2):
-            for name, pipe in forms.items():
-                pipe.send(number)
-                times[name].append(pipe.recv())
-        for pipe in forms.values():
-            pipe.send(None)
-        (plain_mb, _), (default_mb, forwards) = (pipe.recv() for pipe in forms.values())
+        times = [[ask(pipe, number) for pipe in pipes] for number in range(args.rounds + 2)]
+        (plain_mb, _), (default_mb, forwards) = (ask(pipe, None) for pipe in pipes)
     except EOFError:
         raise ValueError(f"--methods {case}: its process ended, see above") from None
-    plain_ms, default_ms = (statistics.median(t[2:]) for t in times.values())
+    plain_ms, default_ms = (statistics.median(form_times) for form_times in zip(*times[2:], strict=True))
     return {
         "plain_ms": plain_ms, "default_ms": default_ms, "ratio": default_ms / plain_ms, "plain_mb": plain_mb,
         "default_mb": default_mb, "memory_ratio": default_mb / plain_mb, "forwards_per_image": forwards,
@@ -171,16 +172,15 @@ def measure(args, case) -> dict[str, float]:
 def main(argv=None):
     args = get_args(argv)
     with one_line_errors("benchmarks.step"):
-        positive(["--rounds", "--batch-size", "--size", "--moco-k", "--nce-k", "--samples"], args)
+        positive(["--rounds", *SIZES], args)
         results = {case: measure(args, case) for case in args.methods}
     print(f"{args.arch}, {args.size} pixels, batch {args.batch_size}, queue {args.moco_k}, {args.rounds} rounds, "
           f"torch {torch.__version__}, {platform.machine()}, {torch.get_num_threads()} threads")  # fmt: skip
-    print(
-        f"{'':16}{'plain ms':>10}{'default ms':>12}{'ratio':>8}{'plain MB':>10}{'default MB':>12}{'ratio':>8}{'forwards':>10}"
-    )
-    for case, r in results.items():
-        print(f"{case:16}{r['plain_ms']:10.0f}{r['default_ms']:12.0f}{r['ratio']:8.2f}{r['plain_mb']:10.0f}"
-              f"{r['default_mb']:12.0f}{r['memory_ratio']:8.2f}{r['forwards_per_image']:10.2f}")  # fmt: skip
+    columns = ("plain ms", "default ms", "ratio", "plain MB", "default MB", "ratio", "forwards")
+    print(f"{'':16}" + "".join(f"{name:>12}" for name in columns))
+    for case, result in results.items():
+        cells = (f"{x:12.{0 if name.endswith(('_ms', '_mb')) else 2}f}" for name, x in result.items())
+        print(f"{case:16}" + "".join(cells))
     print(json.dumps(results))
 
 

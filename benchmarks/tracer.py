@@ -53,14 +53,10 @@ def received_by(function, args) -> tuple[str, int]:
     """(the collective's name, bytes that it brings to this process). Raises NotImplementedError for one that is not known."""
     name, world = function._opname, dist.world()
     if name == "allreduce_":
-        return "all_reduce", sum(2 * (world - 1) * _bytes(x) // world for x in args[0])
+        return "all_reduce", sum(2 * (world - 1) * x.nbytes // world for x in args[0])
     if name == "_allgather_base_":
-        return "all_gather", (world - 1) * _bytes(args[1])
+        return "all_gather", (world - 1) * args[1].nbytes
     if name == "alltoall_base_":
         output, _, _, rows, _ = args[:5]
-        return "all_to_all", (len(output) - rows[dist.rank()]) * (_bytes(output) // len(output))
+        return "all_to_all", (len(output) - rows[dist.rank()]) * (output.nbytes // len(output))
     raise NotImplementedError(f"{function}: this collective is not counted yet")
-
-
-def _bytes(x):
-    return x.numel() * x.element_size()
