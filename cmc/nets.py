@@ -3,23 +3,21 @@
 import torch
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import nn
-from torch.nn import functional as F
 
 CHANNELS = (48, 128, 192, 192, 128)  # of the half AlexNet
-RESNETS = {
-    "resnet18": (BasicBlock, (2, 2, 2, 2)),
-    "resnet50": (Bottleneck, (3, 4, 6, 3)),
-    "resnet101": (Bottleneck, (3, 4, 23, 3)),
-}
+RESNETS = {"resnet18": (BasicBlock, (2, 2, 2, 2)), "resnet50": (Bottleneck, (3, 4, 6, 3)),
+           "resnet101": (Bottleneck, (3, 4, 23, 3))}  # fmt: skip
 WIDTHS = {"v1": 0.5, "v2": 1, "v3": 2}
 ARCHS = ("alexnet", *(name + version for name in RESNETS for version in WIDTHS))
-POOLS = {1: 10, 2: 6, 3: 5, 4: 5, 5: None}  # AlexNet layer -> side of the map that its probe gets; None: as it is
+# layer -> map that its probe gets: of AlexNet about 9,000 numbers, of a ResNet the pooled features
+POOLS = {1: nn.AdaptiveMaxPool2d(10), 2: nn.AdaptiveMaxPool2d(6), 3: nn.AdaptiveMaxPool2d(5), 4: nn.AdaptiveMaxPool2d(5),
+         5: nn.Identity(), 6: nn.Identity()}  # fmt: skip
 
 
 class AlexNet(nn.Module):
     """Half of an AlexNet with BatchNorm, for views of 224 pixels."""
 
-    layers = tuple(POOLS)
+    layers = (1, 2, 3, 4, 5)
 
     def __init__(self, in_channels: int, dim: int = 0):
         super().__init__()
@@ -29,9 +27,8 @@ class AlexNet(nn.Module):
             block = [nn.Conv2d(a, b, side, stride, padding, bias=False), nn.BatchNorm2d(b), nn.ReLU(inplace=True)]
             self.add_module(f"conv_block_{i}", nn.Sequential(*block, *([nn.MaxPool2d(3, 2)] if i in (1, 2, 5) else [])))
         if dim:
-            self.fc6, self.fc7 = (
-                nn.Sequential(nn.Linear(width, 2048), nn.BatchNorm1d(2048), nn.ReLU(inplace=True)) for width in (128 * 36, 2048)
-            )
+            widths = 128 * 36, 2048
+            self.fc6, self.fc7 = (nn.Sequential(nn.Linear(n, 2048), nn.BatchNorm1d(2048), nn.ReLU(True)) for n in widths)
             self.fc8 = nn.Linear(2048, dim)
 
     def maps(self, x, layers=(5,)) -> dict[int, torch.Tensor]:
@@ -73,18 +70,10 @@ class TwoBranches(nn.Module):
     def __init__(self, arch: str, dim: int = 0):
         super().__init__()
         self.l_to_ab, self.ab_to_l = half(arch, 1, dim), half(arch, 2, dim)
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """Numbers of the layers whose features can be probed."""
-        return self.l_to_ab.layers
+        self.layers: tuple[int, ...] = self.l_to_ab.layers  # that can be probed
 
     def features(self, first, others, layers) -> dict[int, torch.Tensor]:
         """layer -> n x C for a linear probe: the maps of both branches, pooled to about 9,000 numbers and flattened."""
         a, b = self.l_to_ab.maps(first, layers), self.ab_to_l.maps(others, layers)
         joined = {layer: torch.cat([a[layer].float(), b[layer].float()], 1) for layer in layers}
-        return {layer: pooled(x, POOLS.get(layer)).flatten(1) for layer, x in joined.items()}
-
-
-def pooled(x, side):
-    return F.adaptive_max_pool2d(x, side) if side else x
+        return {layer: POOLS[layer](x).flatten(1) for layer, x in joined.items()}
