@@ -38,9 +38,8 @@ PROG = "main_lincls.py"
 def get_args(argv: list[str] | None = None, source: Source | None = None) -> flags.Flags:
     """The flags. source: of read_source; its checkpoint decides defaults. Without one no file is read."""
     source = source or read_source(PROG, METHODS, argv, opened=False)
-    parser = flags.Parser(
-        prog=PROG, usage="%(prog)s --pretrained RUN --train-shards DIR --val-shards DIR [flags]", description=__doc__
-    )
+    usage = "%(prog)s --pretrained RUN --train-shards DIR --val-shards DIR [flags]"
+    parser = flags.Parser(prog=PROG, usage=usage, description=__doc__)
     add_weights_flags(parser, METHODS, source)
     add = parser.group("data").add_argument
     add("--train-shards", required=True, identity=False, metavar="DIR",
@@ -150,10 +149,8 @@ def main(argv: list[str] | None = None) -> None:
     sys.exit(signals.exit_code(stopped_by))
 
 
-def train(
-    args: Namespace, train_index: Index, val_index: Index, frozen: Frozen, fc: Classifiers, optimizer: torch.optim.Optimizer,
-    progress: dict[str, Any], identity: dict[str, Any], device: torch.device,
-) -> int:  # fmt: skip
+def train(args: Namespace, train_index: Index, val_index: Index, frozen: Frozen, fc: Classifiers,
+          optimizer: torch.optim.Optimizer, progress: dict, identity: dict, device: torch.device) -> int:  # fmt: skip
     """Update `progress` to the end of the probe or until a signal. Returns the signal, or 0."""
     steps = steps_per_epoch(train_index.total, args.batch_size)
     folder, start, lrs = Path(args.output_dir), (progress["epoch"], progress["step"]), rates(args)

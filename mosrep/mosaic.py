@@ -1,7 +1,4 @@
-"""Mosaics of local crops (MosRep, ICLR 2023, section 3.2): compose and shift them, and cut their tiles from a feature map.
-
-Pure functions.
-"""
+"""Mosaics of local crops (MosRep, ICLR 2023, section 3.2): compose and shift them, and cut their tiles from a feature map."""
 
 import numpy as np
 import torch
@@ -33,9 +30,8 @@ def shift(mosaics: torch.Tensor, offset: tuple[int, int]) -> torch.Tensor:
     x, y = offset
     height, width = mosaics.shape[2:]
     out = torch.zeros_like(mosaics)
-    out[:, :, max(0, -y) : height - max(0, y), max(0, -x) : width - max(0, x)] = mosaics[
-        :, :, max(0, y) : height - max(0, -y), max(0, x) : width - max(0, -x)
-    ]
+    kept = mosaics[:, :, max(0, y) : height - max(0, -y), max(0, x) : width - max(0, -x)]
+    out[:, :, max(0, -y) : height - max(0, y), max(0, -x) : width - max(0, x)] = kept
     return out
 
 
@@ -45,11 +41,8 @@ def tile_boxes(size: int, offset: tuple[int, int]) -> torch.Tensor:
     Corners are inclusive: the boxes are one pixel short of the continuous extent, as published.
     """
     half = size // 2
-    (left, right), (top, bottom) = (
-        ((max(0, -o), half - 1 - o), (half - o, min(size - o, size) - 1)) for o in offset
-    )  # (from, to) along an axis
-    boxes = [(x[0], y[0], x[1], y[1]) for y in (top, bottom) for x in (left, right)]
-    return torch.tensor(boxes, dtype=torch.float32)
+    columns, rows = (((max(0, -o), half - 1 - o), (half - o, min(size - o, size) - 1)) for o in offset)  # (from, to), twice
+    return torch.tensor([(x[0], y[0], x[1], y[1]) for y in rows for x in columns], dtype=torch.float32)
 
 
 def tile_weights(boxes: torch.Tensor, size: int) -> torch.Tensor:

@@ -2,11 +2,12 @@
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from utils.run import dist
 
 
-def location(scores: torch.Tensor, side: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def location(scores: Tensor, side: Tensor) -> tuple[Tensor, Tensor]:
     """The half that a crop was cut from. scores: m x 2; side: m, 0 left, 1 right. -> (cross-entropy, accuracy in %).
 
     As published, a crop is mirrored with probability 1/2 after the cut, and its side stays. On data with mirror-symmetric
@@ -22,9 +23,7 @@ def location(scores: torch.Tensor, side: torch.Tensor) -> tuple[torch.Tensor, to
     return F.cross_entropy(scores, side), (scores.detach().argmax(1) == side).float().mean() * 100
 
 
-def supervised_contrastive(
-    online: torch.Tensor, target: torch.Tensor, image: torch.Tensor, temperature: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def supervised_contrastive(online: Tensor, target: Tensor, image: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """SupCon (arXiv 2004.11362, eq. 2) among the crops of all processes; each crop is there online and as a target.
 
     online, target: m x C of this process, of length 1; only `online` has a gradient. image: W m, the image of each crop of

@@ -42,10 +42,8 @@ def largest_change(trust: float, momentum: float, lrs: float) -> float:
 
 
 @torch.no_grad()
-def evaluate(
-    args: Namespace, index: Index, frozen: Frozen, fc: Classifiers, device: torch.device, bad: BadSamples,
-    asked_to_stop: Callable[[], bool] = lambda: False,
-) -> dict[int, dict[str, float]] | None:  # fmt: skip
+def evaluate(args: Namespace, index: Index, frozen: Frozen, fc: Classifiers, device: torch.device, bad: BadSamples,
+             asked_to_stop: Callable[[], bool] = lambda: False) -> dict[int, dict[str, float]] | None:  # fmt: skip
     """layer -> top1 and top5 in % over the whole index, and the number of `unusable` images.
 
     Each image counts once over all processes. None if `asked_to_stop` is true, which all processes call equally often.
@@ -53,8 +51,7 @@ def evaluate(
     spec = ViewSpec("test", args.size, resize=args.resize)
     right = torch.zeros(len(fc.fc), 2, dtype=torch.long, device=device)  # layers x (top-1, top-5)
     seen = torch.zeros((), dtype=torch.long, device=device)
-    met = []
-    plan = evaluation_plan(index, args.batch_size)
+    met, plan = [], evaluation_plan(index, args.batch_size)
     for batch in load_batches(index, [spec], plan, args.seed, args.workers, device, args.photometric):
         if asked_to_stop():
             return None

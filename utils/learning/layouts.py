@@ -9,10 +9,8 @@ import torch
 from torch import nn
 
 # prefixes of the trunk in published checkpoints (docs/methods.md); the first that occurs decides
-PREFIXES = (
-    "module.encoder_q.", "encoder_q.", "module.base_encoder.", "module.momentum_encoder.", "module.encoder.", "encoder.module.",
-    "module.", "",
-)  # fmt: skip
+PREFIXES = ("module.encoder_q.", "encoder_q.", "module.base_encoder.", "module.momentum_encoder.", "module.encoder.",
+            "encoder.module.", "module.", "")  # fmt: skip
 # (method, whether only this method has such names, pattern of "CONTAINER NAME" of a weight); the first that occurs decides
 RULES = (
     ("cmc", True, r"\b(l_to_ab|ab_to_l)\."),

@@ -1,6 +1,7 @@
 """Learning rates and optimizers."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -15,9 +16,7 @@ def cosine(lr: float, progress: float) -> float:
     return lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def lr_at(
-    lr: float, epoch: float, epochs: int, warmup: float = 0.0, every_step: bool = False, drops=(), gamma: float = 0.1
-) -> float:
+def lr_at(lr: float, epoch: float, epochs: int, warmup=0.0, every_step=False, drops: Sequence[int] = (), gamma=0.1) -> float:
     """The learning rate after `epoch` of `epochs` epochs; a fraction stands for steps of an epoch.
 
     During the first `warmup` epochs it rises linearly from 0, step by step. With `drops` it is then multiplied by `gamma` after
@@ -51,32 +50,25 @@ class Lars(torch.optim.SGD):
     @torch.no_grad()
     def step(self, closure=None):
         decays = [group["weight_decay"] for group in self.param_groups]
-        for group in self.param_groups:
-            self._adapt(group, [p for p in group["params"] if p.grad is not None])
-            group["weight_decay"] = 0  # _adapt has added it to the gradient
+        for group, decay in zip(self.param_groups, decays, strict=True):  # turn the gradients into those of plain SGD
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if not parameters:
+                continue
+            gradients = [p.grad for p in parameters]
+            w, g = torch.stack(torch._foreach_norm(parameters)), torch.stack(torch._foreach_norm(gradients))
+            if decay:
+                torch._foreach_add_(gradients, parameters, alpha=decay)
+                group["weight_decay"] = 0  # for this step
+            if group["trust"]:
+                rate = torch.where((w > 0) & (g > 0), group["trust"] * w / (g + decay * w), 1)
+                torch._foreach_mul_(gradients, list(rate.unbind()))
         loss = super().step(closure)
         for group, decay in zip(self.param_groups, decays, strict=True):
             group["weight_decay"] = decay
         return loss
 
-    @staticmethod
-    def _adapt(group, parameters):
-        """Turn the gradients into those of plain SGD."""
-        if not parameters:
-            return
-        gradients, decay = [p.grad for p in parameters], group["weight_decay"]
-        sizes = torch.stack(torch._foreach_norm(parameters)), torch.stack(torch._foreach_norm(gradients))
-        if decay:
-            torch._foreach_add_(gradients, parameters, alpha=decay)
-        if group["trust"]:
-            w, g = sizes
-            rate = torch.where((w > 0) & (g > 0), group["trust"] * w / (g + decay * w), 1)
-            torch._foreach_mul_(gradients, list(rate.unbind()))
 
-
-def sgd(
-    parameters, lr: float, momentum: float, weight_decay: float, trust: float = 0.0, exclude: bool = False
-) -> torch.optim.Optimizer:
+def sgd(parameters, lr: float, momentum: float, weight_decay: float, trust=0.0, exclude=False) -> torch.optim.Optimizer:
     """Fused SGD with momentum; with `trust` > 0 with layer-wise adaptive rates.
 
     exclude: with `trust`, biases and the gains of normalization layers have neither decay nor adaptive rates.
