@@ -15,10 +15,9 @@ from mosrep.builder import MosRep
 from mosrep.mosaic import compose, shift, tile_boxes, tile_weights
 from utils.data.batch import Batch
 from utils.data.photometric import normalized
-from utils.learning.contrast import enqueue_, info_nce
+from utils.learning.contrast import info_nce
 from utils.learning.key_queue import KeyQueue
 from utils.learning.method import Method, Step
-from utils.learning.optim import cosine
 from utils.run import dist
 from w2ssl.builder import W2SSL
 
@@ -36,23 +35,22 @@ def average_(pairs, momentum: float) -> None:
             p_k.data = p_k.data * momentum + p_q.data * (1 - momentum)
 
 
-class PlainQueue(KeyQueue):
-    """What the plain forms of MoCo and MosRep share."""
+class Plain(Method):
+    """What the plain forms share."""
+
+    average = staticmethod(average_)
 
     def embed(self, network, x, group):
         return normalize(network(x.contiguous()), dim=1)
 
+
+class PlainQueue(Plain, KeyQueue):
     @torch.no_grad()
     def keys(self, network, x_k, step):
         permutation = step.rng.permutation(dist.world() * len(x_k))
         keys = dist.gather(self.embed(network, gathered(x_k, permutation), len(x_k)))
         self.new_keys = keys[torch.argsort(torch.from_numpy(permutation).to(keys.device))]
         return self.new_keys
-
-    @torch.no_grad()
-    def commit(self, step):
-        average_(self.pairs(), self.momentum)
-        enqueue_(self.queue, self.queue_ptr, self.new_keys)
 
 
 class PlainMoCo(PlainQueue, MoCo):
@@ -70,42 +68,28 @@ class PlainMosRep(PlainQueue, MosRep):
         boxes = tile_boxes(self.size, offset)
         features = self.encoder_q(shift(compose(crops), offset))
         rois = [boxes.to(features.device)] * len(features)
-        tiles = roi_align(features, rois, tuple(features.shape[2:]), 1 / self.map.stride, aligned=True)
+        tiles = roi_align(features, rois, tuple(features.shape[2:]), 1 / self.stride, aligned=True)
         weights = tile_weights(boxes, self.size).to(crops.device).repeat(len(crops))
         return normalize(self.projector_q(tiles), dim=1), weights
 
 
-class PlainW2SSL(W2SSL):
-    def deal(self, crops, order):
-        return gathered(crops, order)
-
-    @torch.no_grad()
-    def commit(self, step):
-        momentum = 1 - cosine(1 - self.m, (step.number + 1) / step.total) if self.m_cos else self.m
-        average_([(self.base_encoder, self.momentum_encoder)], momentum)
+class PlainW2SSL(Plain, W2SSL):
+    deal = staticmethod(gathered)
 
 
-class PlainBank(MemoryBank):
-    """What the plain forms of CMC and InsDis share."""
-
-    def embed(self, encoder, x, group):
-        return normalize(encoder(x.contiguous()), dim=1)
-
+class PlainBank(Plain, MemoryBank):
     def scores(self, features, bank, rows):
         return torch.einsum("nc,nmc->nm", features, bank[rows])  # copies n x (1 + K) x C
 
 
-class PlainCMC(PlainBank, CMC):
-    pass
+class PlainCMC(PlainBank, CMC): ...
 
 
-class PlainInsDis(PlainBank, InsDis):
-    pass
+class PlainInsDis(PlainBank, InsDis): ...
 
 
-PLAIN: dict[str, type[Method]] = {
-    "moco": PlainMoCo, "mosrep": PlainMosRep, "w2ssl": PlainW2SSL, "cmc": PlainCMC, "insdis": PlainInsDis,
-}  # fmt: skip
+PLAIN: dict[str, type[Method]] = {"moco": PlainMoCo, "mosrep": PlainMosRep, "w2ssl": PlainW2SSL, "cmc": PlainCMC,
+                                  "insdis": PlainInsDis}  # fmt: skip
 
 
 def train_step(method, model, args):

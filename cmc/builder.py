@@ -2,7 +2,6 @@
 
 import re
 from argparse import Namespace
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,14 +10,11 @@ from torch import nn
 from cmc.color import SPACES, color_views
 from cmc.memory import Bank, Scores, draw_rows, last_places
 from cmc.nets import ARCHS, TwoBranches
-from utils.data.batch import Batch
-from utils.data.views import ViewSpec, moco_v1_view
+from utils.data.views import moco_v1_view
 from utils.learning import backbones, mixture
-from utils.learning.contrast import embed
 from utils.learning.criterion import criterion
-from utils.learning.method import Method, Stats, Step, Targets
-from utils.run import dist
-from utils.run.flags import in_range, positive
+from utils.learning.method import Batch, Method, Stats, Step, Targets, ViewSpec
+from utils.run import dist, flags
 
 
 def check_arch(args: Namespace) -> None:
@@ -28,18 +24,10 @@ def check_arch(args: Namespace) -> None:
         raise ValueError(f"--size {args.size}: AlexNet's fully connected layers take 224; pass that")
 
 
-@dataclass
-class BankTargets(Targets):
-    SHARED = ("group",)
-
-    views: tuple[torch.Tensor, ...]  # n x channels x H x W each: the encoders' inputs, after a mixture
-    rows: torch.Tensor  # n x (1 + K), rows of the banks: the image itself, then its negatives
-    group: int  # images that BatchNorm sees together
-
-
 class MemoryBank(Method):
     """Embeddings of an encoder, contrasted with the rows of memory banks: what CMC and InsDis share."""
 
+    scores = staticmethod(Scores.apply)
     PER_IMAGE = True
     # differs from the published probe: because its lr is not scaled by the batch, and ours is, as every --lr; at 256 they agree
     PROBE = {"epochs": 60, "batch_size": 256, "lr": 30.0, "trust": 0.0, "lr_steps": [30, 40, 50], "lr_gamma": 0.2}
@@ -61,9 +49,9 @@ class MemoryBank(Method):
     @staticmethod
     def check(args: Namespace, samples: int) -> None:
         mixture.check(args)
-        positive(["--size", "--nce-dim", "--nce-k", "--nce-t"], args)
-        in_range("--crop-min", args.crop_min, 1e-8, 1)
-        in_range("--nce-m", args.nce_m, 0, 1)
+        flags.positive(["--size", "--nce-dim", "--nce-k", "--nce-t"], args)
+        flags.in_range("--crop-min", args.crop_min, 1e-8, 1)
+        flags.in_range("--nce-m", args.nce_m, 0, 1)
         if args.nce_k > samples and dist.rank() == 0:
             print(f"warning: --nce-k {args.nce_k} is more than the images of the data set ({samples}), so rows repeat; "
                   f"{max(1, samples // 4)} would do", flush=True)  # fmt: skip
@@ -74,49 +62,42 @@ class MemoryBank(Method):
 
     def __init__(self, args: Namespace, samples: int, encoder: Any, banks: list[str]):
         super().__init__(args, samples)
-        self.amp, self.bn_splits, self.samples = args.amp, args.bn_splits, samples
-        self.negatives, self.momentum = args.nce_k, args.nce_m
+        self.bn_splits, self.samples, self.negatives, self.momentum = args.bn_splits, samples, args.nce_k, args.nce_m
         self.mixture = mixture.Mixture(args)
         self.encoder = encoder
         self.banks: Any = nn.ModuleDict({name: Bank(samples, args.nce_dim) for name in banks})
         self.criteria: Any = nn.ModuleDict({name: criterion(args.loss, args.nce_t, samples) for name in banks})
 
-    def embed(self, encoder: nn.Module, x: torch.Tensor, group: int) -> torch.Tensor:  # n x channels x H x W -> n x C
-        return embed(encoder, x, self.amp, group)
-
     def chance(self, batch_size: int) -> float:
         return sum(c.chance(1 + self.negatives) for c in self.criteria.values())
 
-    def inputs(self, batch: Batch, step: Step) -> tuple[torch.Tensor, ...]:
+    def inputs(self, batch: Batch) -> list[torch.Tensor]:
         """The encoders' inputs, n x channels x H x W each."""
-        raise NotImplementedError
+        return batch.views
 
     @torch.no_grad()
-    def targets(self, batch: Batch, step: Step) -> BankTargets:
+    def targets(self, batch: Batch, step: Step) -> Targets:
+        """group: images that BatchNorm sees together; rows: of the banks, the image itself, then its negatives."""
         n, ids = len(batch), batch.sample_ids
-        views = self.inputs(batch, step)
+        views = tuple(self.mixture(self.inputs(batch), step.rng))
         places = range(dist.rank() * n, (dist.rank() + 1) * n)
         negatives = dist.on_device(draw_rows(step.seed, step.number, places, self.samples, self.negatives), ids.device)
         rows = torch.cat([ids.unsqueeze(1).to(negatives.dtype), negatives], 1)  # n x (1 + K)
         self.sample_ids = ids
         self.seen: dict[str, list[torch.Tensor]] = {name: [] for name in self.banks}
-        return BankTargets(views, rows, n // self.bn_splits)
+        return Targets({"group": n // self.bn_splits}, views=views, rows=rows)
 
-    def scores(self, features: torch.Tensor, bank: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """n x C, samples x C, n x M -> n x M, each feature times its rows of the bank."""
-        return Scores.apply(features, bank, rows)
-
-    def contrast(self, features: dict[str, torch.Tensor], rows: torch.Tensor) -> tuple[torch.Tensor, Stats]:
-        """features: bank -> n x C, contrasted with that bank's rows, n x (1 + K)."""
-        found = {name: self.criteria[name](self.scores(f, self.banks[name].memory, rows)) for name, f in features.items()}
+    def forward(self, batch: Batch, targets: Targets, step: Step) -> tuple[torch.Tensor, Stats]:
+        """Each encoder writes one bank and, if there are two, is contrasted with the other's."""
+        views, names = zip(self.encoders(), targets.views, strict=True), list(self.banks)
+        features = [self.embed(encoder, x, targets.group) for encoder, x in views]  # n x C each
+        for name, f in zip(names, features, strict=True):
+            self.seen[name].append(f.detach())
+        pairs = zip(reversed(names), features, strict=True)
+        found = {name: self.criteria[name](self.scores(f, self.banks[name].memory, targets.rows)) for name, f in pairs}
         stats = {f"top1_{name}": top1 for name, (_, top1) in found.items()} if len(found) > 1 else {}
         stats["top1"] = sum(top1 for _, top1 in found.values()) / len(found)
         return sum(loss for loss, _ in found.values()), stats
-
-    def remember(self, **features: torch.Tensor) -> None:
-        """Keep features (bank -> n x C) for the rows that `commit` writes."""
-        for name, f in features.items():
-            self.seen[name].append(f.detach())
 
     @torch.no_grad()
     def commit(self, step: Step) -> None:
@@ -144,10 +125,8 @@ class CMC(MemoryBank):
     def check(args: Namespace, samples: int) -> None:
         MemoryBank.check(args, samples)
         check_arch(args)
-        groups = dist.world() * args.bn_splits
-        if args.arch == "alexnet" and args.batch_size // groups < 2:
-            raise ValueError(f"--batch-size {args.batch_size}: leaves one image for each process and BatchNorm group, and "
-                             f"AlexNet's fully connected layers need two; {2 * groups} would do")  # fmt: skip
+        if args.arch == "alexnet":
+            mixture.check_group(args, 2, "AlexNet's fully connected layers need two")
 
     @staticmethod
     def views(args: Namespace) -> list[ViewSpec]:
@@ -166,9 +145,7 @@ class CMC(MemoryBank):
         """Both branches; layers 1 to 5 of AlexNet, 6 of a ResNet."""
         check_arch(args)
         trunk = TwoBranches(args.arch)
-        return backbones.Probed(
-            trunk, trunk.layers, "fc", lambda x, layers: trunk.features(*color_views(x, args.space), layers)
-        )
+        return backbones.Probed(trunk, trunk.layers, "fc", lambda x, of: trunk.features(*color_views(x, args.space), of))
 
     @staticmethod
     def trunk(state_dict, args):
@@ -184,14 +161,9 @@ class CMC(MemoryBank):
     def encoders(self) -> list[nn.Module]:
         return [self.encoder.l_to_ab, self.encoder.ab_to_l]
 
-    def inputs(self, batch: Batch, step: Step) -> tuple[torch.Tensor, ...]:
+    def inputs(self, batch: Batch) -> list[torch.Tensor]:
         """n x 1 x H x W and n x 2 x H x W. As published, a mixture is made after the conversion."""
-        return tuple(self.mixture(list(color_views(batch.views[0], self.space)), step.rng))
-
-    def forward(self, batch: Batch, targets: BankTargets, step: Step) -> tuple[torch.Tensor, Stats]:
-        first, others = (self.embed(branch, x, targets.group) for branch, x in zip(self.encoders(), targets.views, strict=True))
-        self.remember(l=first, ab=others)
-        return self.contrast({"ab": first, "l": others}, targets.rows)
+        return list(color_views(batch.views[0], self.space))
 
 
 class InsDis(MemoryBank):
@@ -213,11 +185,3 @@ class InsDis(MemoryBank):
 
     def encoders(self) -> list[nn.Module]:
         return [self.encoder]
-
-    def inputs(self, batch: Batch, step: Step) -> tuple[torch.Tensor, ...]:
-        return tuple(self.mixture(batch.views, step.rng))
-
-    def forward(self, batch: Batch, targets: BankTargets, step: Step) -> tuple[torch.Tensor, Stats]:
-        f = self.embed(self.encoder, targets.views[0], targets.group)  # n x C
-        self.remember(image=f)
-        return self.contrast({"image": f}, targets.rows)

@@ -1,32 +1,18 @@
 """MoCo-v2 (arXiv 1911.05722, 2003.04297), with two crops or with local crops on the query side (multi-crop), and MoCo-v1."""
 
 from argparse import Namespace
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from utils.data.batch import Batch
-from utils.data.views import ViewSpec, moco_v1_view, moco_v2_view
+from utils.data.views import moco_v1_view, moco_v2_view
 from utils.learning import backbones, mixture
 from utils.learning.contrast import key_copy
 from utils.learning.criterion import criterion
 from utils.learning.key_queue import KeyQueue
-from utils.learning.method import Stats, Step, Targets
-from utils.run import dist
-from utils.run.flags import in_range
-
-
-@dataclass
-class MoCoTargets(Targets):
-    SHARED = ("group", "share")
-
-    query: torch.Tensor  # n x 3 x H x W, the query views after a mixture
-    keys: torch.Tensor  # n x C, without gradient
-    group: int  # images that BatchNorm sees together
-    mixed: Any = ()  # n x 3 x H x W, Un-Mix's views
-    share: float = 1.0  # of an image itself in its mixed view
+from utils.learning.method import Batch, Stats, Step, Targets
+from utils.run import dist, flags
 
 
 class MoCo(KeyQueue):
@@ -49,25 +35,21 @@ class MoCo(KeyQueue):
         KeyQueue.check(args, samples)
         mixture.check(args)
         if args.unmix_prob is not None:
-            in_range("--unmix-prob", args.unmix_prob, 0, 1)
-            mixture.check_partners(args, "--unmix-prob", args.unmix_prob)
+            flags.in_range("--unmix-prob", args.unmix_prob, 0, 1)
+            mixture.check_group(args, 2, f"--unmix-prob {args.unmix_prob} mixes two")
         if args.local_crops < 0:
             raise ValueError(f"--local-crops {args.local_crops}: must be 0 or more; 4 is the published multi-crop")
-        whole_images = {"--aug": "v1" if args.aug == "v1" else None, "--im-type": args.im_type, "--unmix-prob": args.unmix_prob}
-        one_kind = {"--local-crops": args.local_crops or None, "--unmix-prob": args.unmix_prob}
-        for flag, value in whole_images.items():
+        v1 = "v1" if args.aug == "v1" else None
+        for flag, value in {"--aug": v1, "--im-type": args.im_type, "--unmix-prob": args.unmix_prob}.items():
             if args.local_crops and value is not None:
                 raise ValueError(f"{flag} {value}: works with two crops only; leave out --local-crops {args.local_crops}")
-        for flag, value in one_kind.items():
+        for flag, value in {"--local-crops": args.local_crops or None, "--unmix-prob": args.unmix_prob}.items():
             if args.loss == "nce" and value is not None:
                 raise ValueError(f"--loss nce: has one Z, for queries of one kind; leave out {flag} {value}")
 
     @staticmethod
-    def views(args: Namespace) -> list[ViewSpec]:
-        view = moco_v1_view if args.aug == "v1" else moco_v2_view
-        whole = [view(name, args.size, (args.crop_min, 1.0)) for name in ("query", "key")]
-        local = KeyQueue.local_view(args, args.local_crops)
-        return [*whole, local] if args.local_crops else whole
+    def views(args: Namespace):
+        return KeyQueue.key_views(args, args.local_crops, moco_v1_view if args.aug == "v1" else moco_v2_view)
 
     def __init__(self, args: Namespace, samples: int):
         super().__init__(args, samples)
@@ -84,12 +66,10 @@ class MoCo(KeyQueue):
     def encoder(args: Namespace) -> nn.Module:
         """A timm model with MoCo-v2's head as classifier, Linear - ReLU - Linear (2003.04297, table 1), or MoCo-v1's Linear."""
         model = backbones.build(args.arch, args.output_stride, num_classes=args.moco_dim)
-        if args.moco_head == "linear":
-            return model
-        name = backbones.classifier_name(model)
-        last: Any = model.get_submodule(name)
-        width = last.in_features
-        model.set_submodule(name, nn.Sequential(nn.Linear(width, width), nn.ReLU(), last))
+        if args.moco_head == "mlp":
+            name = backbones.classifier_name(model)
+            last: Any = model.get_submodule(name)
+            model.set_submodule(name, nn.Sequential(nn.Linear(last.in_features, last.in_features), nn.ReLU(), last))
         return model
 
     def pairs(self):
@@ -100,21 +80,21 @@ class MoCo(KeyQueue):
         return terms * self.criterion.chance(1 + self.queue.shape[1])
 
     @torch.no_grad()
-    def targets(self, batch: Batch, step: Step) -> MoCoTargets:
+    def targets(self, batch: Batch, step: Step) -> Targets:
+        """group: images that BatchNorm sees together; share: of an image itself in its Un-Mix view."""
         n = len(batch)
         x_q, x_k = self.mixture(batch.views[:2], step.rng)  # n x 3 x H x W each
         k = dist.own(self.keys(self.encoder_k, x_k, step), n)  # n x C
-        targets = MoCoTargets(x_q, k, n // self.bn_splits)
+        mixed, share = x_q[:0], 1.0  # without Un-Mix
         if self.unmix_prob is not None:
-            targets.mixed, targets.share = mixture.un_mix(x_q, self.unmix_prob, self.bn_splits, step.rng)
-        return targets
+            mixed, share = mixture.un_mix(x_q, self.unmix_prob, self.bn_splits, step.rng)  # n x 3 x H x W
+        return Targets({"group": n // self.bn_splits, "share": share}, query=x_q, keys=k, mixed=mixed)
 
     def contrast(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Column 0 is the positive, the others are the queue. q, k: n x C. -> (loss, top-1 in %)."""
-        logits = torch.cat([(q * k).sum(1, keepdim=True), q @ self.queue], dim=1)  # n x (1 + K)
-        return self.criterion(logits)
+        return self.criterion(torch.cat([(q * k).sum(1, keepdim=True), q @ self.queue], dim=1))  # of n x (1 + K)
 
-    def forward(self, batch: Batch, targets: MoCoTargets, step: Step) -> tuple[torch.Tensor, Stats]:
+    def forward(self, batch: Batch, targets: Targets, step: Step) -> tuple[torch.Tensor, Stats]:
         k, group = targets.keys, targets.group
         loss, top1 = self.contrast(self.embed(self.encoder_q, targets.query, group), k)
         stats = {"top1": top1}
@@ -132,7 +112,6 @@ class MoCo(KeyQueue):
             loss = loss + loss_local
         return loss, stats
 
-    @torch.no_grad()
     def commit(self, step: Step) -> None:
         super().commit(step)
         self.criterion.commit()

@@ -1,7 +1,6 @@
 """MosRep (ICLR 2023, openreview JAezPMehaUu): MoCo-v2 whose query side also sees mosaics of local crops of four images."""
 
 from argparse import Namespace
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -9,15 +8,12 @@ from torch import nn
 from torch.nn.functional import normalize
 
 from mosrep.mosaic import compose, cut_tiles, draw_offset, shift, sources, tile_boxes, tile_weights
-from utils.data.batch import Batch
 from utils.data.photometric import normalized
-from utils.data.views import ViewSpec, moco_v2_view
-from utils.learning import amp, backbones
+from utils.learning import amp, backbones, mixture
 from utils.learning.contrast import info_nce, key_copy
 from utils.learning.key_queue import KeyQueue
-from utils.learning.method import Stats, Step, Targets
-from utils.run import dist
-from utils.run.flags import in_range, positive
+from utils.learning.method import Batch, Stats, Step, Targets
+from utils.run import dist, flags
 
 TILES = 4  # local crops of an image, and tiles of a mosaic
 
@@ -34,16 +30,6 @@ class Projector(nn.Module):
         return self.projector(self.conv(x).mean((2, 3)))
 
 
-@dataclass
-class MosRepTargets(Targets):
-    SHARED = ("keys", "group")
-
-    keys: torch.Tensor  # N x C, of the global batch, without gradient
-    group: int  # images that BatchNorm sees together; their mosaics have one offset
-    places: np.ndarray  # n, places of the images in the global batch
-    offsets: np.ndarray  # n x 2, offset (x, y) in pixels of each image's group
-
-
 class MosRep(KeyQueue):
     """Keys of the whole batch against whole views, and against the tiles of shifted mosaics."""
 
@@ -58,30 +44,24 @@ class MosRep(KeyQueue):
     @staticmethod
     def check(args: Namespace, samples: int) -> None:
         KeyQueue.check(args, samples)
-        positive(["--shift-beta"], args)
-        in_range("--shift-enable", args.shift_enable, 0, 1)
-        in_range("--shift-range", args.shift_range, 0, args.size // 2 - 2)
+        flags.positive(["--shift-beta"], args)
+        flags.in_range("--shift-enable", args.shift_enable, 0, 1)
+        flags.in_range("--shift-range", args.shift_range, 0, args.size // 2 - 2)
         if args.size % 2:
             raise ValueError(f"--size {args.size}: two tiles must fill a side; {args.size + 1} would do")
-        n = args.batch_size // dist.world() // args.bn_splits
-        if n < TILES:
-            raise ValueError(
-                f"--batch-size {args.batch_size}: leaves {n} images for each process and BatchNorm group, and a mosaic takes "
-                f"four different ones; {TILES * dist.world() * args.bn_splits} would do"
-            )
+        mixture.check_group(args, TILES, "a mosaic takes four different ones")
 
     @staticmethod
-    def views(args: Namespace) -> list[ViewSpec]:
-        whole = [moco_v2_view(name, args.size, (args.crop_min, 1.0)) for name in ("query", "key")]
-        return [*whole, KeyQueue.local_view(args, TILES)]
+    def views(args: Namespace):
+        return KeyQueue.key_views(args, TILES)
 
     def __init__(self, args: Namespace, samples: int):
         super().__init__(args, samples)
         self.size = args.size
         self.shift = {"enable": args.shift_enable, "reach": args.shift_range, "beta": args.shift_beta}
         self.encoder_q, self.encoder_k = (backbones.build_trunk(args) for _ in range(2))
-        self.map = backbones.feature_shape(self.encoder_q, args.arch, args.size, args.size)
-        self.projector_q, self.projector_k = (Projector(self.map.channels, args.moco_dim) for _ in range(2))
+        channels, self.stride = backbones.feature_shape(self.encoder_q, args.arch, args.size, args.size)
+        self.projector_q, self.projector_k = (Projector(channels, args.moco_dim) for _ in range(2))
         for query, key in self.pairs():
             key_copy(query, key)
         self.add_queue(args.moco_dim, args.moco_k)
@@ -97,12 +77,14 @@ class MosRep(KeyQueue):
         return (1 + weight) * float(np.log(batch_size + self.queue.shape[1]))
 
     @torch.no_grad()
-    def targets(self, batch: Batch, step: Step) -> MosRepTargets:
+    def targets(self, batch: Batch, step: Step) -> Targets:
+        """group: images that BatchNorm sees together, and whose mosaics have one offset, (x, y) in pixels."""
         n = len(batch)
         keys = self.keys(nn.Sequential(self.encoder_k, self.projector_k), batch.views[1], step)  # N x C
         drawn = [draw_offset(step.rng, **self.shift) for _ in range(dist.world() * self.bn_splits)]
         offsets = np.repeat(dist.own(drawn, self.bn_splits), n // self.bn_splits, axis=0)  # n x 2
-        return MosRepTargets(keys, n // self.bn_splits, dist.rank() * n + np.arange(n), offsets)
+        places = dist.rank() * n + np.arange(n)  # of the images in the global batch
+        return Targets({"keys": keys, "group": n // self.bn_splits}, places=places, offsets=offsets)
 
     def contrast(self, q: torch.Tensor, keys: torch.Tensor, places: np.ndarray, reduction: str = "mean"):
         """The right key among the keys of the global batch and the queue: images that share a mosaic are explicit negatives.
@@ -120,12 +102,12 @@ class MosRep(KeyQueue):
         with amp.autocast(crops.device, self.amp):
             features = self.encoder_q(mosaics)
             with torch.autocast(crops.device.type, enabled=False):
-                tiles = cut_tiles(features, boxes, self.map.stride)  # 4n x channels x h x w
+                tiles = cut_tiles(features, boxes, self.stride)  # 4n x channels x h x w
             z = self.projector_q(tiles)  # 4n x C
         weights = tile_weights(boxes, self.size).to(crops.device, non_blocking=True).repeat(len(crops))
         return normalize(z.float(), dim=1), weights
 
-    def forward(self, batch: Batch, targets: MosRepTargets, step: Step) -> tuple[torch.Tensor, Stats]:
+    def forward(self, batch: Batch, targets: Targets, step: Step) -> tuple[torch.Tensor, Stats]:
         x_q, _, crops = batch.views  # n x 3 x H x W, n x 3 x H x W, n x 4 x 3 x H/2 x W/2
         group, starts = targets.group, range(0, len(x_q), targets.group)
         q = self.embed(nn.Sequential(self.encoder_q, self.projector_q), x_q, group)  # n x C

@@ -2,24 +2,20 @@
 
 import argparse
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn.functional import normalize
 
-from utils.data.batch import Batch
 from utils.data.photometric import normalized
-from utils.data.views import ViewSpec
 from utils.learning import amp, backbones, layouts
 from utils.learning.contrast import ema_, key_copy
-from utils.learning.method import Method, Stats, Step, Targets
+from utils.learning.method import Batch, Method, Stats, Step, Targets, ViewSpec
 from utils.learning.optim import cosine
 from utils.learning.sync_bn import synchronized
-from utils.run import dist
-from utils.run.flags import in_range, positive
+from utils.run import dist, flags
 from w2ssl.losses import location, supervised_contrastive
 from w2ssl.montage import compose, deal, separate
 
@@ -32,13 +28,7 @@ def mlp(a: int, b: int, c: int, last_bn: bool) -> nn.Sequential:
     return nn.Sequential(*layers, *([nn.BatchNorm1d(c, affine=False)] if last_bn else []))
 
 
-@dataclass
 class W2SSLTargets(Targets):
-    montages: list[torch.Tensor]  # of each view, n/2 x 3 x H x W
-    keys: list[torch.Tensor]  # of each view, 2n x C: the crops' embeddings by the averaged side
-    image: torch.Tensor  # 2N, the image of each crop of all processes
-    side: torch.Tensor  # 2n, 0 for a crop of a left half, 1 for a right one
-
     def part(self, images: slice):
         raise ValueError("W2SSL: its losses and its BatchNorm span the whole batch, so no slice can be trained alone")
 
@@ -46,6 +36,8 @@ class W2SSLTargets(Targets):
 class W2SSL(Method):
     """Online trunk with a head for crops, a predictor and a location head; trunk and crop head have a moving average."""
 
+    average = staticmethod(ema_)
+    deal = staticmethod(dist.permute)  # the crops of this process's images -> those of its montages
     PROBE = {"epochs": 100, "batch_size": 256, "lr": 0.1, "trust": 0.0}
 
     @staticmethod
@@ -62,36 +54,31 @@ class W2SSL(Method):
         add("--loss-t", type=float, default=0.3, help="temperature of the crop loss")
         add("--loss-loc", type=float, default=1.0, help="weight of the location loss")
         add("--loss-crop", type=float, default=1.0, help="weight of the crop loss")
-        add(
-            "--flip-aware-location",
-            action="store_true",
-            help="a mirrored crop changes its side; without it the location loss may have nothing to learn",
-        )
+        add("--flip-aware-location", action="store_true",
+            help="a mirrored crop changes its side; without it the location loss may have nothing to learn")  # fmt: skip
         # the paper counts montages, of which there are half as many: this is its batch 256
         group.set_defaults(batch_size=512, lr=0.6, weight_decay=1e-6, trust=0.001, warmup_epochs=10.0, lr_per="step")
 
     @staticmethod
     def check(args, samples):
-        positive(["--size", "--moco-dim", "--moco-mlp-dim", "--loss-t"], args)
-        in_range("--crop-min", args.crop_min, 1e-8, 1)
-        in_range("--overlap", args.overlap, 0, 1)
-        in_range("--moco-m", args.moco_m, 0, 1)
-        for flag, weight in (("--loss-loc", args.loss_loc), ("--loss-crop", args.loss_crop)):
-            in_range(flag, weight, 0, math.inf)
+        flags.positive(["--size", "--moco-dim", "--moco-mlp-dim", "--loss-t"], args)
+        flags.in_range("--crop-min", args.crop_min, 1e-8, 1)
+        flags.in_range("--overlap", args.overlap, 0, 1)
+        flags.in_range("--moco-m", args.moco_m, 0, 1)
+        flags.in_range("--loss-loc", args.loss_loc, 0, math.inf)
+        flags.in_range("--loss-crop", args.loss_crop, 0, math.inf)
         if args.loss_loc == args.loss_crop == 0:
             raise ValueError("--loss-loc 0 --loss-crop 0: nothing would be learned; 1 and 1 are published")
         if args.flip_aware_location and not args.loss_loc:
-            raise ValueError(
-                "--flip-aware-location: changes the location loss, which --loss-loc 0 leaves out; leave out one of them"
-            )
+            raise ValueError("--flip-aware-location: changes the location loss, which --loss-loc 0 leaves out; "
+                             "leave out one of them")  # fmt: skip
         if args.size % 2:
             raise ValueError(f"--size {args.size}: two crops must fill a side; {args.size + 1} would do")
         whole = 2 * dist.world()
         if args.batch_size % whole:
-            raise ValueError(
-                f"--batch-size {args.batch_size}: the halves of its images must fill montages of four, equally many on each of "
-                f"{dist.world()} processes; {max(1, args.batch_size // whole) * whole} would do"
-            )
+            raise ValueError(f"--batch-size {args.batch_size}: the halves of its images must fill montages of four, equally "
+                             f"many on each of {dist.world()} processes; "
+                             f"{max(1, args.batch_size // whole) * whole} would do")  # fmt: skip
 
     @staticmethod
     def views(args) -> list[ViewSpec]:
@@ -109,12 +96,12 @@ class W2SSL(Method):
 
     def __init__(self, args: argparse.Namespace, samples: int):
         super().__init__(args, samples)
-        self.amp, self.size, self.flip_aware = args.amp, args.size, args.flip_aware_location
+        self.flip_aware = args.flip_aware_location
         self.m, self.m_cos, self.temperature = args.moco_m, args.moco_m_cos, args.loss_t
         self.weights = {"loc": args.loss_loc, "crop": args.loss_crop}
         self.base_encoder, self.momentum_encoder = (backbones.build_trunk(args) for _ in range(2))
-        width = backbones.feature_shape(self.base_encoder, args.arch, args.size, args.size // 2).channels
-        for encoder in (self.base_encoder, self.momentum_encoder):
+        width, _ = backbones.feature_shape(self.base_encoder, args.arch, args.size, args.size // 2)
+        for encoder in self.encoders():
             encoder.fc_crop = mlp(width, args.moco_mlp_dim, args.moco_dim, last_bn=True)
         key_copy(self.base_encoder, self.momentum_encoder)
         self.predictor = mlp(args.moco_dim, args.moco_mlp_dim, args.moco_dim, last_bn=False)
@@ -124,13 +111,8 @@ class W2SSL(Method):
     def encoders(self) -> list[nn.Module]:
         return [self.base_encoder, self.momentum_encoder]
 
-    def features(self, encoder: Any, montages: torch.Tensor) -> torch.Tensor:
-        """n/2 x 3 x H x W -> 2n x C, a vector for each crop."""
+    def features(self, encoder: Any, montages: torch.Tensor) -> torch.Tensor:  # n/2 x 3 x H x W -> 2n x C, one for each crop
         return separate(encoder(normalized(montages.contiguous(memory_format=torch.channels_last))).float())
-
-    def deal(self, crops: torch.Tensor, order: np.ndarray) -> torch.Tensor:
-        """2n x ... of this process's images -> 2n x ... of its montages."""
-        return dist.permute(crops, order)
 
     def chance(self, batch_size: int) -> float:
         """ln 2 for the side; for each direction of the crop loss, ln of the number of candidates."""
@@ -145,34 +127,32 @@ class W2SSL(Method):
         crops = torch.stack([torch.stack([left_1, left_2], 1), torch.stack([right_1, right_2], 1)], 1)  # n x half x view x ...
         crops = self.deal(crops.flatten(0, 1), order)  # 2n x view x 3 x h x w, the montages of this process
         montages = [compose(view) for view in crops.unbind(1)]  # n/2 x 3 x H x W each
-        number = dist.on_device(order, crops.device)
-        side = dist.own(number % 2, 2 * n)  # 2n
+        number = dist.on_device(order, crops.device)  # 2N
+        side = dist.own(number % 2, 2 * n)  # 2n, 0 for a crop of a left half, 1 for a right one
         if self.flip_aware:
             flips = torch.cat(batch.flips[:2], 1).flatten().long()  # n x half
             side = side ^ self.deal(dist.on_device(flips, crops.device), order)
         encoder: Any = self.momentum_encoder
         with amp.autocast(crops.device, self.amp):
             keys = [encoder.fc_crop(self.features(encoder, x)) for x in montages]
-        return W2SSLTargets(montages, [normalize(k.float(), dim=1) for k in keys], number // 2, side)
+        keys = [normalize(k.float(), dim=1) for k in keys]  # 2n x C for each view
+        return W2SSLTargets(montages=montages, keys=keys, image=number // 2, side=side)
 
     def forward(self, batch: Batch, targets: W2SSLTargets, step: Step) -> tuple[torch.Tensor, Stats]:
         encoder: Any = self.base_encoder
-        k = targets.keys
         with amp.autocast(targets.image.device, self.amp):
             f = [self.features(encoder, x) for x in targets.montages]  # 2n x C each
             online = [self.predictor(encoder.fc_crop(x)) for x in f]
             scores = self.fc_loc(f[0]).float()  # 2n x 2
-        z = [normalize(x.float(), dim=1) for x in online]
-        (loss_12, top1), (loss_21, _) = (
-            supervised_contrastive(a, b, targets.image, self.temperature) for a, b in ((z[0], k[1]), (z[1], k[0]))
-        )
+        z, k = [normalize(x.float(), dim=1) for x in online], targets.keys
+        loss_12, top1 = supervised_contrastive(z[0], k[1], targets.image, self.temperature)
+        loss_21, _ = supervised_contrastive(z[1], k[0], targets.image, self.temperature)
         loss_crop = (loss_12 + loss_21) * self.temperature / BASE_TEMPERATURE
         loss_loc, accuracy = location(scores, targets.side)
         stats = {"location": accuracy, "top1": top1, "loss_loc": loss_loc.detach(), "loss_crop": loss_crop.detach()}
         return self.weights["loc"] * loss_loc + self.weights["crop"] * loss_crop, stats
 
-    @torch.no_grad()
     def commit(self, step: Step) -> None:
         """The averaged side follows the online side, with the momentum of the next step."""
         momentum = 1 - cosine(1 - self.m, (step.number + 1) / step.total) if self.m_cos else self.m
-        ema_([(self.base_encoder, self.momentum_encoder)], momentum)
+        self.average([(self.base_encoder, self.momentum_encoder)], momentum)

@@ -25,25 +25,11 @@ class Probed:
     features: Callable[[torch.Tensor, Sequence[int]], dict[int, torch.Tensor]]  # (n x 3 x H x W, layers) -> layer -> n x C
 
 
-@dataclass(frozen=True)
-class Shape:
-    """The feature map of a view: channels x height x width; stride: pixels a cell."""
-
-    channels: int
-    height: int
-    width: int
-    stride: int
-
-
 def add_flags(group, default: int | None = None) -> None:
     """Flags of a timm trunk. default None: an evaluation takes the checkpoint's value."""
-    group.add_argument(
-        "--output-stride",
-        type=int,
-        default=default,
-        metavar="PIXELS",
-        help=f"dilate the trunk's last stages to this stride; 0 keeps its own{'' if default == 0 else '; default: as trained'}",
-    )
+    trained = "; default: as trained" if default is None else ""
+    group.add_argument("--output-stride", type=int, default=default, metavar="PIXELS",
+        help=f"dilate the trunk's last stages to this stride; 0 keeps its own{trained}")  # fmt: skip
 
 
 def build(arch: str, output_stride: int = 0, **kwargs) -> nn.Module:
@@ -59,8 +45,8 @@ def build(arch: str, output_stride: int = 0, **kwargs) -> nn.Module:
     try:
         return timm.create_model(arch, pretrained=False, **kwargs)
     except (TypeError, AssertionError, NotImplementedError, ValueError) as error:
-        given = f"--arch {arch} --output-stride {output_stride}"
-        raise ValueError(f"{given}: not available ({error}); pass --output-stride 0") from error
+        flags = f"--arch {arch} --output-stride {output_stride}"
+        raise ValueError(f"{flags}: not available ({error}); pass --output-stride 0") from error
 
 
 def build_trunk(args: Namespace) -> nn.Module:
@@ -74,22 +60,19 @@ def classifier_name(model: Any) -> str:
 
 
 @torch.no_grad()
-def try_size(model: nn.Module, arch: str, size: int) -> nn.Module:
-    """The model in eval mode, tried on one view. Raises ValueError if it does not take `size` x `size` pixels."""
-    _features(model.eval(), arch, size)
-    return model
-
-
-def _features(model, arch, size):
+def output_of(model: nn.Module, arch: str, size: int) -> torch.Tensor:
+    """The output for one view, in eval mode. Raises ValueError if the model does not take `size` x `size` pixels."""
+    mode = model.training
     try:
-        return model(torch.zeros(1, 3, size, size))
+        return model.eval()(torch.zeros(1, 3, size, size))
     except (AssertionError, RuntimeError) as error:
         raise ValueError(f"--size {size}: {arch} does not take it ({str(error).partition(chr(10))[0]})") from None
+    finally:
+        model.train(mode)
 
 
-@torch.no_grad()
-def feature_shape(trunk: Any, arch: str, size: int, smallest: int) -> Shape:
-    """The feature map of a `size` x `size` view. smallest: side of the smallest view; trunk: from build_trunk.
+def feature_shape(trunk: Any, arch: str, size: int, smallest: int) -> tuple[int, int]:
+    """(channels, stride in pixels) of the feature map of a `size` x `size` view. smallest: side of the smallest view.
 
     Raises ValueError for a trunk without a feature map, or a view smaller than its stride.
     """
@@ -97,17 +80,14 @@ def feature_shape(trunk: Any, arch: str, size: int, smallest: int) -> Shape:
     if smallest < stride:
         raise ValueError(f"--size {size}: makes views of {smallest} pixels, and {arch} has a stride of {stride}; "
                          f"{-(-size * stride // smallest)} would do")  # fmt: skip
-    mode = trunk.training
-    features = _features(trunk.eval(), arch, size)
-    trunk.train(mode)
-    if features.ndim != 4 or abs(features.shape[2] - size / stride) >= 1:
-        shape = tuple(features.shape)
+    shape = tuple(output_of(trunk, arch, size).shape)
+    if len(shape) != 4 or abs(shape[2] - size / stride) >= 1:
         raise ValueError(f"--arch {arch}: gives {shape}, no N x C x H x W feature map; try resnet50 or convnext_tiny")
-    channels, height, width = features.shape[1:]
-    return Shape(channels, height, width, stride)
+    return shape[1], stride
 
 
 def probed(args: Namespace) -> Probed:
     """The pooled features of --arch."""
-    trunk = try_size(build(args.arch, args.output_stride, num_classes=0), args.arch, args.size)
+    trunk = build(args.arch, args.output_stride, num_classes=0).eval()
+    output_of(trunk, args.arch, args.size)  # refuses what cannot work
     return Probed(trunk, (POOLED,), classifier_name(trunk), lambda x, _: {POOLED: trunk(normalized(x))})

@@ -5,16 +5,12 @@ from collections.abc import Callable
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-from utils.data.photometric import normalized
-from utils.learning import amp
 from utils.run import dist
 
 
-def info_nce(
-    logits: torch.Tensor, target: torch.Tensor, temperature: float, reduction: str = "mean"
-) -> tuple[torch.Tensor, torch.Tensor]:
+def info_nce(logits: Tensor, target: Tensor, temperature: float, reduction: str = "mean") -> tuple[Tensor, Tensor]:
     """InfoNCE (arXiv 1807.03748, eq. 4; 1911.05722, eq. 1): cross-entropy of the right key among all candidates.
 
     logits: n x M similarities; target: n, the column of the right key. -> (loss, top-1 accuracy in %).
@@ -37,7 +33,7 @@ def key_copy(query: nn.Module, key: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def shuffled_keys(key_forward: Callable, x_k: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+def shuffled_keys(key_forward: Callable, x_k: Tensor, rng: np.random.Generator) -> Tensor:
     """Shuffle-BN (arXiv 1911.05722, section 3.3): keys of the whole global batch, N x C, in its order, on every process.
 
     x_k: n x ..., the key views of this process. One random permutation sends them to the processes, so a key gets its batch
@@ -53,7 +49,7 @@ def shuffled_keys(key_forward: Callable, x_k: torch.Tensor, rng: np.random.Gener
 
 
 @torch.no_grad()
-def enqueue_(queue: torch.Tensor, pointer: torch.Tensor, keys: torch.Tensor) -> None:
+def enqueue_(queue: Tensor, pointer: Tensor, keys: Tensor) -> None:
     """The keys of the whole batch (N x C) replace the oldest N columns of `queue` (C x K); `pointer` (1,) moves on.
 
     A key that is not finite replaces none. On CUDA the failure is known later, and --replay needs the old queue.
@@ -64,14 +60,6 @@ def enqueue_(queue: torch.Tensor, pointer: torch.Tensor, keys: torch.Tensor) -> 
     pointer.add_(len(keys)).remainder_(queue.shape[1])
 
 
-def embed(encoder: nn.Module, x: torch.Tensor, amp_name: str, group: int) -> torch.Tensor:
-    """Views, n x channels x H x W, uint8 or normalized -> embeddings of length 1: n x C, float32. group: see in_groups."""
-    x = normalized(x.contiguous(memory_format=torch.channels_last))
-    with amp.autocast(x.device, amp_name):
-        z = in_groups(encoder, x, group)
-    return F.normalize(z.float(), dim=1)
-
-
-def in_groups(forward: Callable, x: torch.Tensor, group: int) -> torch.Tensor:
+def in_groups(forward: Callable, x: Tensor, group: int) -> Tensor:
     """Apply `forward` to slices of `group` rows, as so many processes would: BatchNorm sees one slice at a time."""
     return torch.cat([forward(part) for part in x.split(group)]) if group < len(x) else forward(x)

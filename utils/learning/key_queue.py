@@ -1,6 +1,7 @@
 """Methods with a key encoder and a queue of keys (MoCo, arXiv 1911.05722): what MoCo and MosRep share."""
 
 from argparse import Namespace
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -8,10 +9,9 @@ from torch.nn.functional import normalize
 
 from utils.data.views import ViewSpec, moco_v2_view
 from utils.learning import backbones
-from utils.learning.contrast import ema_, embed, enqueue_, shuffled_keys
+from utils.learning.contrast import ema_, enqueue_, shuffled_keys
 from utils.learning.method import Method, Step
-from utils.run import dist
-from utils.run.flags import in_range, positive
+from utils.run import dist, flags
 
 
 class KeyQueue(Method):
@@ -23,6 +23,7 @@ class KeyQueue(Method):
     # the linear probe of MosRep's table; the released script scaled its lr twice, 0.2 scaled once is the same effective 3.2
     PROBE = {"epochs": 90, "batch_size": 4096, "lr": 0.2, "trust": 0.001}
 
+    average = staticmethod(ema_)
     queue: torch.Tensor  # C x K
     queue_ptr: torch.Tensor  # 1, the oldest column
 
@@ -42,9 +43,9 @@ class KeyQueue(Method):
 
     @staticmethod
     def check(args: Namespace, samples: int) -> None:
-        positive(["--size", "--moco-dim", "--moco-k", "--moco-t"], args)
-        in_range("--moco-m", args.moco_m, 0, 1)
-        in_range("--crop-min", args.crop_min, 1e-8, 1)
+        flags.positive(["--size", "--moco-dim", "--moco-k", "--moco-t"], args)
+        flags.in_range("--moco-m", args.moco_m, 0, 1)
+        flags.in_range("--crop-min", args.crop_min, 1e-8, 1)
         low, high = args.local_scale
         if not 0 < low <= high <= 1:
             raise ValueError(f"--local-scale {low} {high}: must be 0 < MIN <= MAX <= 1, such as 0.1 0.6")
@@ -57,8 +58,10 @@ class KeyQueue(Method):
                   "the negatives of an image include its own older keys", flush=True)  # fmt: skip
 
     @staticmethod
-    def local_view(args: Namespace, count: int) -> ViewSpec:
-        return moco_v2_view("local", args.size // 2, tuple(args.local_scale), count)
+    def key_views(args: Namespace, local_crops: int, view: Callable[..., ViewSpec] = moco_v2_view) -> list[ViewSpec]:
+        """One view for the query, one for the key, and the local crops."""
+        whole = [view(name, args.size, (args.crop_min, 1.0)) for name in ("query", "key")]
+        return whole + [moco_v2_view("local", args.size // 2, tuple(args.local_scale), local_crops)] * bool(local_crops)
 
     @staticmethod
     def bn_groups(args: Namespace) -> int:
@@ -66,7 +69,7 @@ class KeyQueue(Method):
 
     def __init__(self, args: Namespace, samples: int):
         super().__init__(args, samples)
-        self.amp, self.bn_splits, self.momentum, self.temperature = args.amp, args.bn_splits, args.moco_m, args.moco_t
+        self.bn_splits, self.momentum, self.temperature = args.bn_splits, args.moco_m, args.moco_t
 
     def add_queue(self, dim: int, length: int) -> None:
         """Register the queue, which starts with random directions. Called last: a seed gives the networks' weights first."""
@@ -80,18 +83,13 @@ class KeyQueue(Method):
     def encoders(self) -> list[nn.Module]:
         return [module for pair in self.pairs() for module in pair]
 
-    def embed(self, network: nn.Module, x: torch.Tensor, group: int) -> torch.Tensor:
-        """n x 3 x H x W -> n x C of length 1. group: images that BatchNorm sees together."""
-        return embed(network, x, self.amp, group)
-
     def keys(self, network: nn.Module, x_k: torch.Tensor, step: Step) -> torch.Tensor:
         """The keys of the global batch, N x C, in its order; `commit` puts them into the queue. x_k: n x 3 x H x W."""
         group = len(x_k) // self.bn_splits
         self.new_keys = shuffled_keys(lambda x: self.embed(network, x, group), x_k, step.rng)
         return self.new_keys
 
-    @torch.no_grad()
     def commit(self, step: Step) -> None:
         """The key side follows the updated query side, and the queue takes the step's keys."""
-        ema_(self.pairs(), self.momentum)
+        self.average(self.pairs(), self.momentum)
         enqueue_(self.queue, self.queue_ptr, self.new_keys)

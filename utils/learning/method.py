@@ -12,16 +12,21 @@ Until `commit` a step changes nothing but BatchNorm's statistics, so a step that
 
 from abc import ABC, abstractmethod
 from argparse import Namespace
-from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar, Self
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from utils.data.batch import Batch
+from utils.data.photometric import normalized
 from utils.data.views import ViewSpec
-from utils.learning import backbones, layouts
+from utils.learning import amp, backbones, layouts
+from utils.learning.backbones import Probed
+from utils.learning.contrast import in_groups
 from utils.run import dist, streams
 
 Stats = dict[str, torch.Tensor]
@@ -44,23 +49,20 @@ class Step:
         torch.manual_seed(streams.trunk_seed(self.seed, self.number, dist.rank()))
 
 
-@dataclass
-class Targets:
-    """What `forward` compares the queries of n images with.
+class Targets(SimpleNamespace):
+    """What `forward` compares the queries of n images with. The names become attributes.
 
-    Each field has a row for each image (a tensor, an array, or a tuple of them), except the fields that SHARED names.
+    rows: values with a row for each image: a tensor, an array, or a tuple of them. shared: values for all images together.
     """
 
-    SHARED: ClassVar[tuple[str, ...]] = ()
+    def __init__(self, shared: dict[str, Any] | None = None, **rows: Any):
+        super().__init__(**rows, **(shared or {}))
+        self._shared, self._rows = shared, rows
 
-    def part(self, images: slice) -> Self:
+    def part(self, images: slice) -> "Targets":
         """The targets of some of the images."""
-        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in self.SHARED}
-        return replace(self, **{name: _rows(value, images) for name, value in own.items()})
-
-
-def _rows(value: Any, images: slice) -> Any:
-    return tuple(x[images] for x in value) if isinstance(value, tuple) else value[images]
+        rows = {name: tuple(x[images] for x in v) if isinstance(v, tuple) else v[images] for name, v in self._rows.items()}
+        return Targets(self._shared, **rows)
 
 
 class Method(nn.Module, ABC):
@@ -94,6 +96,14 @@ class Method(nn.Module, ABC):
     @abstractmethod
     def __init__(self, args: Namespace, samples: int):
         super().__init__()
+        self.amp = args.amp
+
+    def embed(self, network: nn.Module, x: torch.Tensor, group: int) -> torch.Tensor:
+        """Views, n x channels x H x W, uint8 or normalized -> embeddings of length 1: n x C, float32. group: see in_groups."""
+        x = normalized(x.contiguous(memory_format=torch.channels_last))
+        with amp.autocast(x.device, self.amp):
+            z = in_groups(network, x, group)
+        return F.normalize(z.float(), dim=1)
 
     @abstractmethod
     def targets(self, batch: Batch, step: Step) -> Any:
@@ -124,7 +134,7 @@ class Method(nn.Module, ABC):
         return layouts.trunk_state(state_dict)
 
     @staticmethod
-    def frozen(args: Namespace) -> backbones.Probed:
+    def frozen(args: Namespace) -> Probed:
         """The trunk of evaluations, with random weights. Raises ValueError for an --arch or --size that cannot work."""
         return backbones.probed(args)
 

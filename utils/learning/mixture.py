@@ -7,14 +7,9 @@ import numpy as np
 import torch
 
 from utils.data.photometric import normalized
-from utils.run import dist
-from utils.run.flags import in_range, positive
+from utils.run import dist, flags
 
-GLOBAL, REGION, HOLES = (
-    ("IM", "global"),
-    ("IM", "region"),
-    ("cutout", "random-erasing"),
-)  # of --im-type; HOLES mix nothing
+GLOBAL, REGION, HOLES = ("IM", "global"), ("IM", "region"), ("cutout", "random-erasing")  # of --im-type; HOLES mix nothing
 CUTOUT_SIDE = 50  # pixels
 PROBABILITY = 0.1  # of cutout and of random erasing
 ERASED_AREA, ERASED_RATIO = (0.02, 0.4), 0.3  # share of the image; height / width lies in [0.3, 1 / 0.3]
@@ -43,19 +38,20 @@ def check(args: Namespace) -> None:
         if value != default and args.im_type not in types:
             raise ValueError(f"{flag} {value}: does nothing without --im-type {' or '.join(types)}; leave it out")
         if flag in ("--g-prob", "--r-prob", "--r-pixel-decay"):
-            in_range(flag, value, 0, 1)
+            flags.in_range(flag, value, 0, 1)
         else:
-            positive([flag], args)
+            flags.positive([flag], args)
     if args.im_type not in (None, *HOLES):
-        check_partners(args, "--im-type", args.im_type)
+        check_group(args, 2, f"--im-type {args.im_type} mixes two")
 
 
-def check_partners(args: Namespace, flag: str, value) -> None:
-    """Raise ValueError where an image has no other one to be mixed with."""
+def check_group(args: Namespace, least: int, why: str) -> None:
+    """Raise ValueError if a BatchNorm group has fewer images than `least`."""
     groups = dist.world() * args.bn_splits
-    if args.batch_size // groups < 2:
-        raise ValueError(f"--batch-size {args.batch_size}: leaves one image for each process and BatchNorm group, and "
-                         f"{flag} {value} mixes two; {2 * groups} would do")  # fmt: skip
+    if (n := args.batch_size // groups) < least:
+        images = "one image" if n == 1 else f"{n} images"
+        raise ValueError(f"--batch-size {args.batch_size}: leaves {images} for each process and BatchNorm group, and {why}; "
+                         f"{least * groups} would do")  # fmt: skip
 
 
 class Mixture:

@@ -37,12 +37,9 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     def __init__(self, norm: Any):
         super().__init__(norm.num_features, norm.eps, norm.momentum, norm.affine)
-        self.weight, self.bias = norm.weight, norm.bias
-        self.running_mean, self.running_var, self.num_batches_tracked = (
-            norm.running_mean, norm.running_var, norm.num_batches_tracked)  # fmt: skip
-        timm_norm = isinstance(norm, BatchNormAct2d)
-        self.drop: nn.Module = norm.drop if timm_norm else nn.Identity()
-        self.act: nn.Module = norm.act if timm_norm else nn.Identity()
+        for name, value in (*norm.named_parameters(recurse=False), *norm.named_buffers(recurse=False)):
+            setattr(self, name, value)
+        self.drop, self.act = (norm.drop, norm.act) if isinstance(norm, BatchNormAct2d) else (nn.Identity(), nn.Identity())
 
     def _check_input_dim(self, input: torch.Tensor) -> None:
         """Any number of dimensions works."""
