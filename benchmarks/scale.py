@@ -75,7 +75,7 @@ def trace(args, case: str, plain: bool = False, fake: bool = False) -> dict[str,
 class Unread(Votes):
     """Votes whose outcome the host does not read, because fake tensors have none."""
 
-    def _outcome(self, inputs, ballot):
+    def _outcome(self, inputs, ballot, event=None):
         return [0, 0]
 
 
