@@ -79,7 +79,7 @@ def form(pipe, args, case, is_plain):
         if device.type == "cpu":
             keep_freed_memory()  # as a run does
     method.train()
-    train = (plain if is_plain else sys.modules[__name__]).train_step(method, method, flags)
+    train = (plain.train_step if is_plain else train_step)(method, method, flags)
     batch = random_batch(method.views(flags), args.batch_size, device)
     pixels = count_pixels(method)
     pipe.send("ready")

@@ -28,12 +28,7 @@ def synchronized(module: nn.Module) -> nn.Module:
 
 
 class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """BatchNorm over all processes on the CPU. It takes over the parameters and buffers of `norm`, and timm's activation."""
-
-    running_mean: torch.Tensor
-    running_var: torch.Tensor
-    num_batches_tracked: torch.Tensor
-    momentum: float
+    """BatchNorm of the batches gathered from all processes, on the CPU. It takes over all of `norm`, with timm's activation."""
 
     def __init__(self, norm: Any):
         super().__init__(norm.num_features, norm.eps, norm.momentum, norm.affine)
@@ -45,23 +40,8 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
         """Any number of dimensions works."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # n x C x ..., the same n on each process
-        if not self.training:
-            return self.act(self.drop(super().forward(x)))
-        shape, over = (1, -1, *[1] * (x.ndim - 2)), [0, *range(2, x.ndim)]
-        mean = _mean(x.float().mean(over))
-        centred = x.float() - mean.view(shape)
-        variance = _mean(centred.square().mean(over))
-        count = dist.world() * x.numel() / x.shape[1]
-        with torch.no_grad():
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
-        y = centred * (variance + self.eps).rsqrt().view(shape)
-        if self.affine:
-            y = y * self.weight.view(shape) + self.bias.view(shape)
-        return self.act(self.drop(y.to(x.dtype)))
-
-
-def _mean(x):
-    """Mean over processes, with gradient."""
-    return dist.total_with_gradient(x) / dist.world()
+        y = x
+        if self.training:
+            y = dist.gather_with_gradient(x.float().flatten(1)).view(-1, *x.shape[1:])
+        y = super().forward(y)
+        return self.act(self.drop((dist.own(y, len(x)) if self.training else y).to(x.dtype)))
