@@ -42,10 +42,8 @@ def get_args(argv: list[str] | None = None, source: Source | None = None) -> fla
     parser = flags.Parser(prog=PROG, usage=usage, description=__doc__)
     add_weights_flags(parser, METHODS, source)
     add = parser.group("data").add_argument
-    add("--train-shards", required=True, identity=False, metavar="DIR",
-        help="folder of labelled training shards, a glob or a brace pattern")  # fmt: skip
-    add("--val-shards", required=True, identity=False, metavar="DIR",
-        help="the same for validation; every image counts exactly once")  # fmt: skip
+    add("--train-shards", required=True, identity=False, metavar="DIR", help="labelled shards: folder, glob or brace pattern")
+    add("--val-shards", required=True, identity=False, metavar="DIR", help="the same for validation; each image counts once")
     add("--size", type=int, default=224, help="side of a view in pixels")
     add("--resize", type=int, help="shorter side of a test image before its centre is cropped; default: 8/7 of --size")
     add("--crop-min", type=float, default=0.08, help="smallest area of a training crop, as a share of the image")

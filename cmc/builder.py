@@ -89,8 +89,8 @@ class MemoryBank(Method):
 
     def forward(self, batch: Batch, targets: Targets, step: Step) -> tuple[torch.Tensor, Stats]:
         """Each encoder writes one bank and, if there are two, is contrasted with the other's."""
-        views, names = zip(self.encoders(), targets.views, strict=True), list(self.banks)
-        features = [self.embed(encoder, x, targets.group) for encoder, x in views]  # n x C each
+        names = list(self.banks)
+        features = [self.embed(e, x, targets.group) for e, x in zip(self.encoders(), targets.views, strict=True)]  # n x C each
         for name, f in zip(names, features, strict=True):
             self.seen[name].append(f.detach())
         pairs = zip(reversed(names), features, strict=True)

@@ -5,7 +5,6 @@ import math
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from utils.run import streams
 
@@ -62,7 +61,7 @@ class Bank(nn.Module):
         --replay needs the old row.
         """
         old = self.memory[sample_ids]
-        new = F.normalize(old * momentum + features * (1 - momentum), dim=1)
+        new = nn.functional.normalize(old * momentum + features * (1 - momentum), dim=1)
         self.memory[sample_ids] = torch.where(new.isfinite().all(1, keepdim=True), new, old)
 
 

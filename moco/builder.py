@@ -26,8 +26,7 @@ class MoCo(KeyQueue):
         add("--moco-head", choices=["mlp", "linear"], default="mlp", help="head: of MoCo-v2, or of MoCo-v1")
         add("--loss", choices=["softmax", "nce"], default="softmax", help="InfoNCE, or MoCo-v1's NCE")
         mixture.add_flags(group)
-        add("--unmix-prob", type=float,
-            help="Un-Mix: probability of mixup instead of CutMix; published 0.5; without the flag: no Un-Mix")  # fmt: skip
+        add("--unmix-prob", type=float, help="Un-Mix: probability of mixup, else CutMix; published 0.5; default: no Un-Mix")
         add("--aug", choices=["v2", "v1"], default="v2", help="augmentation of MoCo-v2 or of MoCo-v1")
 
     @staticmethod

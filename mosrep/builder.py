@@ -5,7 +5,6 @@ from argparse import Namespace
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.functional import normalize
 
 from mosrep.mosaic import compose, cut_tiles, draw_offset, shift, sources, tile_boxes, tile_weights
 from utils.data.photometric import normalized
@@ -105,7 +104,7 @@ class MosRep(KeyQueue):
                 tiles = cut_tiles(features, boxes, self.stride)  # 4n x channels x h x w
             z = self.projector_q(tiles)  # 4n x C
         weights = tile_weights(boxes, self.size).to(crops.device, non_blocking=True).repeat(len(crops))
-        return normalize(z.float(), dim=1), weights
+        return nn.functional.normalize(z.float(), dim=1), weights
 
     def forward(self, batch: Batch, targets: Targets, step: Step) -> tuple[torch.Tensor, Stats]:
         x_q, _, crops = batch.views  # n x 3 x H x W, n x 3 x H x W, n x 4 x 3 x H/2 x W/2

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import normalize
 
 from utils.data.photometric import normalized
 from utils.learning import amp, backbones, layouts
@@ -135,7 +134,7 @@ class W2SSL(Method):
         encoder: Any = self.momentum_encoder
         with amp.autocast(crops.device, self.amp):
             keys = [encoder.fc_crop(self.features(encoder, x)) for x in montages]
-        keys = [normalize(k.float(), dim=1) for k in keys]  # 2n x C for each view
+        keys = [nn.functional.normalize(k.float(), dim=1) for k in keys]  # 2n x C for each view
         return W2SSLTargets(montages=montages, keys=keys, image=number // 2, side=side)
 
     def forward(self, batch: Batch, targets: W2SSLTargets, step: Step) -> tuple[torch.Tensor, Stats]:
@@ -144,7 +143,7 @@ class W2SSL(Method):
             f = [self.features(encoder, x) for x in targets.montages]  # 2n x C each
             online = [self.predictor(encoder.fc_crop(x)) for x in f]
             scores = self.fc_loc(f[0]).float()  # 2n x 2
-        z, k = [normalize(x.float(), dim=1) for x in online], targets.keys
+        z, k = [nn.functional.normalize(x.float(), dim=1) for x in online], targets.keys
         loss_12, top1 = supervised_contrastive(z[0], k[1], targets.image, self.temperature)
         loss_21, _ = supervised_contrastive(z[1], k[0], targets.image, self.temperature)
         loss_crop = (loss_12 + loss_21) * self.temperature / BASE_TEMPERATURE

@@ -1,8 +1,7 @@
 """The two losses of W2SSL: the location of a crop, and its image."""
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from utils.run import dist
 
@@ -20,7 +19,7 @@ def location(scores: Tensor, side: Tensor) -> tuple[Tensor, Tensor]:
     They differ unless half an image looks like its own mirror image. So the network can learn the side: it is the crop's
     position in the image as shown, mirrored or not.
     """
-    return F.cross_entropy(scores, side), (scores.detach().argmax(1) == side).float().mean() * 100
+    return nn.functional.cross_entropy(scores, side), (scores.detach().argmax(1) == side).float().mean() * 100
 
 
 def supervised_contrastive(online: Tensor, target: Tensor, image: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

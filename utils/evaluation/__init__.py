@@ -1,4 +1,1 @@
-"""What evaluations share: the frozen trunk and its features, and linear classifiers on them.
-
-Imports utils.learning, utils.data and utils.run.
-"""
+"""What evaluations share: frozen trunk and linear classifiers. Imports utils.learning, utils.data and utils.run."""

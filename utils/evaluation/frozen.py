@@ -35,8 +35,7 @@ def add_weights_flags(parser: Parser, methods: Methods, source: Source | None = 
     """The flags that every evaluation has. With a source: the method's own too, and the defaults that its checkpoint tells."""
     group = parser.group("weights")
     add = group.add_argument
-    add(FLAG, required=bool(source), identity=False, metavar="PATH",
-        help="checkpoint, folder of a run, or `random` for an untrained trunk")  # fmt: skip
+    add(FLAG, required=bool(source), identity=False, metavar="PATH", help="checkpoint, folder of a run, or `random`: untrained")
     add("--method", choices=methods, help="method that trained the trunk; default: the checkpoint's, else %(default)s")
     add("-a", "--arch", help="a timm model, or one of CMC's; default: the checkpoint's, else %(default)s")
     if source:

@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from utils.run import dist
@@ -16,7 +15,7 @@ def info_nce(logits: Tensor, target: Tensor, temperature: float, reduction: str 
     logits: n x M similarities; target: n, the column of the right key. -> (loss, top-1 accuracy in %).
     """
     top1 = (logits.detach().argmax(1) == target).float().mean() * 100
-    return F.cross_entropy(logits / temperature, target, reduction=reduction), top1
+    return nn.functional.cross_entropy(logits / temperature, target, reduction=reduction), top1
 
 
 @torch.no_grad()

@@ -4,7 +4,6 @@ import math
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from utils.learning.contrast import info_nce
 from utils.run import dist
@@ -52,7 +51,7 @@ class Nce(nn.Module):
         self.new_log_z = self.log_z if self.known else self._estimate(log_p.detach())
         log_p, log_noise = log_p - self.new_log_z, math.log((scores.shape[1] - 1) / self.samples)
         right, wrong = log_p[:, 0], log_p[:, 1:]
-        loss = F.softplus(log_noise - right) + F.softplus(wrong - log_noise).sum(1)
+        loss = nn.functional.softplus(log_noise - right) + nn.functional.softplus(wrong - log_noise).sum(1)
         top1 = (scores.detach().argmax(1) == 0).float().mean() * 100
         return loss.mean(), top1
 

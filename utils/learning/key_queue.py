@@ -5,7 +5,6 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from torch.nn.functional import normalize
 
 from utils.data.views import ViewSpec, moco_v2_view
 from utils.learning import backbones
@@ -73,7 +72,7 @@ class KeyQueue(Method):
 
     def add_queue(self, dim: int, length: int) -> None:
         """Register the queue, which starts with random directions. Called last: a seed gives the networks' weights first."""
-        self.register_buffer("queue", normalize(torch.randn(dim, length), dim=0))  # C x K
+        self.register_buffer("queue", nn.functional.normalize(torch.randn(dim, length), dim=0))  # C x K
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
 
     def pairs(self) -> list[tuple[nn.Module, nn.Module]]:

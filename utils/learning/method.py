@@ -18,7 +18,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from utils.data.batch import Batch
@@ -103,7 +102,7 @@ class Method(nn.Module, ABC):
         x = normalized(x.contiguous(memory_format=torch.channels_last))
         with amp.autocast(x.device, self.amp):
             z = in_groups(network, x, group)
-        return F.normalize(z.float(), dim=1)
+        return nn.functional.normalize(z.float(), dim=1)
 
     @abstractmethod
     def targets(self, batch: Batch, step: Step) -> Any:
