@@ -1,4 +1,4 @@
-"""Parts of contrastive methods: InfoNCE, the key encoder's moving average, shuffle-BN, the queue, embeddings."""
+"""Parts of contrastive methods: InfoNCE, the key encoder's moving average, shuffle-BN, the queue, BatchNorm groups."""
 
 from collections.abc import Callable
 
