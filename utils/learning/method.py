@@ -12,11 +12,9 @@ Until `commit` a step changes nothing but BatchNorm's statistics, so a step that
 
 from abc import ABC, abstractmethod
 from argparse import Namespace
-from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -31,17 +29,12 @@ from utils.run import dist, streams
 Stats = dict[str, torch.Tensor]
 
 
-@dataclass
 class Step:
-    """The position of a step in the whole training. `rng` is equal on all processes."""
+    """A step of the whole training of `total` steps, counted from 0 over all epochs. `rng` is equal on all processes."""
 
-    number: int  # counted over all epochs, from 0
-    total: int  # steps of the whole training
-    seed: int
-    rng: np.random.Generator = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.rng = streams.step_draws(self.seed, self.number)
+    def __init__(self, number: int, total: int, seed: int):
+        self.number, self.total, self.seed = number, total, seed
+        self.rng = streams.step_draws(seed, number)
 
     def seed_torch(self) -> None:
         """Make what a trunk draws itself, such as stochastic depth, a function of seed, step and process."""
