@@ -19,11 +19,10 @@ from utils.run.flags import Parser, add_shard_flags, one_line_errors, shard_flag
 
 def get_args(argv=None):
     parser = Parser(prog="mosrep.picture", description=__doc__.split("\n\n")[0])
-    add = parser.add_argument
-    add("picture", help="the file to write, PNG or JPEG")
-    add("--shards", required=True, metavar="DIR", help="folder of shards, a glob, or a brace pattern of tars")
-    add("--mosaics", type=int, default=8, help="how many, four or more")
-    add("--seed", type=int, default=0, help="decides images, views and shifts")
+    parser.add_argument("picture", help="the file to write, PNG or JPEG")
+    parser.add_argument("--shards", required=True, metavar="DIR", help="folder of shards, a glob, or a brace pattern of tars")
+    parser.add_argument("--mosaics", type=int, default=8, help="how many, four or more")
+    parser.add_argument("--seed", type=int, default=0, help="decides images, views and shifts")
     add_shard_flags(parser)
     MosRep.add_flags(parser.add_argument_group("method"))
     return parser.parse_args(argv)

@@ -50,8 +50,7 @@ def main(argv: list[str] | None = None) -> None:
             with open(shard.path, "rb") as source, atomic(path) as file, webdataset.TarWriter(file, mtime=0) as tar:
                 for sample in local_samples(shard.path):
                     kept = [name for name in (str(sample.image), LABEL_EXTENSION) if name in sample.members]
-                    places = [(name, *sample.members[name]) for name in kept]
-                    parts = {name: os.pread(source.fileno(), size, offset) for name, offset, size in places}
+                    parts = {name: os.pread(source.fileno(), *reversed(sample.members[name])) for name in kept}
                     if rng.random() < 0.5:
                         parts["png"] = mirrored(parts.pop(kept[0]))
                     tar.write({"__key__": sample.key, **parts})
