@@ -40,7 +40,7 @@ class Plain(Method):
 
     average = staticmethod(average_)
 
-    def embed(self, network, x, group):
+    def embed(self, network, x, group_size):
         return normalize(network(x.contiguous()), dim=1)
 
 

@@ -77,7 +77,7 @@ class MemoryBank(Method):
 
     @torch.no_grad()
     def targets(self, batch: Batch, step: Step) -> Targets:
-        """group: images that BatchNorm sees together; rows: of the banks, the image itself, then its negatives."""
+        """group_size: images that BatchNorm sees together; rows: of the banks, the image itself, then its negatives."""
         n, ids = len(batch), batch.sample_ids
         views = tuple(self.mixture(self.inputs(batch), step.rng))
         places = range(dist.rank() * n, (dist.rank() + 1) * n)
@@ -85,12 +85,12 @@ class MemoryBank(Method):
         rows = torch.cat([ids.unsqueeze(1).to(negatives.dtype), negatives], 1)  # n x (1 + K)
         self.sample_ids = ids
         self.seen: dict[str, list[torch.Tensor]] = {name: [] for name in self.banks}
-        return Targets({"group": n // self.bn_splits}, views=views, rows=rows)
+        return Targets({"group_size": n // self.bn_splits}, views=views, rows=rows)
 
     def forward(self, batch: Batch, targets: Targets, step: Step) -> tuple[torch.Tensor, Stats]:
         """Each encoder writes one bank and, if there are two, is contrasted with the other's."""
         names = list(self.banks)
-        features = [self.embed(e, x, targets.group) for e, x in zip(self.encoders(), targets.views, strict=True)]  # n x C each
+        features = [self.embed(e, x, targets.group_size) for e, x in zip(self.encoders(), targets.views, strict=True)]  # n x C
         for name, f in zip(names, features, strict=True):
             self.seen[name].append(f.detach())
         pairs = zip(reversed(names), features, strict=True)

@@ -80,32 +80,32 @@ class MoCo(KeyQueue):
 
     @torch.no_grad()
     def targets(self, batch: Batch, step: Step) -> Targets:
-        """group: images that BatchNorm sees together; share: of an image itself in its Un-Mix view."""
+        """group_size: images that BatchNorm sees together; share: of an image itself in its Un-Mix view."""
         n = len(batch)
         x_q, x_k = self.mixture(batch.views[:2], step.rng)  # n x 3 x H x W each
         k = dist.own(self.keys(self.encoder_k, x_k, step), n)  # n x C
         mixed, share = x_q[:0], 1.0  # without Un-Mix
         if self.unmix_prob is not None:
             mixed, share = mixture.un_mix(x_q, self.unmix_prob, self.bn_splits, step.rng)  # n x 3 x H x W
-        return Targets({"group": n // self.bn_splits, "share": share}, query=x_q, keys=k, mixed=mixed)
+        return Targets({"group_size": n // self.bn_splits, "share": share}, query=x_q, keys=k, mixed=mixed)
 
     def contrast(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Column 0 is the positive, the others are the queue. q, k: n x C. -> (loss, top-1 in %)."""
         return self.criterion(torch.cat([(q * k).sum(1, keepdim=True), q @ self.queue], dim=1))  # of n x (1 + K)
 
     def forward(self, batch: Batch, targets: Targets, step: Step) -> tuple[torch.Tensor, Stats]:
-        k, group = targets.keys, targets.group
-        loss, top1 = self.contrast(self.embed(self.encoder_q, targets.query, group), k)
+        k, group_size = targets.keys, targets.group_size
+        loss, top1 = self.contrast(self.embed(self.encoder_q, targets.query, group_size), k)
         stats = {"top1": top1}
         if self.unmix_prob is not None:
-            q_mix, share = self.embed(self.encoder_q, targets.mixed, group), targets.share
-            itself, other = (self.contrast(q, k)[0] for q in (q_mix, mixture.reversed_groups(q_mix, len(k) // group)))
+            q_mix, share = self.embed(self.encoder_q, targets.mixed, group_size), targets.share
+            itself, other = (self.contrast(q, k)[0] for q in (q_mix, mixture.reversed_groups(q_mix, len(k) // group_size)))
             loss_mix = share * itself + (1 - share) * other
             stats |= {"loss_plain": loss.detach(), "loss_mix": loss_mix.detach()}
             loss = loss + loss_mix
         if self.local_crops:
             crops = batch.views[2].flatten(0, 1)  # n V x 3 x h x w
-            q_local = self.embed(self.encoder_q, crops, group * self.local_crops)
+            q_local = self.embed(self.encoder_q, crops, group_size * self.local_crops)
             loss_local, top1_local = self.contrast(q_local, k.repeat_interleave(self.local_crops, 0))
             stats |= {"loss_global": loss.detach(), "loss_local": loss_local.detach(), "top1_local": top1_local}
             loss = loss + loss_local

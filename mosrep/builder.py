@@ -77,16 +77,16 @@ class MosRep(KeyQueue):
 
     @torch.no_grad()
     def targets(self, batch: Batch, step: Step) -> Targets:
-        """group: images that BatchNorm sees together, and whose mosaics have one offset, (x, y) in pixels."""
+        """group_size: images that BatchNorm sees together, and whose mosaics have one offset, (x, y) in pixels."""
         n = len(batch)
         keys = self.keys(nn.Sequential(self.encoder_k, self.projector_k), batch.views[1], step)  # N x C
         drawn = [draw_offset(step.rng, **self.shift) for _ in range(dist.world() * self.bn_splits)]
         offsets = np.repeat(dist.own(drawn, self.bn_splits), n // self.bn_splits, axis=0)  # n x 2
         places = dist.rank() * n + np.arange(n)  # of the images in the global batch
-        return Targets({"keys": keys, "group": n // self.bn_splits}, places=places, offsets=offsets)
+        return Targets({"keys": keys, "group_size": n // self.bn_splits}, places=places, offsets=offsets)
 
     def contrast(self, q: torch.Tensor, keys: torch.Tensor, places: np.ndarray, reduction: str = "mean"):
-        """The right key among the keys of the global batch and the queue: images that share a mosaic are explicit negatives.
+        """InfoNCE with all keys of the global batch and the queue as candidates, so the images of one mosaic are negatives.
 
         q: m x C; keys: N x C; places: m, the row of each query's key. -> (loss, top-1 in %).
         """
@@ -108,13 +108,13 @@ class MosRep(KeyQueue):
 
     def forward(self, batch: Batch, targets: Targets, step: Step) -> tuple[torch.Tensor, Stats]:
         x_q, _, crops = batch.views  # n x 3 x H x W, n x 3 x H x W, n x 4 x 3 x H/2 x W/2
-        group, starts = targets.group, range(0, len(x_q), targets.group)
-        q = self.embed(nn.Sequential(self.encoder_q, self.projector_q), x_q, group)  # n x C
+        size, starts = targets.group_size, range(0, len(x_q), targets.group_size)
+        q = self.embed(nn.Sequential(self.encoder_q, self.projector_q), x_q, size)  # n x C
         loss_query, top1 = self.contrast(q, targets.keys, targets.places)
 
-        parts = [self.embed_tiles(crops[i : i + group], tuple(targets.offsets[i])) for i in starts]
+        parts = [self.embed_tiles(crops[i : i + size], tuple(targets.offsets[i])) for i in starts]
         q_tile, weights = (torch.cat(p) for p in zip(*parts, strict=True))  # 4n x C, 4n
-        places = np.concatenate([targets.places[i : i + group][sources(group)].flatten() for i in starts])  # 4n
+        places = np.concatenate([targets.places[i : i + size][sources(size)].flatten() for i in starts])  # 4n
         loss_tile, top1_tile = self.contrast(q_tile, targets.keys, places, reduction="none")
         loss_tile = (loss_tile * weights).mean()
         stats = {"top1": top1, "top1_tile": top1_tile, "loss_query": loss_query.detach(), "loss_tile": loss_tile.detach()}

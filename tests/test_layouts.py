@@ -100,6 +100,16 @@ def test_build_trunk__the_arch_is_the_checkpoints(resnets, tmp_path):
     assert args.arch == "tiny_resnet"
 
 
+def test_load_trunk__counts_of_batches_may_be_absent(resnets):
+    """As in checkpoints from before torch 0.4.1."""
+    trunk = timm.create_model("tiny_resnet", num_classes=0)
+    old = {name: value for name, value in resnets[0].items() if "num_batches_tracked" not in name}
+    assert len(old) < len(resnets[0])
+    layouts.load_trunk(trunk, old, "fc", "--pretrained x")
+    assert all(torch.equal(value, old.get(name, value)) for name, value in trunk.state_dict().items())
+
+
+
 @pytest.mark.parametrize("names, container, method, sure", [
     (["module.encoder_q.conv1.weight", "module.projector_q.conv.0.weight"], "state_dict", "mosrep", True),
     (["encoder_q.conv1.weight", "encoder_k.conv1.weight"], "state_dict", "moco", True),

@@ -51,7 +51,7 @@ def shuffled_keys(key_forward: Callable, x_k: Tensor, rng: np.random.Generator) 
 def enqueue_(queue: Tensor, pointer: Tensor, keys: Tensor) -> None:
     """The keys of the whole batch (N x C) replace the oldest N columns of `queue` (C x K); `pointer` (1,) moves on.
 
-    A key that is not finite replaces none. On CUDA the failure is known later, and --replay needs the old queue.
+    A key that is not finite replaces none: on CUDA the failure is known one step later, and --replay reads this queue.
     """
     columns = (pointer + torch.arange(len(keys), device=queue.device)) % queue.shape[1]
     keys = torch.where(keys.isfinite().all(1, keepdim=True), keys, queue[:, columns].T)
@@ -59,6 +59,6 @@ def enqueue_(queue: Tensor, pointer: Tensor, keys: Tensor) -> None:
     pointer.add_(len(keys)).remainder_(queue.shape[1])
 
 
-def in_groups(forward: Callable, x: Tensor, group: int) -> Tensor:
-    """Apply `forward` to slices of `group` rows, as so many processes would: BatchNorm sees one slice at a time."""
-    return torch.cat([forward(part) for part in x.split(group)]) if group < len(x) else forward(x)
+def in_groups(forward: Callable, x: Tensor, group_size: int) -> Tensor:
+    """Apply `forward` to slices of `group_size` rows, as so many processes would: BatchNorm sees one slice at a time."""
+    return torch.cat([forward(part) for part in x.split(group_size)]) if group_size < len(x) else forward(x)

@@ -60,7 +60,8 @@ class KeyQueue(Method):
     def key_views(args: Namespace, local_crops: int, view: Callable[..., ViewSpec] = moco_v2_view) -> list[ViewSpec]:
         """One view for the query, one for the key, and the local crops."""
         whole = [view(name, args.size, (args.crop_min, 1.0)) for name in ("query", "key")]
-        return whole + [moco_v2_view("local", args.size // 2, tuple(args.local_scale), local_crops)] * bool(local_crops)
+        local = moco_v2_view("local", args.size // 2, tuple(args.local_scale), local_crops)
+        return [*whole, local] if local_crops else whole
 
     @staticmethod
     def bn_groups(args: Namespace) -> int:
@@ -84,8 +85,8 @@ class KeyQueue(Method):
 
     def keys(self, network: nn.Module, x_k: torch.Tensor, step: Step) -> torch.Tensor:
         """The keys of the global batch, N x C, in its order; `commit` puts them into the queue. x_k: n x 3 x H x W."""
-        group = len(x_k) // self.bn_splits
-        self.new_keys = shuffled_keys(lambda x: self.embed(network, x, group), x_k, step.rng)
+        group_size = len(x_k) // self.bn_splits
+        self.new_keys = shuffled_keys(lambda x: self.embed(network, x, group_size), x_k, step.rng)
         return self.new_keys
 
     def commit(self, step: Step) -> None:

@@ -55,8 +55,9 @@ def load_trunk(trunk: nn.Module, state: Mapping[str, Any], classifier: str, sour
 
     names: all names of the checkpoint, for the message. Raises ValueError with the number of wrong keys and five of them.
     """
-    state = {name: value for name, value in state.items() if not name.startswith(f"{classifier}.")}
     wanted = trunk.state_dict()
+    old = {name: value for name, value in wanted.items() if name.endswith(".num_batches_tracked")}  # absent before torch 0.4.1
+    state = old | {name: value for name, value in state.items() if not name.startswith(f"{classifier}.")}
     faults = {
         "missing": [name for name in wanted if name not in state],
         "left over": [name for name in state if name not in wanted],

@@ -3,11 +3,12 @@
 A training step calls, in this order,
 
     targets = method.targets(batch, step)               # no gradient: keys, negatives, mixtures, montages
-    loss, stats = method(batch, targets, step)          # under DDP; or once for each slice of the batch
+    loss, stats = method(batch, targets, step)          # under DDP
     ...                                                 # backward and the optimizer's update
     method.commit(step)                                 # queue, bank, moving average
 
-Until `commit` a step changes nothing but BatchNorm's statistics, so a step that fails can be computed again.
+`targets` and `forward` change nothing but BatchNorm's statistics, so a step that fails can be computed again. Training passes
+the whole local batch; `forward` also takes a slice of it, the seam for gradient accumulation.
 """
 
 from abc import ABC, abstractmethod
@@ -90,11 +91,11 @@ class Method(nn.Module, ABC):
         super().__init__()
         self.amp = args.amp
 
-    def embed(self, network: nn.Module, x: torch.Tensor, group: int) -> torch.Tensor:
-        """Views, n x channels x H x W, uint8 or normalized -> embeddings of length 1: n x C, float32. group: see in_groups."""
+    def embed(self, network: nn.Module, x: torch.Tensor, group_size: int) -> torch.Tensor:
+        """Views, n x channels x H x W, uint8 or normalized -> n x C float32 of length 1. group_size: see in_groups."""
         x = normalized(x.contiguous(memory_format=torch.channels_last))
         with amp.autocast(x.device, self.amp):
-            z = in_groups(network, x, group)
+            z = in_groups(network, x, group_size)
         return nn.functional.normalize(z.float(), dim=1)
 
     @abstractmethod

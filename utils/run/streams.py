@@ -1,6 +1,7 @@
 """The random streams of a run. Each is a function of the numbers that it is given, so a resumed run draws the same.
 
-Nothing is drawn from a global random state. The constants keep streams apart that share their other numbers.
+torch's global generator is seeded from these numbers before each use, for first weights and for what a trunk draws itself. The
+constants keep the streams of a training step apart.
 """
 
 import numpy as np
