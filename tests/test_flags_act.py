@@ -42,7 +42,7 @@ def other(name, flag):
     if flag in OTHER:
         return OTHER[flag] if isinstance(OTHER[flag], tuple) else (OTHER[flag],)
     default = getattr(method_args(name), flag)
-    return ("" if default is False else str(type(default)(default / 2)),)
+    return ("" if default is False else str(type(default)(default / 2) or 0.5),)
 
 
 def changed(name, flag):

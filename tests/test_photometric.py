@@ -15,7 +15,7 @@ from utils.data.photometric import COLUMNS, OPERATIONS, normalized, photometric
 
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
 STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
-NEUTRAL = dict.fromkeys(COLUMNS, 0) | {"brightness": 1, "contrast": 1, "saturation": 1, "order": -1}
+NEUTRAL = {"order": -1} | {name: neutral for name, (_, neutral) in OPERATIONS.items()}
 COLOR_JITTER = ("brightness", "contrast", "saturation", "hue")
 
 
@@ -62,7 +62,9 @@ def random_rows(n, seed=0, strong=False):
         "solarize": rng.random(n) < 0.4,
         "flip": rng.random(n) < 0.5,
     }
-    return torch.tensor(np.stack([values[name] for name in COLUMNS], axis=1), dtype=torch.float32)
+    return torch.tensor(
+        np.stack([values.get(name, np.full(n, NEUTRAL[name])) for name in COLUMNS], axis=1), dtype=torch.float32
+    )
 
 
 # one operation at a time, against torchvision on PIL images

@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import functional as F
 import main_pretrain
 from methods import METHODS
 from utils.data import views
-from utils.data.photometric import COLUMNS
+from utils.data.photometric import COLUMNS, OPERATIONS
 from utils.data.views import DRAWS, NUMBERS, SPARE, ViewSpec, crop_box, cut_views, draw, make_views, parameters_of
 
 ROWS = 20_000
@@ -208,7 +208,7 @@ def test_cut__test_view_is_resize_and_centre_crop(many, shape):
     assert max(apart(view.roll(1, dim), pil) for dim in (1, 2)) > 2  # a centre one pixel off would show
     for u in many[1:4]:
         assert torch.equal(cut(to_tensor(photo), spec, u), view)  # nothing random
-    neutral = dict.fromkeys(COLUMNS, 0) | {"brightness": 1, "contrast": 1, "saturation": 1, "order": -1}
+    neutral = {"order": -1} | {name: value for name, (_, value) in OPERATIONS.items()}
     for name, values in parameters(spec, many[:50]).items():
         assert (values == neutral[name]).all(), name
 
