@@ -3,9 +3,14 @@
     python imagenet2wds.py -i /data/imagenet -o /data/imagenet-shards      folders train/ and val/, or the ILSVRC tars
     python imagenet2wds.py -i /data/imagenet -o /data/imagenet100-shards --imagenet-subset classes.txt
     python imagenet2wds.py -i photos -o photo-shards                       class folders, or a folder of images without labels
+    python imagenet2wds.py -i photos -o photo-shards --no-labels           every image below a folder, at any depth
     python imagenet2wds.py -i data -o sample-shards --dataset FashionMNIST any data set of torchvision
 
 The same command resumes an interrupted conversion. The shards are the same to the byte, with any -j.
+JPEG and PNG files are copied. All other formats that Pillow decodes become PNG, as their first frame. Orientation tags (EXIF)
+are ignored in every format, as in training. Pixels of more than 8 bits are scaled from the range that the file declares;
+without a declared range the image counts as unreadable. Unreadable images are skipped and listed in bad_images.txt.
+A file that cannot be read from the disk stops the conversion.
 """
 
 import argparse
@@ -16,6 +21,7 @@ import multiprocessing
 import os
 import tarfile
 import threading
+import time
 import warnings
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import dataclass
@@ -25,6 +31,7 @@ import webdataset
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
+from utils.data.folders import counts
 from utils.data.index import PLAN, describe, write_index
 from utils.data.sources import find_splits
 from utils.data.splits import Split
@@ -35,19 +42,30 @@ from utils.run.streams import conversion_order
 
 PROG = "imagenet2wds.py"
 BAD = "bad_images.txt"
+MAX_PIXELS = 89_478_485  # Pillow's default limit
+PAUSES = (0.5, 2.0, 8.0)  # seconds before a failed read is retried
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(prog=PROG, description=(__doc__ or "").split("\n\n")[0])
+    parser = Parser(prog=PROG, description=(__doc__ or "").split("\n\n")[0], epilog=(__doc__ or "").split("\n\n")[-1])
     add = parser.add_argument
     add("-i", "--input", required=True, metavar="SRC", help="folder of images, or the root of a torchvision data set")
     add("-o", "--output", required=True, metavar="DST", help="folder for the shards: DST/train, DST/val")
     add("--dataset", metavar="NAME", help="convert a data set of torchvision, such as FashionMNIST, instead of image files")
     add("--imagenet-subset", metavar="FILE", help="convert only the classes in FILE: a folder's name (n01440764) on each line")
+    add("--no-labels", action="store_true", help="convert all images below SRC, or below its train/ and val/, without labels")
+    add(
+        "--val-fraction", type=float, default=0.0, metavar="F", help="share of each class that goes to DST/val; 0: no val split"
+    )
     add("--download", action="store_true", help="let torchvision download the data set into SRC")
     add("--shard-size", type=int, default=1000, help="images in a shard")
     add("--seed", type=int, default=0, help="seed of the order of the images")
     add("-j", "--jobs", type=int, default=os.cpu_count(), help="number of processes")
+    add("--max-pixels", type=int, default=MAX_PIXELS, metavar="N",
+        help="images with more pixels are unreadable, since they could fill the memory; training has a limit too")  # fmt: skip
+    add("--image-extension", default="keep", choices=["jpg", "keep"],
+        help="name of the images in the shards. keep: jpg or png, as their content is, which loaders read as 'jpg;png'. "
+        "jpg: all of them, for loaders that ask for jpg alone. ImageNet has one PNG file named .JPEG")  # fmt: skip
     add("--strict", action="store_true", help="stop at the first unreadable image instead of skipping it")
     return parser.parse_args(argv)
 
@@ -56,7 +74,10 @@ def plan(split: Split, args: argparse.Namespace) -> dict:
     """Everything that decides the bytes of a split's shards."""
     content = [split.source.fingerprint(), split.labels, split.classes]
     digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
-    return {"source": digest, "images": len(split.source.names), "seed": args.seed, "shard_size": args.shard_size}
+    options = {"no_labels": False, "val_fraction": 0.0, "max_pixels": MAX_PIXELS, "image_extension": "keep"}  # the defaults
+    changed = {name: getattr(args, name) for name, default in options.items() if getattr(args, name) != default}
+    planned = {"source": digest, "images": len(split.source.names), "seed": args.seed, "shard_size": args.shard_size}
+    return planned | changed  # defaults are not saved, as in the plans of older versions
 
 
 def check(folder: Path, planned: dict) -> None:
@@ -67,7 +88,7 @@ def check(folder: Path, planned: dict) -> None:
             saved = dict(json.loads(path.read_text()))
         except (ValueError, TypeError):
             raise ValueError(f"-o {folder}: {PLAN} is damaged; delete the folder and start again") from None
-        if changed := [name for name, value in planned.items() if saved.get(name) != value]:
+        if changed := [name for name in planned | saved if saved.get(name) != planned.get(name)]:
             raise ValueError(f"-o {folder}: holds another conversion (different: {', '.join(changed)}); pass another folder")
     elif folder.exists() and any(not p.match(f".{PLAN}.*.tmp") for p in folder.iterdir()):  # left by a killed conversion
         raise ValueError(f"-o {folder}: holds files that this script did not write; pass another folder")
@@ -88,18 +109,31 @@ class Writer:
 
     split: Split
     folder: Path
-    strict: bool
+    args: argparse.Namespace
 
     def read(self, i: int) -> tuple[str, bytes] | str:
-        """(extension, encoded image), or the reason why image i is unreadable."""
-        try:
-            return self.split.source.read(i)
-        except Exception as error:  # PIL raises many types for damaged files: SyntaxError, struct.error, EOFError ...
-            text = "not an image" if isinstance(error, UnidentifiedImageError) else " ".join(str(error).split())
-            reason = f"{self.split.source.names[i]}\t{text or type(error).__name__}"
-            if self.strict:
-                raise ValueError(f"--strict: unreadable image {reason}; fix or remove it") from None
-            return reason
+        """(extension, encoded image), or the reason why image i is unreadable. Raises ValueError if the disk fails."""
+        name, pauses = self.split.source.names[i], list(PAUSES)
+        while True:
+            try:
+                extension, data = self.split.source.read(i)
+                return ("jpg" if self.args.image_extension == "jpg" else extension), data
+            except Exception as error:  # PIL raises many types for damaged files: SyntaxError, struct.error, EOFError ...
+                if not (isinstance(error, OSError) and error.errno):  # PIL's own OSErrors have no errno
+                    return self.reason(name, error)
+                if not pauses:
+                    text = f"-i {self.args.input}: {self.split.name}: {name} cannot be read ({error.strerror})"
+                    raise ValueError(f"{text}; fix that, then the same command resumes") from None
+            time.sleep(pauses.pop(0))
+
+    def reason(self, name: str, error: Exception) -> str:
+        """The line of bad_images.txt. Raises ValueError with --strict."""
+        unknown = isinstance(error, UnidentifiedImageError)
+        text = "not an image that Pillow decodes" if unknown else " ".join(str(error).split())[:200]
+        reason = f"{name}\t{text or type(error).__name__}"
+        if self.args.strict:
+            raise ValueError(f"--strict: unreadable image {reason}; fix or remove it") from None
+        return reason
 
     def write(self, number: int, chosen: list[int]) -> tuple[dict, list[str]]:
         """Write shard `number` with these images, unless it exists. Returns its index entry and its unreadable images."""
@@ -135,6 +169,7 @@ def start_worker(writer: Writer) -> None:
     global WRITER
     WRITER = writer
     threading.Thread(target=end_with_parent, daemon=True).start()
+    Image.MAX_IMAGE_PIXELS = writer.args.max_pixels
     warnings.simplefilter("ignore")  # about odd metadata; the pixels decode all the same
     warnings.simplefilter("error", Image.DecompressionBombWarning)
 
@@ -157,7 +192,7 @@ def convert(split: Split, folder: Path, args: argparse.Namespace) -> None:
     order = conversion_order(args.seed).permutation(len(split.source.names)).tolist()
     chosen = [order[start : start + args.shard_size] for start in range(0, len(order), args.shard_size)]
     shards, bad = [], []
-    pool = ProcessPoolExecutor(args.jobs, initializer=start_worker, initargs=(Writer(split, folder, args.strict),))
+    pool = ProcessPoolExecutor(args.jobs, initializer=start_worker, initargs=(Writer(split, folder, args),))
     with pool, tqdm(total=len(order), desc=split.name, unit="image") as bar:
         futures = [pool.submit(write_shard, number, images) for number, images in enumerate(chosen)]
         try:
@@ -176,27 +211,34 @@ def convert(split: Split, folder: Path, args: argparse.Namespace) -> None:
     if bad:
         with atomic(folder / BAD) as file:
             file.write("".join(f"{line}\n" for line in sorted(bad)).encode(errors="surrogateescape"))
-        print(f"{split.name}: {len(bad)} unreadable images skipped, listed in {folder / BAD}")
+        example = min(bad).replace("\t", ": ")
+        print(f"{split.name}: {len(bad)} unreadable images skipped, listed in {folder / BAD}, such as {example}")
     write_index(folder, shards, split.classes)
     labels = f"{len(split.classes)} classes" if split.classes else "no labels"
     print(f"{folder}: {len(order) - len(bad)} images in {len(shards)} shards, {labels}")
+    if split.others:
+        print(f"{split.name}: {split.others.total()} files with other extensions were not converted: {counts(split.others)}")
 
 
 def main(argv: list[str] | None = None) -> None:
     args = get_args(argv)
     with one_line_errors(PROG):
-        positive(["--shard-size", "--jobs"], args)
+        positive(["--shard-size", "--jobs", "--max-pixels"], args)
         in_range("--seed", args.seed, 0, math.inf)
+        in_range("--val-fraction", args.val_fraction, 0, 0.9)
         splits = {Path(args.output) / split.name: split for split in find_splits(args)}
+        plans = {folder: plan(split, args) for folder, split in splits.items()}
+        for folder, planned in plans.items():
+            check(folder, planned)
         for folder, split in splits.items():
-            check(folder, plan(split, args))
-        for folder, split in splits.items():
-            claim(folder, plan(split, args))
+            claim(folder, plans[folder])
             try:
                 convert(split, folder, args)
             except OSError as error:
                 raise ValueError(f"-o {folder}: {error.strerror}; fix that, then the same command resumes") from None
     print(f"Shards for any launcher: SHARDS={args.output} bash pretrain_mosrep.sh")
+    if unlabelled := next((folder for folder in splits if folder.name == "unlabeled"), None):
+        print(f"Images without labels, for pre-training: --shards {unlabelled}")
 
 
 if __name__ == "__main__":

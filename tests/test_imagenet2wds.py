@@ -1,3 +1,5 @@
+import errno
+import gc
 import hashlib
 import io
 import json
@@ -114,7 +116,7 @@ def test_imagenet2wds__other_formats_become_png(tmp_path, suffix):
         np.testing.assert_array_equal(before.convert("RGB"), after.convert("RGB"))
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "I", "F"])
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"])
 def test_imagenet2wds__every_mode_is_stored(tmp_path, mode):
     (tmp_path / "in").mkdir()
     Image.new(mode, (9, 5)).save(tmp_path / "in" / "0.tif")
@@ -375,6 +377,68 @@ def test_imagenet2wds__full_disk_leaves_only_whole_shards(flat, tmp_path, capsys
     assert files(tmp_path / "out") == whole
 
 
+def broken_reads(monkeypatch, number, times, names, tmp_path):
+    """Let Path.read_bytes fail for these files. times: failures of each file, which are counted across processes."""
+    read_bytes = Path.read_bytes
+
+    def fail(self):
+        count = tmp_path / f"failures-{self.name}"
+        if self.name in names and (not count.exists() or count.stat().st_size < times):
+            with open(count, "a") as file:
+                file.write("x")
+            raise OSError(number, os.strerror(number), str(self))
+        return read_bytes(self)
+
+    monkeypatch.setattr(Path, "read_bytes", fail)  # the processes of the conversion are forked
+    monkeypatch.setattr(imagenet2wds, "PAUSES", (0.01, 0.01, 0.01), raising=False)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENODEV, errno.ESTALE, errno.ENOENT, errno.EACCES])
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_imagenet2wds__failing_disk_stops_and_resumes(flat, tmp_path, capsys, monkeypatch, number, jobs):
+    """The images used to be skipped, with exit code 0."""
+    (flat / "22.png").write_bytes(b"junk")  # undecodable, which does not stop the conversion
+    convert(flat, tmp_path / "whole", "--shard-size", 4)
+    order = np.random.default_rng(0).permutation(23).tolist()
+    lost = {sorted(flat.iterdir())[i].name for i in order[9:] if i != 22}  # the disk vanishes within the third shard
+    broken_reads(monkeypatch, number, 10**6, lost, tmp_path)
+    line = refused(capsys, "-i", flat, "-o", tmp_path / "out", "--shard-size", 4, "-j", jobs)
+    assert re.search(rf"-i {flat}: train: \d\d\.(png|jpg) cannot be read \({os.strerror(number)}\); fix that, then", line)
+    left, whole = files(tmp_path / "out"), files(tmp_path / "whole")
+    assert left.items() <= whole.items() and "train/index.json" not in left and "train/train-000002.tar" not in left
+    monkeypatch.undo()
+    convert(flat, tmp_path / "out", "--shard-size", 4, "-j", jobs)
+    assert files(tmp_path / "out") == whole
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
+def test_imagenet2wds__transient_read_error_is_retried(flat, tmp_path, monkeypatch, number):
+    convert(flat, tmp_path / "whole")
+    broken_reads(monkeypatch, number, 3, {path.name for path in flat.iterdir()}, tmp_path)
+    convert(flat, tmp_path / "out")
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+def test_imagenet2wds__folder_that_vanishes(tree, tmp_path, capsys, monkeypatch):
+    """Without a fake: a class folder is moved away after it was listed, and back before the second start."""
+    monkeypatch.setattr(imagenet2wds, "PAUSES", (0.01,), raising=False)
+    convert(tree, tmp_path / "whole", "--shard-size", 3)
+    claim = imagenet2wds.claim
+
+    def move(folder, planned):
+        claim(folder, planned)
+        if folder.name == "train":
+            (tree / "train" / "dog").rename(tmp_path / "dog")
+
+    monkeypatch.setattr(imagenet2wds, "claim", move)
+    line = refused(capsys, "-i", tree, "-o", tmp_path / "out", "--shard-size", 3, "-j", 1)
+    assert re.search(r"train: dog/\d.jpg cannot be read \(No such file or directory\); fix that, then", line)
+    (tmp_path / "dog").rename(tree / "train" / "dog")
+    monkeypatch.undo()
+    convert(tree, tmp_path / "out", "--shard-size", 3)
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
 def test_imagenet2wds__target_that_cannot_be_written(flat, tmp_path, capsys, monkeypatch):
     """A faked error: permissions do not stop root, who may run the tests."""
 
@@ -462,6 +526,64 @@ def test_imagenet2wds__data_set_without_classes(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torchvision.datasets, "Boxes", Boxes, raising=False)
     line = refused(capsys, "-i", tmp_path, "-o", tmp_path / "out", "--dataset", "Boxes")
     assert "--dataset Boxes: its labels are not one class number an image" in line
+
+
+def test_imagenet2wds__data_set_without_classes_and_no_labels(tmp_path, monkeypatch):
+    monkeypatch.setattr(torchvision.datasets, "Boxes", Boxes, raising=False)
+    convert(tmp_path, tmp_path / "out", "--dataset", "Boxes", "--no-labels")
+    assert not load_index(str(tmp_path / "out" / "train")).labelled
+
+
+class STL10:
+    """STL10 as torchvision has it, with few images: 3 for training, 2 for test, 7 without labels."""
+
+    splits = ("train", "train+unlabeled", "unlabeled", "test")
+    classes = ["airplane", "bird"]
+
+    def __init__(self, root, split="train", folds=None):
+        self.split = split
+        self.labels = np.array(
+            {"train": [0, 1, 0], "test": [1, 0], "unlabeled": [-1] * 7}[split], np.uint8 if split != "unlabeled" else int
+        )
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, i):
+        return Image.new("RGB", (6, 4), (20 * i, 20 * len(self), 0)), int(self.labels[i])
+
+
+def test_imagenet2wds__unlabelled_split_of_stl10(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torchvision.datasets, "STL10", STL10)
+    convert(tmp_path, tmp_path / "out", "--dataset", "STL10")
+    for split, total, classes in (("train", 3, ("airplane", "bird")), ("val", 2, ("airplane", "bird")), ("unlabeled", 7, None)):
+        index = load_index(str(tmp_path / "out" / split))
+        assert (index.total, index.classes, index.labelled) == (total, classes, classes is not None)
+    found = {(extension, Image.open(io.BytesIO(data)).getpixel((0, 0)), label)
+             for extension, data, label in samples(tmp_path / "out" / "unlabeled")}  # fmt: skip
+    assert found == {("png", (20 * i, 140, 0), None) for i in range(7)}
+    assert f"for pre-training: --shards {tmp_path / 'out' / 'unlabeled'}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags, extensions", [
+    ([], {"jpg": 2, "png": 3}), (["--image-extension", "keep"], {"jpg": 2, "png": 3}),
+    (["--image-extension", "jpg"], {"jpg": 5}),
+])  # fmt: skip
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # webdataset leaves its files open
+def test_imagenet2wds__image_extension_in_webdataset(tmp_path, flags, extensions):
+    """ImageNet has a PNG file that is named .JPEG. Loaders that ask for jpg alone fail on a png."""
+    for i, (name, kind) in enumerate(
+        [("0.JPEG", "JPEG"), ("1.JPEG", "PNG"), ("2.jpg", "JPEG"), ("3.png", "PNG"), ("4.bmp", "BMP")]
+    ):
+        draw(tmp_path / "in" / f"n0{i % 2}" / name, i, format=kind)
+    convert(tmp_path / "in", tmp_path / "out", *flags)
+    assert Counter(extension for extension, _, _ in samples(tmp_path / "out" / "train")) == extensions
+    url = str(tmp_path / "out" / "train" / "train-000000.tar")
+    for wanted in ["jpg;png;jpeg"] + ["jpg"] * (len(extensions) == 1):
+        pipeline = webdataset.WebDataset(url, shardshuffle=False).decode("pil").to_tuple(wanted, "cls")
+        assert Counter((image.size, label) for image, label in pipeline) == {((20, 16), 0): 3, ((20, 16), 1): 2}
+        del pipeline
+        gc.collect()
 
 
 @pytest.fixture

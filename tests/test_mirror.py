@@ -4,7 +4,8 @@ import io
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image, ImageOps
+from test_encoding import POSTSCRIPT
 
 from utils.data.index import load_index
 from utils.data.tars import local_samples
@@ -42,3 +43,24 @@ def test_mirror__refuses_a_folder_with_files(images, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         mirror.main(["--shards", f"{images}/train", str(tmp_path)])
     assert f"folder {tmp_path}: is not empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "I;16"])
+def test_mirrored__every_mode(mode):
+    noise = np.random.default_rng(0).integers(256, size=(5, 6, 3), dtype=np.uint8)
+    deep = Image.fromarray(noise[..., 0].astype(np.uint16) * 256)
+    image, file = deep if mode == "I;16" else Image.fromarray(noise).convert(mode), io.BytesIO()
+    image.save(file, "TIFF")
+    with Image.open(io.BytesIO(mirror.mirrored(file.getvalue()))) as after:
+        expected = ImageOps.mirror(image.convert("RGB") if mode == "CMYK" else image)
+        np.testing.assert_array_equal(np.asarray(after), np.asarray(expected))
+
+
+def test_mirrored__postscript_starts_no_program(tmp_path, monkeypatch):
+    (tmp_path / "gs").write_text(f"#!/bin/sh\necho started > {tmp_path}/started\nexit 1\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
+    with pytest.raises(Image.UnidentifiedImageError):
+        mirror.mirrored(POSTSCRIPT)
+    assert not (tmp_path / "started").exists()

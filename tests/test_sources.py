@@ -1,9 +1,9 @@
 """Inputs and output folders that could be mistaken for others."""
 
 import io
+import json
 import shutil
 
-import numpy as np
 import pytest
 import webdataset
 from PIL import Image
@@ -60,17 +60,6 @@ def test_check__foreign_tmp_is_not_deleted(flat, tmp_path, capsys):  # noqa: F81
     (tmp_path / "out/train").mkdir(parents=True)
     (tmp_path / "out/train/.precious.tmp").write_text("x")
     refused(capsys, "-i", flat, "-o", tmp_path / "out")
-
-
-@pytest.mark.parametrize("mode", ["I;16B", "I"])
-def test_as_png__sixteen_bits_keep_their_pixels(tmp_path, mode):
-    pixels = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000
-    raw = pixels.astype(">u2" if mode == "I;16B" else "<i4").tobytes()
-    (tmp_path / "in").mkdir()
-    Image.frombytes(mode, (8, 8), raw).save(tmp_path / "in" / "0.tif")
-    convert(tmp_path / "in", tmp_path / "out")
-    with Image.open(io.BytesIO(samples(tmp_path / "out/train")[0][1])) as image:
-        np.testing.assert_array_equal(np.asarray(image), pixels)
 
 
 def test_load_index__folder_named_like_a_shard(tmp_path):
@@ -171,3 +160,119 @@ def test_subset__labelled_split_without_an_image(tmp_path, capsys):
     error = refused(capsys, "-i", source, "-o", tmp_path / "out", "--imagenet-subset", chosen)
     assert f"--imagenet-subset {chosen}: {source / 'val'} has no image of these classes; add a class that it has" in error
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def nested(tmp_path):
+    """9 photographs at several depths, without classes."""
+    for i, name in enumerate(
+        ["0.jpg", "1.png", *(f"2024/{i}.jpg" for i in range(4)), *(f"2025/may/{i}.jpg" for i in range(3))]
+    ):
+        draw(tmp_path / "nested" / name, i)
+    return tmp_path / "nested"
+
+
+def test_no_labels__images_at_any_depth(nested, tmp_path, capsys):
+    assert "--no-labels" in refused(capsys, "-i", nested, "-o", tmp_path / "out")
+    convert(nested, tmp_path / "out", "--no-labels")
+    index = load_index(str(tmp_path / "out" / "train"))
+    assert index.total == 9 and not index.labelled and index.classes is None
+    stored = sorted(data for _, data, _ in samples(tmp_path / "out" / "train"))
+    assert stored == sorted(path.read_bytes() for path in nested.rglob("*.*") if path.is_file())
+
+
+def test_no_labels__is_part_of_the_plan(tmp_path, capsys):
+    source = two_splits(tmp_path / "source")
+    convert(source, tmp_path / "out", "--no-labels")
+    for split, each in (("train", 3), ("val", 2)):
+        index = load_index(str(tmp_path / "out" / split))
+        assert index.total == 4 * each and not index.labelled
+    convert(source, tmp_path / "out", "--no-labels")
+    assert "holds another conversion (different: source, no_labels)" in refused(capsys, "-i", source, "-o", tmp_path / "out")
+
+
+def test_no_labels__with_a_subset_is_refused(tmp_path, capsys):
+    source, chosen = two_splits(tmp_path / "source"), tmp_path / "classes.txt"
+    chosen.write_text("n01")
+    flags = ["--no-labels", "--imagenet-subset", chosen]
+    assert "chooses by labels; leave out --no-labels" in refused(capsys, "-i", source, "-o", tmp_path / "out", *flags)
+
+
+@pytest.fixture
+def classes(tmp_path):
+    """Class folders without val/: 10 cats, 5 dogs, 1 emu."""
+    for c, (name, count) in enumerate({"cat": 10, "dog": 5, "emu": 1}.items()):
+        for i in range(count):
+            draw(tmp_path / "classes" / name / f"{i}.jpg", 20 * c + i)
+    return tmp_path / "classes"
+
+
+def contents(folder):
+    return sorted((data, label) for _, data, label in samples(folder))
+
+
+@pytest.mark.parametrize("fraction, expected", [(0.2, (2, 1, 0)), (0.5, (5, 2, 0)), (0.01, (1, 1, 0)), (0.9, (9, 4, 0))])
+def test_val_fraction__of_each_class(classes, tmp_path, fraction, expected):
+    convert(classes, tmp_path / "out", "--val-fraction", fraction)
+    convert(classes, tmp_path / "all")
+    train, val = (contents(tmp_path / "out" / split) for split in ("train", "val"))
+    assert tuple(sum(label == c for _, label in val) for c in range(3)) == expected
+    assert sorted(train + val) == contents(tmp_path / "all" / "train") and not {d for d, _ in train} & {d for d, _ in val}
+    for split in ("train", "val"):
+        assert load_index(str(tmp_path / "out" / split)).classes == ("cat", "dog", "emu")
+
+
+def test_val_fraction__same_images_with_any_jobs_others_with_another_seed(classes, tmp_path):
+    for name, flags in (("a", ["-j", 1]), ("b", ["-j", 2]), ("c", ["--seed", 1])):
+        convert(classes, tmp_path / name, "--val-fraction", 0.5, *flags)
+    a, b, c = (contents(tmp_path / name / "val") for name in "abc")
+    assert a == b and a != c
+    shards = [(tmp_path / name / "train" / "train-000000.tar").read_bytes() for name in "ab"]
+    assert shards[0] == shards[1]
+
+
+def test_val_fraction__of_images_without_labels(nested, tmp_path):
+    convert(nested, tmp_path / "out", "--no-labels", "--val-fraction", 0.3)
+    assert [load_index(str(tmp_path / "out" / split)).total for split in ("train", "val")] == [6, 3]
+
+
+def test_val_fraction__of_a_subset(classes, tmp_path):
+    (tmp_path / "classes.txt").write_text("dog\nemu\n")
+    convert(classes, tmp_path / "out", "--val-fraction", 0.4, "--imagenet-subset", tmp_path / "classes.txt")
+    assert [label for _, label in contents(tmp_path / "out" / "val")] == [0, 0]
+    assert load_index(str(tmp_path / "out" / "train")).classes == ("dog", "emu")
+
+
+@pytest.mark.parametrize("flags, different", [
+    (["--val-fraction", 0.3], "source, images, val_fraction"), ([], "source, images, val_fraction"),
+    (["--val-fraction", 0.5, "--image-extension", "jpg"], "image_extension"),
+    (["--val-fraction", 0.5, "--max-pixels", 99], "max_pixels"),
+])  # fmt: skip
+def test_check__options_are_part_of_the_plan(classes, tmp_path, capsys, flags, different):
+    convert(classes, tmp_path / "out", "--val-fraction", 0.5)
+    line = refused(capsys, "-i", classes, "-o", tmp_path / "out", *flags)
+    assert f"holds another conversion (different: {different})" in line
+
+
+def test_check__plan_without_options_is_that_of_older_versions(classes, tmp_path):
+    convert(classes, tmp_path / "out")
+    plan = json.loads((tmp_path / "out" / "train" / "conversion.json").read_text())
+    assert list(plan) == ["source", "images", "seed", "shard_size"]
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--val-fraction", 0.1], "--val-fraction 0.1: -i {s} has a validation split; leave the flag out"),
+    (["--val-fraction", 1], "--val-fraction 1.0: must lie in [0, 0.9]"),
+    (["--val-fraction", 0.1, "--dataset", "CIFAR10"], "--val-fraction 0.1: is for class folders; leave out --dataset CIFAR10"),
+    (["--max-pixels", 0], "--max-pixels 0: must be above 0"),
+])  # fmt: skip
+def test_find_splits__options_that_do_not_fit_are_one_line(tmp_path, capsys, flags, message):
+    source = two_splits(tmp_path / "source")
+    assert message.format(s=source) in refused(capsys, "-i", source, "-o", tmp_path / "out", *flags)
+    assert not (tmp_path / "out").exists()
+
+
+def test_val_fraction__without_two_images_of_a_class(tmp_path, capsys):
+    draw(tmp_path / "in" / "emu" / "0.jpg")
+    line = refused(capsys, "-i", tmp_path / "in", "-o", tmp_path / "out", "--val-fraction", 0.5)
+    assert f"--val-fraction 0.5: no class of -i {tmp_path / 'in'} has two images; leave the flag out" in line

@@ -11,8 +11,9 @@ import os
 from pathlib import Path
 
 import webdataset
-from PIL import Image, ImageOps
+from PIL import ImageOps
 
+from utils.data.encoding import as_png, deep_to_16_bits, open_image
 from utils.data.index import describe, load_index, write_index
 from utils.data.tars import LABEL_EXTENSION, local_samples
 from utils.run.files import atomic
@@ -30,9 +31,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def mirrored(data: bytes) -> bytes:
     """The mirror image of an encoded image, as PNG."""
-    with Image.open(io.BytesIO(data)) as image, io.BytesIO() as out:
-        ImageOps.mirror(image).save(out, "png")
-        return out.getvalue()
+    with open_image(io.BytesIO(data), "") as image:
+        return as_png(ImageOps.mirror(deep_to_16_bits(image)))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -3,12 +3,15 @@
 import argparse
 import os
 import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+
+from utils.data.encoding import extensions
+from utils.data.folders import has_images, is_system_folder, list_images
 from utils.data.splits import Files, Split
-from utils.data.tars import IMAGE_EXTENSIONS
 from utils.data.torchvision_sets import extract_imagenet, from_torchvision
+from utils.run.streams import validation_split
 
 
 def find_splits(args: argparse.Namespace) -> list[Split]:
@@ -16,22 +19,27 @@ def find_splits(args: argparse.Namespace) -> list[Split]:
     source, flag = Path(args.input), f"--imagenet-subset {args.imagenet_subset}"
     if args.download and not args.dataset:
         raise ValueError("--download: needs --dataset NAME, a data set of torchvision; pass that, or leave --download out")
-    if args.dataset and args.imagenet_subset:
-        raise ValueError(f"{flag}: is for class folders; leave out --dataset {args.dataset}")
+    if args.dataset and (args.imagenet_subset or args.val_fraction):
+        folder_flag = flag if args.imagenet_subset else f"--val-fraction {args.val_fraction}"
+        raise ValueError(f"{folder_flag}: is for class folders; leave out --dataset {args.dataset}")
+    if args.no_labels and args.imagenet_subset:
+        raise ValueError(f"{flag}: chooses by labels; leave out --no-labels")
     if not source.is_dir() and not args.download:
         raise ValueError(f"-i {source}: no such folder; pass the one that holds the images, or train/ and val/")
     if args.dataset:
         return from_torchvision(args)
-    if not args.imagenet_subset:
-        return from_folders(source)
-    chosen = read_subset(args.imagenet_subset, source)  # before the archives are unpacked, which takes hours
-    train, *others = from_folders(source)
-    if unlabelled := [split.name for split in others if split.labels is None]:
-        print(f"{flag}: {' and '.join(unlabelled)} skipped, without class folders")
-    return [subset(split, chosen, flag) for split in (train, *others) if split.name not in unlabelled]
+    if args.val_fraction and ((source / "val").is_dir() or (source / "ILSVRC2012_img_val.tar").exists()):
+        raise ValueError(f"--val-fraction {args.val_fraction}: -i {source} has a validation split; leave the flag out")
+    chosen = read_subset(args.imagenet_subset, source) if args.imagenet_subset else None  # before hours of unpacking
+    splits = from_folders(source, args.no_labels)
+    if chosen is not None:
+        if unlabelled := [split.name for split in splits[1:] if split.labels is None]:
+            print(f"{flag}: {' and '.join(unlabelled)} skipped, without class folders")
+        splits = [subset(split, chosen, flag) for split in splits if split.name not in unlabelled]
+    return [*divided(splits[0], args.val_fraction, args.seed), *splits[1:]] if args.val_fraction else splits
 
 
-def from_folders(source: Path) -> list[Split]:
+def from_folders(source: Path, no_labels: bool) -> list[Split]:
     """The splits of a folder, or the folder as `train`. Unpacks the ILSVRC archives in it."""
     for split in ("val", "train"):  # val first: it fails early without its kit, and train takes hours
         if (source / f"ILSVRC2012_img_{split}.tar").exists() and not (source / split).is_dir():
@@ -40,36 +48,54 @@ def from_folders(source: Path) -> list[Split]:
     if not (source / "train").is_dir():
         if others:
             raise ValueError(f"-i {source}: has {others[0]}/ but no train/; pass {source / others[0]} to convert it alone")
-        return [from_folder(source, "train", None)]
+        return [from_folder(source, "train", None, no_labels)]
     more = [p for p in sorted(source.iterdir()) if p.name not in ("train", "val", "test") and p.suffix != ".partial"]
-    if stray := next((p for p in more if p.is_dir() and next(image_files(p), None)), None):
+    if stray := next((p for p in more if p.is_dir() and not is_system_folder(p.name) and has_images(p)), None):
         raise ValueError(f"-i {source}: has images in {stray.name}/ next to train/; remove it, or move all classes into train/")
-    train = from_folder(source / "train", "train", None)
-    return [train, *(from_folder(source / name, name, train.classes) for name in others)]
+    train = from_folder(source / "train", "train", None, no_labels)
+    return [train, *(from_folder(source / name, name, train.classes, no_labels) for name in others)]
 
 
-def from_folder(folder: Path, name: str, classes: tuple[str, ...] | None) -> Split:
+def from_folder(folder: Path, name: str, classes: tuple[str, ...] | None, no_labels: bool) -> Split:
     """Class folders, or images without labels. Labels follow `classes`, or by default the sorted names of the folders."""
-    names = sorted(str(path.relative_to(folder)) for path in image_files(folder))
+    listing = list_images(folder)
+    listing.report()
+    files, names = listing.files, listing.files.names
     if not names:
-        raise ValueError(f"-i {folder}: no images in it (.{' .'.join(IMAGE_EXTENSIONS)}); pass a folder that has some")
+        raise ValueError(f"-i {folder}: no images in it (.{' .'.join(extensions())}); pass a folder that has some")
     flat = [n for n in names if os.sep not in n]
-    if len(flat) == len(names):
-        return Split(name, Files(folder, names), None, None)
+    if no_labels or len(flat) == len(names):
+        return Split(name, files, None, None, listing.others)
     if flat:
-        raise ValueError(f"-i {folder}: has class folders and also images without a class, such as {flat[0]}; remove either")
+        raise ValueError(f"-i {folder}: has class folders and also images without a class, such as {flat[0]}; "
+                         "remove either, or pass --no-labels")  # fmt: skip
     found = [n.split(os.sep)[0] for n in names]
+    if not classes and (empty := sorted(listing.folders - set(found))):
+        print(f"{folder}: no class for {len(empty)} folders without images: {', '.join(empty[:5])}")
     classes = classes or tuple(sorted(set(found)))
     if unknown := sorted(set(found) - set(classes)):
         raise ValueError(f"-i {folder}: the training split has no class {', '.join(unknown[:5])}; rename or remove the folder")
     number = {c: i for i, c in enumerate(classes)}
-    return Split(name, Files(folder, names), [number[c] for c in found], classes)
+    return Split(name, files, [number[c] for c in found], classes, listing.others)
 
 
-def image_files(folder: Path) -> Iterator[Path]:
-    for at, folders, files in os.walk(folder, followlinks=True):  # a subset of ImageNet is often a folder of links
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (Path(at) / n for n in files if n[0] != "." and n.rpartition(".")[2].lower() in IMAGE_EXTENSIONS)
+def divided(train: Split, fraction: float, seed: int) -> list[Split]:
+    """A split in two, train and val. A random `fraction` of each class, at least one of two images, goes to val."""
+    assert isinstance(train.source, Files)
+    labels = np.array(train.labels or [0] * len(train.source.names))
+    held = np.zeros(len(labels), bool)
+    for label in np.unique(labels).tolist():
+        own = np.flatnonzero(labels == label)
+        count = min(max(1, round(fraction * len(own))), len(own) - 1)
+        held[validation_split(seed, label).permutation(own)[:count]] = True
+    if not held.any():
+        raise ValueError(f"--val-fraction {fraction}: no class of -i {train.source.folder} has two images; leave the flag out")
+    parts = []
+    for name, chosen in (("train", ~held), ("val", held)):
+        part = train.source.part(np.flatnonzero(chosen).tolist())
+        parts.append(Split(name, part, labels[chosen].tolist() if train.labels else None, train.classes))
+    parts[0].others = train.others
+    return parts
 
 
 def class_names(source: Path) -> set[str]:
@@ -77,7 +103,7 @@ def class_names(source: Path) -> set[str]:
     train, archive = source / "train", source / "ILSVRC2012_img_train.tar"
     if not archive.exists() or train.is_dir():
         folders = [path.name for path in (train if train.is_dir() else source).iterdir() if path.is_dir()]
-        return {name for name in folders if not name.startswith(".") and name not in ("val", "test")}
+        return {name for name in folders if not is_system_folder(name) and name not in ("val", "test")}
     try:
         with tarfile.open(archive, "r:") as tar:  # it holds one tar for each class; listing them only seeks
             return {Path(name).stem for name in tar.getnames()}
@@ -112,7 +138,8 @@ def subset(split: Split, chosen: set[str], flag: str) -> Split:
         raise ValueError(f"{flag}: {missing}: no images in {folder}; leave out the class, or add its images")
     kept_classes = tuple(name for name in classes if name in chosen)
     number = {classes.index(name): i for i, name in enumerate(kept_classes)}
-    kept = [(n, number[label]) for n, label in zip(split.source.names, split.labels or (), strict=True) if label in number]
+    kept = [i for i, label in enumerate(split.labels or ()) if label in number]
     if not kept:
         raise ValueError(f"{flag}: {folder} has no image of these classes; add a class that it has")
-    return Split(split.name, Files(folder, [n for n, _ in kept]), [label for _, label in kept], kept_classes)
+    labels = [number[label] for label in split.labels or () if label in number]
+    return Split(split.name, split.source.part(kept), labels, kept_classes, split.others)

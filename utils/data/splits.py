@@ -1,36 +1,42 @@
 """What imagenet2wds.py converts: the images of a split, read one by one, and their labels."""
 
 import hashlib
-import io
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-COPIED = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png"}  # formats whose bytes are copied; all others become PNG
+from utils.data.encoding import as_png, encode
+
+DANGLING = -1  # the size of a link to a missing file
 
 
 class Files:
-    """Image files below a folder."""
+    """Image files below a folder: paths in it, and sizes in bytes."""
 
-    def __init__(self, folder: Path, paths: list[str]):
-        self.folder, self.names = folder, paths
+    def __init__(self, folder: Path, names: list[str], sizes: list[int]):
+        self.folder, self.names, self.sizes = folder, names, sizes
+
+    def part(self, kept: Sequence[int]) -> "Files":
+        return Files(self.folder, [self.names[i] for i in kept], [self.sizes[i] for i in kept])
 
     def fingerprint(self) -> list:
         """Names and sizes. Sizes say little of formats without compression, so some of those files are hashed as well."""
-        paths = [self.folder / name for name in self.names]
-        sizes = [path.stat().st_size if path.exists() else -1 for path in paths]  # -1: a dangling link
-        plain = [path for path in paths if path.suffix.lower() not in (".jpg", ".jpeg", ".png")]
-        content = [path.read_bytes() if path.exists() else b"" for path in plain[:: 1 + len(plain) // 64]]
-        return [list(zip(self.names, sizes, strict=True)), [hashlib.sha256(data).hexdigest() for data in content]]
+        plain = [i for i, name in enumerate(self.names) if not name.lower().endswith((".jpg", ".jpeg", ".png"))]
+        content = (b"" if self.sizes[i] == DANGLING else self.content(i) for i in plain[:: 1 + len(plain) // 64])
+        return [list(zip(self.names, self.sizes, strict=True)), [hashlib.sha256(data).hexdigest() for data in content]]
+
+    def content(self, i: int) -> bytes:
+        return (self.folder / self.names[i]).read_bytes()
 
     def read(self, i: int) -> tuple[str, bytes]:
-        """(extension, encoded image). Raises PIL's error for an image that does not decode completely."""
-        data = (self.folder / self.names[i]).read_bytes()
-        with Image.open(io.BytesIO(data)) as image:
-            image.load()
-            return (COPIED[image.format], data) if image.format in COPIED else ("png", as_png(image))
+        """(extension, encoded image). Raises OSError with an errno for a failed read, and others for an undecodable image."""
+        if self.sizes[i] == DANGLING:
+            raise ValueError("a link to a missing file")
+        return encode(self.content(i), extension_of(self.names[i]))
 
 
 class Arrays:
@@ -40,7 +46,14 @@ class Arrays:
         self.dataset, self.names = dataset, [f"{name} {i}" for i in range(len(dataset))]
 
     def fingerprint(self) -> list:
-        return [(self.names[i], hashlib.sha256(self.read(i)[1]).hexdigest()) for i in {0, len(self.names) - 1}]
+        """Hashes of the first and the last image. An image that PNG cannot hold has the hash of its pixels."""
+        return [(self.names[i], hashlib.sha256(self.content(i)).hexdigest()) for i in {0, len(self.names) - 1}]
+
+    def content(self, i: int) -> bytes:
+        try:
+            return self.read(i)[1]
+        except ValueError:
+            return np.asarray(self.dataset[i][0]).tobytes()
 
     def read(self, i: int) -> tuple[str, bytes]:
         image = self.dataset[i][0]
@@ -55,17 +68,9 @@ class Split:
     source: Files | Arrays
     labels: list[int] | None
     classes: tuple[str, ...] | None
+    others: Counter[str] = field(default_factory=Counter)  # extension -> files that are not converted
 
 
-def as_png(image: Image.Image) -> bytes:
-    """The image as PNG. Raises ValueError for pixels that PNG cannot hold."""
-    if image.mode.startswith("I"):
-        pixels = np.asarray(image)
-        if pixels.min() < 0 or pixels.max() > 65535:
-            raise ValueError("more than 16 bits a pixel")
-        image = Image.fromarray(pixels.astype(np.uint16))
-    elif image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA"):
-        image = image.convert("RGB")
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return file.getvalue()
+def extension_of(name: str) -> str:
+    """In lower case, without the dot; "" if there is none."""
+    return Path(name).suffix[1:].lower()

@@ -12,15 +12,21 @@ from utils.data.splits import Arrays, Split
 
 
 def from_torchvision(args: argparse.Namespace) -> list[Split]:
-    """The training and the test part of a torchvision data set. The latter becomes `val`."""
+    """The training and the test part of a torchvision data set, which becomes `val`; of STL10 also its unlabelled images."""
     constructor = getattr(torchvision.datasets, args.dataset, None)
     if constructor is None:
         raise ValueError(f"--dataset {args.dataset}: torchvision has no such data set; pass one such as CIFAR10")
     splits = []
-    for name, keywords in (("train", ({"train": True}, {"split": "train"})), ("val", ({"train": False}, {"split": "test"}))):
+    parts: dict[str, tuple[dict, ...]] = {
+        "train": ({"train": True}, {"split": "train"}),
+        "val": ({"train": False}, {"split": "test"}),
+    }
+    if "unlabeled" in getattr(constructor, "splits", ()):
+        parts["unlabeled"] = ({"split": "unlabeled"},)
+    for name, keywords in parts.items():
         dataset = construct(constructor, args, keywords)
-        labels = labels_of(dataset, args.dataset)
-        classes = tuple(str(c) for c in getattr(dataset, "classes", range(max(labels) + 1)))
+        labels = None if args.no_labels or name == "unlabeled" else labels_of(dataset, args.dataset)
+        classes = tuple(str(c) for c in getattr(dataset, "classes", range(max(labels) + 1))) if labels else None
         splits.append(Split(name, Arrays(dataset, f"{args.dataset} {name}"), labels, classes))
     return splits
 
@@ -43,7 +49,9 @@ def labels_of(dataset, name: str) -> list[int]:
     try:
         return [int(label) for label in (labels if labels is not None else (dataset[i][1] for i in range(len(dataset))))]
     except (TypeError, ValueError, RuntimeError):
-        raise ValueError(f"--dataset {name}: its labels are not one class number an image; convert a folder instead") from None
+        raise ValueError(
+            f"--dataset {name}: its labels are not one class number an image; pass --no-labels to leave them out"
+        ) from None
 
 
 def extract_imagenet(source: Path, split: str) -> None:

@@ -43,6 +43,11 @@ def conversion_order(seed: int) -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
+def validation_split(seed: int, label: int) -> np.random.Generator:
+    """Which images of a class imagenet2wds.py --val-fraction keeps for validation."""
+    return np.random.default_rng([seed, label, 3])
+
+
 def mirrored_copy(seed: int) -> np.random.Generator:
     """Which images w2ssl.mirror mirrors."""
     return np.random.default_rng(seed)
