@@ -269,7 +269,7 @@ def test_build_trunk__of_cmcs_alexnet(tmp_path):
     loaded = opened(*flags, "--space", "Lab")[0].trunk.state_dict()
     assert loaded.keys() == {name for name in state if ".fc" not in name}
     assert all(torch.equal(value, state[name]) for name, value in loaded.items())
-    with pytest.raises(ValueError, match="--space: .*c.pth does not tell it; pass the value of its training"):
+    with pytest.raises(ValueError, match="--space: .*c.pth does not contain it; pass the value of its training"):
         opened(*flags)
 
 

@@ -1,1 +1,1 @@
-"""What evaluations share: frozen trunk and linear classifiers. Imports utils.learning, utils.data and utils.run."""
+"""Common parts of evaluations: frozen trunk and linear classifiers. Imports utils.learning, utils.data and utils.run."""

@@ -17,7 +17,7 @@ from utils.run.flags import RunError
 
 
 class Classifiers(nn.Module):
-    """A linear classifier for each layer. Weights are N(0, 0.01), a function of seed and layer alone; biases are 0."""
+    """A linear classifier for each layer. Weights are N(0, 0.01) and depend on seed and layer only; biases are 0."""
 
     def __init__(self, widths: dict[int, int], classes: int, seed: int):
         super().__init__()
@@ -46,7 +46,7 @@ def evaluate(args: Namespace, index: Index, frozen: Frozen, fc: Classifiers, dev
              asked_to_stop: Callable[[], bool] = lambda: False) -> dict[int, dict[str, float]] | None:  # fmt: skip
     """layer -> top1 and top5 in % over the whole index, and the number of `unusable` images.
 
-    Each image counts once over all processes. None if `asked_to_stop` is true, which all processes call equally often.
+    Each image counts once over all processes. None if `asked_to_stop()` is true. All processes call it equally often.
     """
     spec = ViewSpec("test", args.size, resize=args.resize)
     right = torch.zeros(len(fc.fc), 2, dtype=torch.long, device=device)  # layers x (top-1, top-5)

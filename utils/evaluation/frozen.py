@@ -1,4 +1,4 @@
-"""The trunk of an evaluation: which weights, of which method and arch, and frozen: eval mode, no gradient, float32 features."""
+"""The frozen trunk of an evaluation: its weights, method and arch; eval mode, no gradient, float32 features."""
 
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
@@ -21,37 +21,37 @@ Methods = Mapping[str, type[Method]]
 
 @dataclass(frozen=True)
 class Source:
-    """Weights to evaluate. method, arch: from a flag, else from the checkpoint, else a default; `facts` says which."""
+    """Weights to evaluate. method, arch: from a flag, else from the checkpoint, else a default; `facts` names these sources."""
 
     method: str
     arch: str
     facts: str
     path: Path | None  # None: the trunk is untrained
     state: dict[str, torch.Tensor]  # all weights of the checkpoint
-    flags: dict[str, Any]  # of the run that saved it; empty if the checkpoint does not tell
+    flags: dict[str, Any]  # of the run that saved it; empty if the checkpoint has none
 
 
 def add_weights_flags(parser: Parser, methods: Methods, source: Source | None = None) -> None:
-    """The flags that every evaluation has. With a source: the method's own too, and the defaults that its checkpoint tells."""
+    """Add the flags of every evaluation. With a source: also the method's own flags, and defaults from its checkpoint."""
     group = parser.group("weights")
     add = group.add_argument
-    add(FLAG, required=bool(source), identity=False, metavar="PATH", help="checkpoint, folder of a run, or `random`: untrained")
+    add(FLAG, required=bool(source), identity=False, metavar="PATH", help="checkpoint, run folder, or `random` (untrained)")
     add("--method", choices=methods, help="method that trained the trunk; default: the checkpoint's, else %(default)s")
-    add("-a", "--arch", help="a timm model, or one of CMC's; default: the checkpoint's, else %(default)s")
+    add("-a", "--arch", help="trunk: a timm model, or CMC's; default: the checkpoint's, else %(default)s")
     if source:
         method, own, trained = methods[source.method], Parser(add_help=False), Parser(add_help=False)
         for probed in (group, own.group("own")):
             method.add_probe_flags(probed)
         method.add_flags(trained.group("trained"))
-        told = {"method": source.method, "arch": source.arch}
-        for name in vars(own.parse_args([])):  # a file that does not tell its identity leaves that open
+        defaults = {"method": source.method, "arch": source.arch}
+        for name in vars(own.parse_args([])):  # no default for an identity flag that the file lacks
             if name in source.flags or name not in method.IDENTITY or source.path is None:
-                told[name] = source.flags.get(name, trained.get_default(name))
-        parser.set_defaults(**told)
+                defaults[name] = source.flags.get(name, trained.get_default(name))
+        parser.set_defaults(**defaults)
 
 
 def read_source(prog: str, methods: Methods, argv: list[str] | None = None, opened: bool = True) -> Source:
-    """Find the weights of --pretrained, and decide method and arch. opened: False reads no file, as if it told nothing.
+    """Find the weights of --pretrained, and decide method and arch. opened: whether to read the file.
 
     Raises ValueError or OSError that names the flag, also if --method contradicts the checkpoint.
     """
@@ -80,7 +80,7 @@ def read_source(prog: str, methods: Methods, argv: list[str] | None = None, open
 
 
 class Frozen(nn.Module):
-    """A trunk in eval mode without gradient. layers: numbers of the layers whose features it gives."""
+    """A trunk in eval mode without gradient. layers: numbers of the layers that `features` returns."""
 
     def __init__(self, probed: Probed):
         super().__init__()
@@ -99,7 +99,7 @@ class Frozen(nn.Module):
         return {layer: f.shape[1] for layer, f in self.features(view, "fp32").items()}
 
     def choose(self, layers: Sequence[int] | None, arch: str) -> list[int]:
-        """Keep these layers only, in rising order; None keeps the last. Raises ValueError for a layer that does not exist."""
+        """Keep only these layers, in ascending order; None keeps the last. Raises ValueError for an unknown layer."""
         chosen = sorted(set(layers or self.layers[-1:]))
         if unknown := [layer for layer in chosen if layer not in self.layers]:
             raise ValueError(f"--layer {unknown[0]}: {arch} has {' '.join(map(str, self.layers))}; pass some of them")
@@ -112,7 +112,7 @@ def build_trunk(args: Namespace, method: type[Method], source: Source) -> Frozen
     for name in method.IDENTITY:
         value, trained = vars(args)[name], source.flags.get(name)
         if value is None:
-            raise ValueError(f"--{name.replace('_', '-')}: {source.path} does not tell it; pass the value of its training")
+            raise ValueError(f"--{name.replace('_', '-')}: {source.path} does not contain it; pass the value of its training")
         if trained not in (None, value):
             raise ValueError(f"{typed(name, value)}: {source.path} was trained with {trained}; leave it out")
     probed = method.frozen(args)
