@@ -1,4 +1,4 @@
-"""Contrast with a memory bank: CMC (arXiv 1906.05849) between colour spaces of a crop, InsDis (1805.01978) between crops."""
+"""Methods with memory banks: CMC (arXiv 1906.05849) contrasts colour channels, InsDis (1805.01978) contrasts crops."""
 
 import re
 from argparse import Namespace
@@ -21,28 +21,28 @@ def check_arch(args: Namespace) -> None:
     if args.arch not in ARCHS:
         raise ValueError(f"--arch {args.arch}: CMC has {', '.join(ARCHS)}; pass one of them")
     if args.arch == "alexnet" and args.size != 224:
-        raise ValueError(f"--size {args.size}: AlexNet's fully connected layers take 224; pass that")
+        raise ValueError(f"--size {args.size}: AlexNet's fully connected layers need 224; pass 224")
 
 
 class MemoryBank(Method):
-    """Embeddings of an encoder, contrasted with the rows of memory banks: what CMC and InsDis share."""
+    """Embeddings of an encoder, contrasted with the rows of memory banks: the base of CMC and InsDis."""
 
     scores = staticmethod(Scores.apply)
     PER_IMAGE = True
-    # differs from the published probe: because its lr is not scaled by the batch, and ours is, as every --lr; at 256 they agree
+    # differs from the published probe: ours scales lr by the batch, as every --lr; at batch 256 both are equal
     PROBE = {"epochs": 60, "batch_size": 256, "lr": 30.0, "trust": 0.0, "lr_steps": [30, 40, 50], "lr_gamma": 0.2}
 
     @staticmethod
     def add_flags(group) -> None:
         add = group.add_argument
-        add("--bn-splits", type=int, default=1, help="groups of a process's batch that BatchNorm treats as separate processes")
+        add("--bn-splits", type=int, default=1, help="BatchNorm groups of a process's batch; each has its own statistics")
         add("--size", type=int, default=224, help="side of a view in pixels")
         add("--crop-min", type=float, default=0.08, help="smallest area of a crop, as a share of the image")
         add("--nce-dim", type=int, default=128, help="dimensions of an embedding")
-        add("--nce-k", type=int, default=16384, help="random rows of a bank that an image is contrasted with")
+        add("--nce-k", type=int, default=16384, help="number of negatives: random rows of a bank")
         add("--nce-t", type=float, default=0.07, help="temperature of the scores")
-        add("--nce-m", type=float, default=0.5, help="momentum of a bank's row: share of the old row in the new one")
-        add("--loss", choices=["nce", "softmax"], default="nce", help="noise-contrastive estimation, or cross-entropy")
+        add("--nce-m", type=float, default=0.5, help="momentum of a bank's row: share of the old row in the new row")
+        add("--loss", choices=["nce", "softmax"], default="nce", help="loss: noise-contrastive estimation, or cross-entropy")
         mixture.add_flags(group)
         group.set_defaults(batch_size=128, lr=0.06, epochs=240, lr_steps=[120, 160, 200])  # 0.06 is 0.03 for a batch of 128
 
@@ -53,8 +53,8 @@ class MemoryBank(Method):
         flags.in_range("--crop-min", args.crop_min, 1e-8, 1)
         flags.in_range("--nce-m", args.nce_m, 0, 1)
         if args.nce_k > samples and dist.rank() == 0:
-            print(f"warning: --nce-k {args.nce_k} is more than the images of the data set ({samples}), so rows repeat; "
-                  f"{max(1, samples // 4)} would do", flush=True)  # fmt: skip
+            print(f"warning: --nce-k {args.nce_k} is larger than the data set ({samples} images), so rows repeat; "
+                  f"pass {max(1, samples // 4)}", flush=True)  # fmt: skip
 
     @staticmethod
     def bn_groups(args: Namespace) -> int:
@@ -77,7 +77,7 @@ class MemoryBank(Method):
 
     @torch.no_grad()
     def targets(self, batch: Batch, step: Step) -> Targets:
-        """group_size: images that BatchNorm sees together; rows: of the banks, the image itself, then its negatives."""
+        """group_size: images in a BatchNorm group; rows: of the banks, first of the image itself, then of its negatives."""
         n, ids = len(batch), batch.sample_ids
         views = tuple(self.mixture(self.inputs(batch), step.rng))
         places = range(dist.rank() * n, (dist.rank() + 1) * n)
@@ -88,7 +88,7 @@ class MemoryBank(Method):
         return Targets({"group_size": n // self.bn_splits}, views=views, rows=rows)
 
     def forward(self, batch: Batch, targets: Targets, step: Step) -> tuple[torch.Tensor, Stats]:
-        """Each encoder writes one bank and, if there are two, is contrasted with the other's."""
+        """The features of each encoder go into its own bank. With two banks they are contrasted with the other bank."""
         names = list(self.banks)
         features = [self.embed(e, x, targets.group_size) for e, x in zip(self.encoders(), targets.views, strict=True)]  # n x C
         for name, f in zip(names, features, strict=True):
@@ -101,7 +101,7 @@ class MemoryBank(Method):
 
     @torch.no_grad()
     def commit(self, step: Step) -> None:
-        """The rows of the step's images and, after the first step, Z."""
+        """Update the rows of the step's images and, after the first step, keep Z."""
         sample_ids = dist.gather(self.sample_ids)
         last = last_places(sample_ids, self.samples)
         for name, bank in self.banks.items():
@@ -118,7 +118,7 @@ class CMC(MemoryBank):
     @staticmethod
     def add_flags(group) -> None:
         MemoryBank.add_flags(group)
-        group.add_argument("--space", choices=SPACES, default="Lab", help="colour space: its first channel, and the other two")
+        group.add_argument("--space", choices=SPACES, default="Lab", help="colour space of the views: first channel, other two")
         group.set_defaults(arch=CMC.ARCH)
 
     @staticmethod
@@ -134,7 +134,7 @@ class CMC(MemoryBank):
 
     @staticmethod
     def add_probe_flags(group) -> None:
-        group.add_argument("--space", choices=SPACES, help="space of the views; default: the checkpoint's; of random: Lab")
+        group.add_argument("--space", choices=SPACES, help="colour space; default: the checkpoint's, or Lab for `random`")
 
     @classmethod
     def probe(cls, arch: str) -> dict:
@@ -149,7 +149,7 @@ class CMC(MemoryBank):
 
     @staticmethod
     def trunk(state_dict, args):
-        """Both branches, as this code or the released one saved them, without the layers whose names begin with fc."""
+        """Both branches, as this code or the released one saved them, without their fc layers."""
         names = {re.sub("^(module[.])?(encoder[.])?(module[.])?", "", name): value for name, value in state_dict.items()}
         branches = {name: value for name, value in names.items() if name.startswith(("l_to_ab.", "ab_to_l."))}
         return {name: value for name, value in branches.items() if not name.split(".")[1].startswith("fc")}
@@ -167,7 +167,7 @@ class CMC(MemoryBank):
 
 
 class InsDis(MemoryBank):
-    """One encoder and one bank: an image against its own older features."""
+    """One encoder and one bank: an image is compared with its own older features."""
 
     @staticmethod
     def add_flags(group) -> None:
@@ -179,7 +179,7 @@ class InsDis(MemoryBank):
         return [moco_v1_view("crop", args.size, (args.crop_min, 1.0))]
 
     def __init__(self, args: Namespace, samples: int):
-        backbones.feature_shape(backbones.build_trunk(args), args.arch, args.size, args.size)  # refuses what cannot work
+        backbones.feature_shape(backbones.build_trunk(args), args.arch, args.size, args.size)  # refuses a bad arch
         encoder = backbones.build(args.arch, args.output_stride, num_classes=args.nce_dim)
         super().__init__(args, samples, encoder, ["image"])
 

@@ -8,7 +8,7 @@ import torch
 
 from utils.data.photometric import MEAN, STD
 
-# each row gives one channel. ITU-R BT.601 and its relatives; CIE 1931 for sRGB's primaries with white D65
+# each row gives one channel. ITU-R BT.601 and related standards; CIE 1931 for sRGB's primaries with white D65
 XYZ = np.array([[0.412453, 0.357580, 0.180423], [0.212671, 0.715160, 0.072169], [0.019334, 0.119193, 0.950227]])
 WHITE = (0.95047, 1.0, 1.08883)
 CIE_RGB = np.array([[0.49, 0.31, 0.20], [0.17697, 0.81240, 0.01063], [0.00, 0.01, 0.99]]) / 0.17697  # to XYZ

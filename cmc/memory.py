@@ -12,7 +12,7 @@ from utils.run import streams
 def draw_rows(seed: int, number: int, places: range, samples: int, negatives: int) -> np.ndarray:
     """The bank rows of the negatives of the images at these places of a step's global batch: uniform with replacement, len x K.
 
-    Each place has its own random stream, so a process draws for its own images only, and the rows depend on no other number.
+    Each place has its own random stream, so a process draws for its own images only, and the rows do not depend on other draws.
     """
     rows = np.empty((len(places), negatives), np.int32 if samples < 2**31 else np.int64)
     for row, place in zip(rows, places, strict=True):
@@ -57,7 +57,7 @@ class Bank(nn.Module):
     def update(self, features: torch.Tensor, sample_ids: torch.Tensor, momentum: float) -> None:
         """row = normalize(momentum row + (1 - momentum) feature), for the images of all processes.
 
-        features: N x C; sample_ids: N. A row whose feature is not finite stays: on CUDA the failure is known later, and
+        features: N x C; sample_ids: N. If a feature is not finite, its row stays: on CUDA the failure is known later, and
         --replay needs the old row.
         """
         old = self.memory[sample_ids]

@@ -9,7 +9,7 @@ RESNETS = {"resnet18": (BasicBlock, (2, 2, 2, 2)), "resnet50": (Bottleneck, (3, 
            "resnet101": (Bottleneck, (3, 4, 23, 3))}  # fmt: skip
 WIDTHS = {"v1": 0.5, "v2": 1, "v3": 2}
 ARCHS = ("alexnet", *(name + version for name in RESNETS for version in WIDTHS))
-# layer -> map that its probe gets: of AlexNet about 9,000 numbers, of a ResNet the pooled features
+# layer -> map that its probe gets. AlexNet: about 9,000 numbers; ResNet: the pooled features
 POOLS = {1: nn.AdaptiveMaxPool2d(10), 2: nn.AdaptiveMaxPool2d(6), 3: nn.AdaptiveMaxPool2d(5), 4: nn.AdaptiveMaxPool2d(5),
          5: nn.Identity(), 6: nn.Identity()}  # fmt: skip
 
@@ -43,7 +43,7 @@ class AlexNet(nn.Module):
 
 
 class HalfResNet(ResNet):
-    """timm's ResNet with other widths. Its stem has 64 channels whatever the width."""
+    """timm's ResNet with other widths. Its stem has 64 channels for any width."""
 
     layers = (6,)
 
@@ -57,7 +57,7 @@ class HalfResNet(ResNet):
 
 
 def half(arch: str, in_channels: int, dim: int = 0) -> AlexNet | HalfResNet:
-    """A branch. dim 0: without its head."""
+    """One branch; with dim 0 without its head."""
     if arch == "alexnet":
         return AlexNet(in_channels, dim)
     block, depths = RESNETS[arch[:-2]]

@@ -16,15 +16,15 @@ from utils.run import dist, flags
 
 
 class MoCo(KeyQueue):
-    """The key of an image against the keys of the queue."""
+    """Each query is compared with the key of its image and with the queue."""
 
     @staticmethod
     def add_flags(group) -> None:
         KeyQueue.add_flags(group)
         add = group.add_argument
-        add("--local-crops", type=int, default=0, help="local crops, of half the size, on the query side")
-        add("--moco-head", choices=["mlp", "linear"], default="mlp", help="head: of MoCo-v2, or of MoCo-v1")
-        add("--loss", choices=["softmax", "nce"], default="softmax", help="InfoNCE, or MoCo-v1's NCE")
+        add("--local-crops", type=int, default=0, help="number of local crops for the query encoder; side: half of --size")
+        add("--moco-head", choices=["mlp", "linear"], default="mlp", help="head of MoCo-v2 (mlp) or MoCo-v1 (linear)")
+        add("--loss", choices=["softmax", "nce"], default="softmax", help="loss: InfoNCE, or NCE of MoCo-v1")
         mixture.add_flags(group)
         add("--unmix-prob", type=float, help="Un-Mix: probability of mixup, else CutMix; published 0.5; default: no Un-Mix")
         add("--aug", choices=["v2", "v1"], default="v2", help="augmentation of MoCo-v2 or of MoCo-v1")
@@ -56,7 +56,7 @@ class MoCo(KeyQueue):
         self.mixture = mixture.Mixture(args)
         self.criterion = criterion(args.loss, args.moco_t, samples)
         smallest = args.size // 2 if args.local_crops else args.size
-        backbones.feature_shape(backbones.build_trunk(args), args.arch, args.size, smallest)  # refuses what cannot work
+        backbones.feature_shape(backbones.build_trunk(args), args.arch, args.size, smallest)  # refuses a bad arch
         self.encoder_q, self.encoder_k = (self.encoder(args) for _ in range(2))
         key_copy(self.encoder_q, self.encoder_k)
         self.add_queue(args.moco_dim, args.moco_k)
@@ -80,7 +80,7 @@ class MoCo(KeyQueue):
 
     @torch.no_grad()
     def targets(self, batch: Batch, step: Step) -> Targets:
-        """group_size: images that BatchNorm sees together; share: of an image itself in its Un-Mix view."""
+        """group_size: images in a BatchNorm group; share: of the image itself in its Un-Mix view."""
         n = len(batch)
         x_q, x_k = self.mixture(batch.views[:2], step.rng)  # n x 3 x H x W each
         k = dist.own(self.keys(self.encoder_k, x_k, step), n)  # n x C

@@ -1,4 +1,4 @@
-"""MosRep (ICLR 2023, openreview JAezPMehaUu): MoCo-v2 whose query side also sees mosaics of local crops of four images."""
+"""MosRep (ICLR 2023, openreview JAezPMehaUu): MoCo-v2, and mosaics of local crops of four images on the query side."""
 
 from argparse import Namespace
 
@@ -30,7 +30,7 @@ class Projector(nn.Module):
 
 
 class MosRep(KeyQueue):
-    """Keys of the whole batch against whole views, and against the tiles of shifted mosaics."""
+    """Whole views and tiles of shifted mosaics are compared with the keys of the global batch and the queue."""
 
     @staticmethod
     def add_flags(group) -> None:
@@ -47,7 +47,7 @@ class MosRep(KeyQueue):
         flags.in_range("--shift-enable", args.shift_enable, 0, 1)
         flags.in_range("--shift-range", args.shift_range, 0, args.size // 2 - 2)
         if args.size % 2:
-            raise ValueError(f"--size {args.size}: two tiles must fill a side; {args.size + 1} would do")
+            raise ValueError(f"--size {args.size}: two tiles must fill a side; pass {args.size + 1}")
         mixture.check_group(args, TILES, "a mosaic takes four different ones")
 
     @staticmethod
@@ -77,7 +77,7 @@ class MosRep(KeyQueue):
 
     @torch.no_grad()
     def targets(self, batch: Batch, step: Step) -> Targets:
-        """group_size: images that BatchNorm sees together, and whose mosaics have one offset, (x, y) in pixels."""
+        """group_size: images in a BatchNorm group; offsets: n x 2, (x, y) in pixels, one offset for each group."""
         n = len(batch)
         keys = self.keys(nn.Sequential(self.encoder_k, self.projector_k), batch.views[1], step)  # N x C
         drawn = [draw_offset(step.rng, **self.shift) for _ in range(dist.world() * self.bn_splits)]

@@ -15,7 +15,7 @@ def compose(crops: torch.Tensor) -> torch.Tensor:
 
 
 def sources(n: int) -> np.ndarray:
-    """n x 4: the image whose crop fills each slot of each mosaic."""
+    """n x 4: the image in each slot of each mosaic."""
     return (np.arange(n)[:, None] - np.arange(4)) % n
 
 
@@ -54,7 +54,7 @@ def tile_weights(boxes: torch.Tensor, size: int) -> torch.Tensor:
 def cut_tiles(features: torch.Tensor, boxes: torch.Tensor, stride: int) -> torch.Tensor:
     """RoIAlign (arXiv 1703.06870), aligned: n x C x h x w maps of mosaics -> 4n x C x h x w of their tiles, mosaic by mosaic.
 
-    boxes: 4 x 4 on the CPU, in pixels, the same for all mosaics; stride: pixels a cell.
+    boxes: 4 x 4 on the CPU, in pixels, the same for all mosaics; stride: pixels per cell.
 
     RoIAlign averages bilinear samples, and bilinear weights are products of a weight by row and one by column. So a tile is
 
@@ -74,7 +74,7 @@ def cut_tiles(features: torch.Tensor, boxes: torch.Tensor, stride: int) -> torch
 def roi_weights(boxes: torch.Tensor, h: int, w: int, stride: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """R of the upper and the lower tiles, 2h x h, and C of the left and the right ones, 2w x w.
 
-    torchvision itself gives them: a map with 1 in row y and 0 elsewhere makes tiles whose columns are R[:, y].
+    roi_align gives them: from a map with 1 in row y and 0 elsewhere it makes tiles with R[:, y] in every column.
     """
     one_row, one_column = torch.eye(h).view(1, h, h, 1).expand(1, h, h, w), torch.eye(w).view(1, w, 1, w).expand(1, w, h, w)
     upper_left, lower_right = boxes[:1], boxes[3:]

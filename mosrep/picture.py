@@ -1,4 +1,4 @@
-"""A picture of the mosaics that MosRep would see of your images, with the boxes of their tiles.
+"""Draw the mosaics that MosRep makes of your images, with the boxes of their tiles.
 
 python -m mosrep.picture --shards output/sample-shards/train --size 64 --shift-range 14 mosaics.png
 """
@@ -21,8 +21,8 @@ def get_args(argv=None):
     parser = Parser(prog="mosrep.picture", description=__doc__.split("\n\n")[0])
     parser.add_argument("picture", help="the file to write, PNG or JPEG")
     parser.add_argument("--shards", required=True, metavar="DIR", help="folder of shards, a glob, or a brace pattern of tars")
-    parser.add_argument("--mosaics", type=int, default=8, help="how many, four or more")
-    parser.add_argument("--seed", type=int, default=0, help="decides images, views and shifts")
+    parser.add_argument("--mosaics", type=int, default=8, help="number of mosaics, at least 4")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the images, views and shifts")
     add_shard_flags(parser)
     MosRep.add_flags(parser.add_argument_group("method"))
     return parser.parse_args(argv)
@@ -41,7 +41,7 @@ def main(argv=None):
     scale = max(1, 192 // args.size)  # draws small mosaics larger, so that the lines of the boxes are thin
     pictures = []
     for j, mosaic in enumerate(normalized(compose(batch.views[0]))):
-        # a shift for each mosaic, where training has one for each step and process: the picture shows more of them
+        # each mosaic has its own shift, to show several; training has one for each step and BatchNorm group
         offset = draw_offset(rng, args.shift_enable, args.shift_range, args.shift_beta) if j % 4 else (0, 0)
         colours = (shift(mosaic[None], offset)[0] * std + mean).clamp(0, 1)  # uncovered is 0, the mean colour
         picture = (colours * 255).round().to(torch.uint8).repeat_interleave(scale, 1).repeat_interleave(scale, 2)

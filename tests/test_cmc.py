@@ -303,7 +303,7 @@ def test_flags__published_defaults(name, arch):
 @pytest.mark.parametrize("name, flags, message", [
     ("cmc", ["--arch", "resnet50"], "--arch resnet50: CMC has alexnet, resnet18v1"),
     ("cmc", ["--arch", "alexnet"], "--size 32: AlexNet's .* 224"),
-    ("cmc", ["--arch", "alexnet", "--size", "224", "--bn-splits", "8"], "--batch-size 8: leaves one image .*; 16 would do"),
+    ("cmc", ["--arch", "alexnet", "--size", "224", "--bn-splits", "8"], "--batch-size 8: leaves one image .*; pass 16"),
     ("cmc", ["--nce-k", "0"], "--nce-k 0"),
     ("insdis", ["--nce-m", "1.5"], "--nce-m 1.5"),
     ("insdis", ["--nce-t", "0"], "--nce-t 0"),
@@ -316,8 +316,8 @@ def test_check__names_the_flag(name, flags, message):
 
 def test_check__more_rows_than_images_are_told(capsys):
     METHODS["insdis"].check(method_args("insdis", "--nce-k", "41"), 40)
-    told = "warning: --nce-k 41 is more than the images of the data set (40), so rows repeat; 10 would do\n"
-    assert capsys.readouterr().out == told
+    expected = "warning: --nce-k 41 is larger than the data set (40 images), so rows repeat; pass 10\n"
+    assert capsys.readouterr().out == expected
     METHODS["insdis"].check(method_args("insdis", "--nce-k", "40"), 40)
     assert capsys.readouterr().out == ""
 

@@ -251,8 +251,8 @@ def test_add_flags__defaults_are_the_published_values(name):
     (["--unmix-prob", "0.5", "--loss", "nce"], "--loss nce: .*--unmix-prob 0.5"),
     (["--aug", "v1", "--local-crops", "4"], "--aug v1: .*--local-crops 4"),
     (["--unmix-prob", "2"], "--unmix-prob 2.0: "),
-    (["--im-type", "region", "--bn-splits", "8"], "--batch-size 8: leaves one image .* --im-type region mixes .*; 16 would do"),
-    (["--unmix-prob", "0", "--bn-splits", "8"], "--batch-size 8: leaves one image .* --unmix-prob 0.0 mixes .*; 16 would do"),
+    (["--im-type", "region", "--bn-splits", "8"], "--batch-size 8: leaves one image .* --im-type region mixes .*; pass 16"),
+    (["--unmix-prob", "0", "--bn-splits", "8"], "--batch-size 8: leaves one image .* --unmix-prob 0.0 mixes .*; pass 16"),
 ])  # fmt: skip
 def test_check__names_the_flag(flags, message):
     with pytest.raises(ValueError, match=message):

@@ -295,8 +295,8 @@ def test_flags__published_defaults(name):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--moco-k", "100", "--batch-size", "8"], "--moco-k 100: .*--batch-size 8; 96 or 104 would do"),
-        (["--moco-k", "4", "--batch-size", "8"], "--moco-k 4: .*; 8 would do"),
+        (["--moco-k", "100", "--batch-size", "8"], "--moco-k 100: .*--batch-size 8; pass 96 or 104"),
+        (["--moco-k", "4", "--batch-size", "8"], "--moco-k 4: .*; pass 8"),
         (["--moco-k", "0"], "--moco-k 0: "),
         (["--moco-m", "1.5"], "--moco-m 1.5: "),
         (["--moco-t", "0"], "--moco-t 0"),

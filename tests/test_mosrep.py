@@ -204,9 +204,9 @@ def test_chance__counts_the_weights_of_shifted_tiles():
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--batch-size", "2", "--moco-k", "32"], "--batch-size 2: .*; 4 would do"),
-        (["--batch-size", "8", "--bn-splits", "4"], "--batch-size 8: .*; 16 would do"),
-        (["--size", "63"], "--size 63: .*; 64 would do"),
+        (["--batch-size", "2", "--moco-k", "32"], "--batch-size 2: .*; pass 4"),
+        (["--batch-size", "8", "--bn-splits", "4"], "--batch-size 8: .*; pass 16"),
+        (["--size", "63"], "--size 63: .*; pass 64"),
         (["--shift-range", "32"], "--shift-range 32: "),
         (["--shift-range", "-1"], "--shift-range -1: "),
         (["--shift-enable", "1.5"], "--shift-enable 1.5: "),

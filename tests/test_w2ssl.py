@@ -330,8 +330,8 @@ def test_state_dict__names_and_shapes():
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--batch-size", "7"], "--batch-size 7: .*; 6 would do"),
-        (["--size", "65"], "--size 65: .*; 66 would do"),
+        (["--batch-size", "7"], "--batch-size 7: .*; pass 6"),
+        (["--size", "65"], "--size 65: .*; pass 66"),
         (["--size", "48"], "--size 48: makes views of 24 pixels"),
         (["--overlap", "1.2"], "--overlap 1.2: must lie in"),
         (["--crop-min", "0"], "--crop-min 0"),
@@ -353,5 +353,5 @@ def test_check__names_the_flag_and_a_value_that_works(flags, message):
 def test_check__halves_must_fill_montages_on_each_process(monkeypatch, batch, fits):
     monkeypatch.setattr(dist, "world", lambda: 2)
     METHODS["w2ssl"].check(method_args("w2ssl", "--batch-size", "8"), 1000)
-    with pytest.raises(ValueError, match=f"--batch-size {batch}: .*each of 2 processes; {fits} would do"):
+    with pytest.raises(ValueError, match=f"--batch-size {batch}: .*each of 2 processes; pass {fits}"):
         METHODS["w2ssl"].check(method_args("w2ssl", "--batch-size", str(batch)), 1000)

@@ -44,18 +44,18 @@ class W2SSL(Method):
         backbones.add_flags(group, default=0)
         add = group.add_argument
         add("--size", type=int, default=224, help="side of a montage in pixels; its four crops have half of it")
-        add("--crop-min", type=float, default=0.2, help="smallest area of a crop, as a share of its half of the image")
-        add("--overlap", type=float, default=0.6, help="share of the width that the left and the right half have in common")
+        add("--crop-min", type=float, default=0.2, help="smallest area of a crop, as a share of the half image")
+        add("--overlap", type=float, default=0.6, help="width that both halves contain, as a share of the image")
         add("--moco-dim", type=int, default=256, help="dimensions of an embedding")
         add("--moco-mlp-dim", type=int, default=4096, help="width of the heads' hidden layer")
-        add("--moco-m", type=float, default=0.99, help="momentum of the moving average, at the start")
-        add("--moco-m-cos", action=argparse.BooleanOptionalAction, default=True, help="raise --moco-m to 1 by half a cosine")
+        add("--moco-m", type=float, default=0.99, help="initial momentum of the moving average")
+        add("--moco-m-cos", action=argparse.BooleanOptionalAction, default=True, help="increase --moco-m to 1 by a half cosine")
         add("--loss-t", type=float, default=0.3, help="temperature of the crop loss")
         add("--loss-loc", type=float, default=1.0, help="weight of the location loss")
         add("--loss-crop", type=float, default=1.0, help="weight of the crop loss")
         add("--flip-aware-location", action="store_true",
-            help="a mirrored crop changes its side; without it the location loss may have nothing to learn")  # fmt: skip
-        # the paper counts montages, of which there are half as many: this is its batch 256
+            help="exchange the side label of a mirrored crop; else the location loss may have nothing to learn")  # fmt: skip
+        # the paper counts montages, half as many as images: its batch 256
         group.set_defaults(batch_size=512, lr=0.6, weight_decay=1e-6, trust=0.001, warmup_epochs=10.0, lr_per="step")
 
     @staticmethod
@@ -72,12 +72,12 @@ class W2SSL(Method):
             raise ValueError("--flip-aware-location: changes the location loss, which --loss-loc 0 leaves out; "
                              "leave out one of them")  # fmt: skip
         if args.size % 2:
-            raise ValueError(f"--size {args.size}: two crops must fill a side; {args.size + 1} would do")
+            raise ValueError(f"--size {args.size}: two crops must fill a side; pass {args.size + 1}")
         whole = 2 * dist.world()
         if args.batch_size % whole:
             raise ValueError(f"--batch-size {args.batch_size}: the halves of its images must fill montages of four, equally "
                              f"many on each of {dist.world()} processes; "
-                             f"{max(1, args.batch_size // whole) * whole} would do")  # fmt: skip
+                             f"pass {max(1, args.batch_size // whole) * whole}")  # fmt: skip
 
     @staticmethod
     def views(args) -> list[ViewSpec]:
@@ -152,6 +152,6 @@ class W2SSL(Method):
         return self.weights["loc"] * loss_loc + self.weights["crop"] * loss_crop, stats
 
     def commit(self, step: Step) -> None:
-        """The averaged side follows the online side, with the momentum of the next step."""
+        """Update the averaged branch, with the momentum of the next step."""
         momentum = 1 - cosine(1 - self.m, (step.number + 1) / step.total) if self.m_cos else self.m
         self.average([(self.base_encoder, self.momentum_encoder)], momentum)

@@ -23,7 +23,7 @@ def location(scores: Tensor, side: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def supervised_contrastive(online: Tensor, target: Tensor, image: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """SupCon (arXiv 2004.11362, eq. 2) among the crops of all processes; each crop is there online and as a target.
+    """SupCon (arXiv 2004.11362, eq. 2) among the crops of all processes; each crop has an online and a target embedding.
 
     online, target: m x C of this process, of length 1; only `online` has a gradient. image: W m, the image of each crop of
     all W processes, in rank order. All 2 W m embeddings are anchors; the positives of an anchor are the others of its image.

@@ -2,7 +2,7 @@
 
     python -m w2ssl.mirror --shards output/sample-shards/train output/mirrored-shards/train
 
-On it the published location loss learns nothing, and with --flip-aware-location it learns. w2ssl/losses.py says why.
+On this copy the location loss learns only with --flip-aware-location. w2ssl/losses.py has the proof.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from utils.run.streams import mirrored_copy
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(prog="w2ssl.mirror", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("folder", help="folder for the copy: empty, or not there yet")
+    parser.add_argument("folder", help="output folder: empty or new")
     parser.add_argument("--shards", required=True, metavar="DIR", help="local shards: a folder, a glob, or a brace pattern")
     parser.add_argument("--seed", type=int, default=0, help="seed of the choice of mirrored images")
     return parser.parse_args(argv)
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
         in_range("--seed", args.seed, 0, 2**63)
         index = load_index(args.shards)
         if folder.exists() and any(folder.iterdir()):
-            raise ValueError(f"folder {folder}: is not empty; pass another")
+            raise ValueError(f"folder {folder}: is not empty; pass another folder")
         folder.mkdir(parents=True, exist_ok=True)
         rng, entries = mirrored_copy(args.seed), []
         for shard in index.shards:

@@ -1,4 +1,4 @@
-"""Montages: crops of all images in random order, tiled two by two, and separated again on the feature map.
+"""Montages: crops of all images in random order, joined two by two, and separated again on the feature map.
 
 The crop of half h (0 left, 1 right) of image i in the global batch has number 2 i + h. The 2N crops make N / 2 montages of four
 slots (top-left, top-right, bottom-left, bottom-right). Each process gets an equal range of the montages.
@@ -20,7 +20,7 @@ def deal(images: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def compose(crops: torch.Tensor) -> torch.Tensor:
-    """4m x C x h x w, four consecutive crops a montage -> m x C x 2h x 2w."""
+    """4m x C x h x w, four consecutive crops for each montage -> m x C x 2h x 2w."""
     x = crops.unflatten(0, (-1, 2, 2))  # m x row x column x C x h x w
     return x.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
 

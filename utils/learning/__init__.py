@@ -1,4 +1,4 @@
-"""What methods and training loops are made of: the method contract, losses, key queue, mixtures, trunks, optimizers.
+"""Parts of methods and training loops: the method contract, losses, key queue, mixtures, trunks, optimizers.
 
-Knows neither shards nor files; imports utils.run, and of utils.data only views and photometric.
+Knows neither shards nor files; imports utils.run, and of utils.data only views, photometric and batch.
 """

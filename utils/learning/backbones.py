@@ -29,7 +29,7 @@ def add_flags(group, default: int | None = None) -> None:
     """Flags of a timm trunk. default None: an evaluation takes the checkpoint's value."""
     trained = "; default: as trained" if default is None else ""
     group.add_argument("--output-stride", type=int, default=default, metavar="PIXELS",
-        help=f"dilate the trunk's last stages to this stride; 0 keeps its own{trained}")  # fmt: skip
+        help=f"output stride of the trunk: its last stages are dilated; 0: no dilation{trained}")  # fmt: skip
 
 
 def build(arch: str, output_stride: int = 0, **kwargs) -> nn.Module:
@@ -79,7 +79,7 @@ def feature_shape(trunk: Any, arch: str, size: int, smallest: int) -> tuple[int,
     stride = trunk.feature_info[-1]["reduction"]
     if smallest < stride:
         raise ValueError(f"--size {size}: makes views of {smallest} pixels, and {arch} has a stride of {stride}; "
-                         f"{-(-size * stride // smallest)} would do")  # fmt: skip
+                         f"pass {-(-size * stride // smallest)}")  # fmt: skip
     shape = tuple(output_of(trunk, arch, size).shape)
     if len(shape) != 4 or abs(shape[2] - size / stride) >= 1:
         raise ValueError(f"--arch {arch}: gives {shape}, no N x C x H x W feature map; try resnet50 or convnext_tiny")
@@ -89,5 +89,5 @@ def feature_shape(trunk: Any, arch: str, size: int, smallest: int) -> tuple[int,
 def probed(args: Namespace) -> Probed:
     """The pooled features of --arch."""
     trunk = build(args.arch, args.output_stride, num_classes=0).eval()
-    output_of(trunk, args.arch, args.size)  # refuses what cannot work
+    output_of(trunk, args.arch, args.size)  # refuses a size that does not fit
     return Probed(trunk, (POOLED,), classifier_name(trunk), lambda x, _: {POOLED: trunk(normalized(x))})

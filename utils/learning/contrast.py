@@ -49,9 +49,9 @@ def shuffled_keys(key_forward: Callable, x_k: Tensor, rng: np.random.Generator) 
 
 @torch.no_grad()
 def enqueue_(queue: Tensor, pointer: Tensor, keys: Tensor) -> None:
-    """The keys of the whole batch (N x C) replace the oldest N columns of `queue` (C x K); `pointer` (1,) moves on.
+    """The keys of the whole batch (N x C) replace the oldest N columns of `queue` (C x K); `pointer` (1,) advances.
 
-    A key that is not finite replaces none: on CUDA the failure is known one step later, and --replay reads this queue.
+    A key that is not finite replaces no column: on CUDA the failure is known one step later, and --replay reads this queue.
     """
     columns = (pointer + torch.arange(len(keys), device=queue.device)) % queue.shape[1]
     keys = torch.where(keys.isfinite().all(1, keepdim=True), keys, queue[:, columns].T)
@@ -60,5 +60,5 @@ def enqueue_(queue: Tensor, pointer: Tensor, keys: Tensor) -> None:
 
 
 def in_groups(forward: Callable, x: Tensor, group_size: int) -> Tensor:
-    """Apply `forward` to slices of `group_size` rows, as so many processes would: BatchNorm sees one slice at a time."""
+    """Apply `forward` to slices of `group_size` rows, as separate processes would: BatchNorm sees one slice at a time."""
     return torch.cat([forward(part) for part in x.split(group_size)]) if group_size < len(x) else forward(x)

@@ -21,11 +21,11 @@ class Softmax(nn.Module):
         return info_nce(scores, torch.zeros(len(scores), dtype=torch.long, device=scores.device), self.temperature)
 
     def chance(self, candidates: int) -> float:
-        """The loss of guessing among so many candidates."""
+        """The loss of guessing among this number of candidates."""
         return math.log(candidates)
 
     def commit(self) -> None:
-        """After the optimizer's update."""
+        """Softmax has no state to update."""
 
 
 class Nce(nn.Module):
@@ -33,7 +33,7 @@ class Nce(nn.Module):
 
     With P = exp(score / T) / Z and the K wrong candidates of an image as uniform noise, the loss is
     -log(P+ / (P+ + K/n)) - sum of log((K/n) / (P- + K/n)). Z is n times the mean exp(score / T) of the first step, over all
-    processes, and stays. The computation uses logarithms, so a small temperature cannot overflow float32.
+    processes, and then constant. The computation uses logarithms, so a small temperature cannot overflow float32.
     """
 
     log_z: torch.Tensor
@@ -70,7 +70,7 @@ class Nce(nn.Module):
 
     @torch.no_grad()
     def commit(self) -> None:
-        """After the optimizer's update: keep Z."""
+        """Keep Z, after the optimizer's update."""
         self.log_z.copy_(self.new_log_z)
         self.known = True
 

@@ -1,4 +1,4 @@
-"""Methods with a key encoder and a queue of keys (MoCo, arXiv 1911.05722): what MoCo and MosRep share."""
+"""Methods with a key encoder and a queue of keys (MoCo, arXiv 1911.05722): the base of MoCo and MosRep."""
 
 from argparse import Namespace
 from collections.abc import Callable
@@ -19,7 +19,7 @@ class KeyQueue(Method):
     A subclass builds its networks, calls `add_queue`, and names its (query, key) modules in `pairs`.
     """
 
-    # the linear probe of MosRep's table; the released script scaled its lr twice, 0.2 scaled once is the same effective 3.2
+    # the linear probe of MosRep's table; the released script scaled its lr twice; 0.2 scaled once gives the same 3.2
     PROBE = {"epochs": 90, "batch_size": 4096, "lr": 0.2, "trust": 0.001}
 
     average = staticmethod(ema_)
@@ -30,11 +30,11 @@ class KeyQueue(Method):
     def add_flags(group) -> None:
         backbones.add_flags(group, default=0)
         add = group.add_argument
-        add("--bn-splits", type=int, default=1, help="groups of a process's batch that BatchNorm treats as separate processes")
+        add("--bn-splits", type=int, default=1, help="BatchNorm groups of a process's batch; each has its own statistics")
         add("--size", type=int, default=224, help="side of a global view in pixels; local crops have half of it")
         add("--crop-min", type=float, default=0.2, help="smallest area of a global crop, as a share of the image")
         add("--local-scale", type=float, nargs=2, default=[0.1, 0.6], metavar=("MIN", "MAX"),
-            help="area of a local crop, as a share of the image")  # fmt: skip
+            help="smallest and largest area of a local crop, as shares of the image")  # fmt: skip
         add("--moco-dim", type=int, default=128, help="dimensions of an embedding")
         add("--moco-k", type=int, default=65536, help="keys in the queue; a multiple of the batch size")
         add("--moco-m", type=float, default=0.999, help="momentum of the key encoder's moving average")
@@ -51,7 +51,7 @@ class KeyQueue(Method):
         if args.moco_k % args.batch_size:
             down = args.moco_k // args.batch_size * args.batch_size
             fits = f"{down} or {down + args.batch_size}" if down else f"{args.batch_size}"
-            raise ValueError(f"--moco-k {args.moco_k}: must be a multiple of --batch-size {args.batch_size}; {fits} would do")
+            raise ValueError(f"--moco-k {args.moco_k}: must be a multiple of --batch-size {args.batch_size}; pass {fits}")
         if args.moco_k > samples and dist.rank() == 0:
             print(f"warning: --moco-k {args.moco_k} is larger than the data set ({samples} images): "
                   "the negatives of an image include its own older keys", flush=True)  # fmt: skip
@@ -72,12 +72,12 @@ class KeyQueue(Method):
         self.bn_splits, self.momentum, self.temperature = args.bn_splits, args.moco_m, args.moco_t
 
     def add_queue(self, dim: int, length: int) -> None:
-        """Register the queue, which starts with random directions. Called last: a seed gives the networks' weights first."""
+        """Register the queue, which starts with random directions. Call it last: the networks draw their weights first."""
         self.register_buffer("queue", nn.functional.normalize(torch.randn(dim, length), dim=0))  # C x K
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
 
     def pairs(self) -> list[tuple[nn.Module, nn.Module]]:
-        """(query module, key module) of everything that the key side averages."""
+        """(query module, key module) of each moving average."""
         raise NotImplementedError
 
     def encoders(self) -> list[nn.Module]:
@@ -90,6 +90,6 @@ class KeyQueue(Method):
         return self.new_keys
 
     def commit(self, step: Step) -> None:
-        """The key side follows the updated query side, and the queue takes the step's keys."""
+        """Update the moving averages from the query side, and put the step's keys into the queue."""
         self.average(self.pairs(), self.momentum)
         enqueue_(self.queue, self.queue_ptr, self.new_keys)

@@ -1,4 +1,4 @@
-"""Layouts of checkpoints, ours and published ones: which method left the weights, and where the trunk is among them."""
+"""Checkpoint layouts, ours and published: recognize the method of the weights, and find the trunk among them."""
 
 import re
 from collections import Counter
@@ -17,7 +17,7 @@ RULES = (
     ("mosrep", True, r"\bprojector_q\."),
     ("moco", True, r"\bencoder_q\."),
     ("w2ssl", True, r"\bbase_encoder\.fc_crop\."),
-    ("w2ssl", False, r"\b(base|momentum)_encoder\."),  # MoCo-v3, whose probe W2SSL uses
+    ("w2ssl", False, r"\b(base|momentum)_encoder\."),  # also MoCo-v3: its probe is that of W2SSL
     ("insdis", False, r"^model (encoder\.)?module\.(conv1|bn1|layer\d)\b"),  # also MoCo-v1 by the authors of CMC
 )
 
@@ -36,7 +36,7 @@ def weights_of(saved: dict, source: str) -> dict[str, torch.Tensor]:
 
 
 def recognize(saved: Mapping[str, Any], state: Iterable[str]) -> tuple[str | None, bool]:
-    """The method of a checkpoint, by its own word or by the names of its weights; and whether no other method can read it."""
+    """The method of a checkpoint, by its key `method` or by its weights' names; and whether no other method can read it."""
     if "method" in saved:
         return saved["method"], True
     names = [f"{container_of(saved)} {name}" for name in state]
@@ -51,7 +51,7 @@ def trunk_state(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tenso
 
 
 def load_trunk(trunk: nn.Module, state: Mapping[str, Any], classifier: str, source: str, names: Iterable[str] = ()) -> None:
-    """Load a trunk whose weights `state` must cover exactly; only the classifier's are left out.
+    """Load a trunk. `state` must hold exactly its weights; only weights of the classifier are left out.
 
     names: all names of the checkpoint, for the message. Raises ValueError with the number of wrong keys and five of them.
     """
@@ -67,15 +67,15 @@ def load_trunk(trunk: nn.Module, state: Mapping[str, Any], classifier: str, sour
     if not faults:
         trunk.load_state_dict(state)
         return
-    room, told = 5, []
+    room, parts = 5, []
     for i, (fault, keys) in enumerate(faults.items(), 1):
         shown = [key if len(key) <= 36 else f"...{key[-33:]}" for key in keys[: room if i == len(faults) else 2]]
-        told.append(f"{len(keys)} {fault}: {', '.join(shown)}")
+        parts.append(f"{len(keys)} {fault}: {', '.join(shown)}")
         room -= len(shown)
     prefixes = Counter(_prefix(name, wanted) for name in names or state).most_common(3)
     listed = ", ".join(f"{prefix[:24] or 'none'} ({count})" for prefix, count in prefixes) or "no names"
-    raise ValueError(f"{source}: does not fit the trunk ({'; '.join(told)}); prefixes found: {listed}; pass the --arch, and if "
-                     "need be the --method, of its training")  # fmt: skip
+    raise ValueError(f"{source}: does not fit the trunk ({'; '.join(parts)}); prefixes found: {listed}; pass the --arch of its "
+                     "training, and its --method if needed")  # fmt: skip
 
 
 def _prefix(name: str, wanted: Mapping[str, Any]) -> str:

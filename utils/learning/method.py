@@ -1,4 +1,4 @@
-"""The contract of a method: everything that entry points, engine, probe, benchmarks and tests ask of one.
+"""The contract of a method: everything that entry points, engine, probe, benchmarks and tests need.
 
 A training step calls, in this order,
 
@@ -8,7 +8,7 @@ A training step calls, in this order,
     method.commit(step)                                 # queue, bank, moving average
 
 `targets` and `forward` change nothing but BatchNorm's statistics, so a step that fails can be computed again. Training passes
-the whole local batch; `forward` also takes a slice of it, the seam for gradient accumulation.
+the whole local batch; `forward` also takes a slice of it, for gradient accumulation.
 """
 
 from abc import ABC, abstractmethod
@@ -38,12 +38,12 @@ class Step:
         self.rng = streams.step_draws(seed, number)
 
     def seed_torch(self) -> None:
-        """Make what a trunk draws itself, such as stochastic depth, a function of seed, step and process."""
+        """Seed the random layers of a trunk, such as stochastic depth, from seed, step and process."""
         torch.manual_seed(streams.trunk_seed(self.seed, self.number, dist.rank()))
 
 
 class Targets(SimpleNamespace):
-    """What `forward` compares the queries of n images with. The names become attributes.
+    """`forward` compares the queries of n images with these values. The names become attributes.
 
     rows: values with a row for each image: a tensor, an array, or a tuple of them. shared: values for all images together.
     """
@@ -59,11 +59,11 @@ class Targets(SimpleNamespace):
 
 
 class Method(nn.Module, ABC):
-    """A self-supervised method. A subclass is one package and one line in methods.py; CONTRIBUTING.md shows one."""
+    """A self-supervised method. A new one is a package and a line in methods.py; CONTRIBUTING.md has an example."""
 
     ARCH = "resnet50"  # trunk of an evaluation when neither flag nor checkpoint names one
     PROBE: ClassVar[dict[str, Any]] = {}  # the published linear probe: defaults of flags of main_lincls.py
-    IDENTITY: ClassVar[tuple[str, ...]] = ()  # flags without which a checkpoint means something else
+    IDENTITY: ClassVar[tuple[str, ...]] = ()  # flags that decide the meaning of the weights
     PER_IMAGE = False  # whether its state belongs to the images of one data set, in their order
 
     @staticmethod
@@ -74,7 +74,7 @@ class Method(nn.Module, ABC):
     @staticmethod
     @abstractmethod
     def check(args: Namespace, samples: int) -> None:
-        """Raise ValueError for flags that cannot work with a data set of so many samples."""
+        """Raise ValueError for flags that cannot work with a data set of this many samples."""
 
     @staticmethod
     @abstractmethod
@@ -83,7 +83,7 @@ class Method(nn.Module, ABC):
 
     @staticmethod
     def bn_groups(args: Namespace) -> int:
-        """Groups of a process's batch that BatchNorm treats as separate processes."""
+        """Number of BatchNorm groups in a process's batch; each has its own statistics."""
         return 1
 
     @abstractmethod
@@ -100,7 +100,7 @@ class Method(nn.Module, ABC):
 
     @abstractmethod
     def targets(self, batch: Batch, step: Step) -> Any:
-        """What the queries are compared with, for the whole local batch, without gradient. Uses up `step.rng`."""
+        """The targets of the whole local batch, without gradient. Takes all random numbers of `step.rng`."""
 
     @abstractmethod
     def forward(self, batch: Batch, targets: Any, step: Step) -> tuple[torch.Tensor, Stats]:
@@ -111,7 +111,7 @@ class Method(nn.Module, ABC):
 
     @abstractmethod
     def commit(self, step: Step) -> None:
-        """After the optimizer's update: what the step leaves in queue, bank and moving average."""
+        """Update queue, bank and moving average, after the optimizer's update."""
 
     @abstractmethod
     def encoders(self) -> list[nn.Module]:
@@ -138,5 +138,5 @@ class Method(nn.Module, ABC):
 
     @classmethod
     def probe(cls, arch: str) -> dict[str, Any]:
-        """PROBE, with what depends on the trunk's architecture."""
+        """PROBE, adapted to the trunk's architecture."""
         return cls.PROBE

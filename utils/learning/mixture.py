@@ -9,7 +9,7 @@ import torch
 from utils.data.photometric import normalized
 from utils.run import dist, flags
 
-GLOBAL, REGION, HOLES = ("IM", "global"), ("IM", "region"), ("cutout", "random-erasing")  # of --im-type; HOLES mix nothing
+GLOBAL, REGION, HOLES = ("IM", "global"), ("IM", "region"), ("cutout", "random-erasing")  # of --im-type; HOLES mix no images
 CUTOUT_SIDE = 50  # pixels
 PROBABILITY = 0.1  # of cutout and of random erasing
 ERASED_AREA, ERASED_RATIO = (0.02, 0.4), 0.3  # share of the image; height / width lies in [0.3, 1 / 0.3]
@@ -51,11 +51,11 @@ def check_group(args: Namespace, least: int, why: str) -> None:
     if (n := args.batch_size // groups) < least:
         images = "one image" if n == 1 else f"{n} images"
         raise ValueError(f"--batch-size {args.batch_size}: leaves {images} for each process and BatchNorm group, and {why}; "
-                         f"{least * groups} would do")  # fmt: skip
+                         f"pass {least * groups}")  # fmt: skip
 
 
 class Mixture:
-    """The mixture of --im-type. Images are mixed within each of `groups` equal parts of a process's batch, as in processes."""
+    """The mixture of --im-type. Images are mixed within each of the `groups` BatchNorm groups of a process's batch."""
 
     def __init__(self, args: Namespace):
         self.type, self.groups, self.decay = args.im_type, args.bn_splits, args.r_pixel_decay
@@ -117,7 +117,7 @@ def edit_(views: list[torch.Tensor], edits, formula) -> None:
     """Edit images of all views in place.
 
     edits: (places of h images, places of their partners, parameters of h rows ...), drawn on the host, so nothing waits for the
-    device. An image becomes formula(x, y, parameters): x its pixels, y its partner's before all edits, h x channels x H x W.
+    device. An image becomes formula(x, y, parameters): x: its pixels; y: its partner's before all edits; h x channels x H x W.
     """
     edits = [edit for edit in edits if len(edit[0])]
     for x in views:
@@ -141,9 +141,9 @@ def inside(boxes: np.ndarray, x: torch.Tensor) -> torch.Tensor:
 
 
 def un_mix(x: torch.Tensor, probability: float, groups: int, rng: np.random.Generator) -> tuple[torch.Tensor, float]:
-    """Un-Mix (arXiv 2003.05438): mix the batch with itself in reverse order. -> (n x 3 x H x W, share of an image itself).
+    """Un-Mix (arXiv 2003.05438): mix the batch with itself in reverse order. -> (n x 3 x H x W, share of the image itself).
 
-    Mixup with that probability, else CutMix; all images have the same share and the same box. groups: as in Mixture.
+    Mixup with this probability, else CutMix; all images have the same share and the same box. groups: as in Mixture.
     """
     x = normalized(x)
     other, share = reversed_groups(x, groups), rng.beta(1, 1)

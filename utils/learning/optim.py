@@ -69,7 +69,7 @@ class Lars(torch.optim.SGD):
 
 
 def sgd(parameters, lr: float, momentum: float, weight_decay: float, trust=0.0, exclude=False) -> torch.optim.Optimizer:
-    """Fused SGD with momentum; with `trust` > 0 with layer-wise adaptive rates.
+    """Fused SGD with momentum. `trust` > 0: layer-wise adaptive rates, see Lars.
 
     exclude: with `trust`, biases and the gains of normalization layers have neither decay nor adaptive rates.
     """

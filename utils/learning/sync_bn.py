@@ -28,7 +28,7 @@ def synchronized(module: nn.Module) -> nn.Module:
 
 
 class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """BatchNorm of the batches gathered from all processes, on the CPU. It takes over all of `norm`, with timm's activation."""
+    """BatchNorm of the batches from all processes, on the CPU. It has the state and the timm activation of `norm`."""
 
     def __init__(self, norm: Any):
         super().__init__(norm.num_features, norm.eps, norm.momentum, norm.affine)
