@@ -32,7 +32,8 @@ from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from utils.data.folders import counts
-from utils.data.index import PLAN, describe, write_index
+from utils.data.index import PLAN
+from utils.data.index_file import describe, write_index
 from utils.data.sources import find_splits
 from utils.data.splits import Split
 from utils.data.tars import local_samples

@@ -1,5 +1,6 @@
 """Remote shards: the same samples, once each, after any broken connection; no command runs without --allow-pipe."""
 
+import contextlib
 import dataclasses
 import errno
 import functools
@@ -23,13 +24,14 @@ from shards_helpers import one_png, overwrite, write_members, write_shards
 
 import main_pretrain
 from utils.data import reader, remote, shards
-from utils.data.index import Index, load_index
+from utils.data.index import Index, cache_path, load_index
 from utils.data.loader import load_batches
 from utils.data.reader import BadSample, Reader, RemoteShard
 from utils.data.remote import RemoteError, copy, is_remote, place, tar_name
 from utils.data.shards import epoch_plan, evaluation_plan, training_plan
 from utils.data.views import moco_v2_view
 from utils.run.flags import RunError
+from utils.run.text import shown
 
 # the machine may have fewer cores than a test starts workers
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -117,7 +119,10 @@ def elsewhere(folder, tmp_path, monkeypatch):
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Files of server.folder. server.cuts: as in Elsewhere, and a status such as -404."""
+    """Files of server.folder. server.cuts: as in Elsewhere, and a status such as -503.
+
+    After the cut it breaks off, or, with server.stalls, sends a byte each so many seconds until server.over is set.
+    """
 
     def do_GET(self):
         path = self.server.folder / self.path.partition("?")[0].lstrip("/")
@@ -125,12 +130,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
         cuts = self.server.cuts.get(path.name)
         cut = cuts.pop(0) if cuts else None
         if not path.is_file() or (cut is not None and cut < 0):
-            return self.send_error(404)
+            return self.send_error(-cut if path.is_file() else 404)
         data = path.read_bytes()
         self.send_response(200)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data[:cut])
+        if cut and self.server.stalls:
+            with contextlib.suppress(OSError):
+                while not self.server.over.wait(self.server.stalls):
+                    self.wfile.write(b"x")
 
     def log_message(self, *_):
         pass
@@ -141,9 +150,11 @@ def server(folder):
     """A real server on this machine; server.url is the folder's."""
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         server.folder, server.cuts, server.asked, server.daemon_threads = folder, {}, [], True
+        server.stalls, server.over = 0, threading.Event()
         server.url = f"http://127.0.0.1:{server.server_port}"
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield server
+        server.over.set()
         server.shutdown()
 
 
@@ -286,9 +297,13 @@ def test_reader__leaves_no_process_behind(folder):
     stream(10, False)
     stream.close()
     del stream
+    assert_no_child()
+
+
+def assert_no_child():
     children = [Path(path).read_text().split() for path in Path("/proc/self/task").glob("*/children")]
     states = [Path(f"/proc/{pid}/cmdline").read_text() for pids in children for pid in pids]
-    assert not [state for state in states if "cat" in state or not state]  # a zombie has no command line
+    assert not [s for s in states if "cat" in s or "curl" in s or "sleep" in s or not s]  # a zombie has no command line
 
 
 # ---------------------------------------------------------------- the index of remote shards
@@ -369,13 +384,13 @@ def test_load_index__names_that_are_no_plain_names_are_refused(elsewhere, monkey
     assert not (elsewhere.folder / "x").exists()
 
 
-@pytest.mark.parametrize("name", ["000.tar", "a-b_c.d+e@f=g.tar", "train-000000.tar", "0"])
+@pytest.mark.parametrize("name", ["a-b_c.d+e@f=g.tar", "train-000000.tar", "0"])
 def test_load_index__plain_names_are_taken(elsewhere, name):
     path = elsewhere.folder / "index.json"
     content = json.loads(path.read_text())
     content["shards"][2]["name"] = name
     path.write_text(json.dumps(content))
-    assert load_index(HOST).shards[-2 if name != "000.tar" else 0].name == name
+    assert load_index(HOST).shards[-2].name == name
 
 
 @pytest.mark.parametrize("content", ["", "<html>not here</html>", "[]", "{}", '{"classes": null, "shards": [{}]}'])
@@ -452,14 +467,42 @@ def test_place__of_a_file_beside_it(spec, tar, there):
 # ---------------------------------------------------------------- retries
 
 
-def test_attempts__wait_longer_and_longer(monkeypatch):
-    waits = []
+def failing(times, error):
+    """A function that raises this error so many times, and then returns how often it was called."""
+    calls = []
+
+    def work():
+        calls.append(1)
+        if len(calls) <= times:
+            raise error
+        return len(calls)
+
+    return work
+
+
+def test_retried__waits_longer_and_longer_and_says_so(monkeypatch, capsys):
+    waits, clock = [], [0.0]
     monkeypatch.setattr(remote, "WAIT", 1.0)
-    monkeypatch.setattr(remote.time, "sleep", waits.append)
-    assert list(remote.attempts()) == [True] * 4 + [False] and waits == [1, 2, 4, 8]
+    monkeypatch.setattr(remote.time, "sleep", lambda s: waits.append(s) or clock.append(clock[-1] + s))
+    monkeypatch.setattr(remote.time, "monotonic", lambda: clock[-1])
+    assert remote.retried(failing(0, RemoteError("no")), "https://h/a", (RemoteError,)) == 1 and waits == []
+    assert remote.retried(failing(4, RemoteError("HTTP status 503")), "https://u:p@h/a?k=v", (RemoteError,)) == 5
+    assert waits == [1, 2, 4, 8]
+    lines = [f"waiting for https://***@h/a?*** (HTTP status 503), try {n} of 5" for n in (3, 4, 5)]
+    assert capsys.readouterr().err.splitlines() == lines
+    with pytest.raises(RemoteError):
+        remote.retried(failing(5, RemoteError("no")), "https://h/a", (RemoteError,))
     waits.clear()
-    next(remote.attempts())
-    assert waits == []  # no wait after a success
+    for error in (RemoteError("HTTP status 401", final=True), FileNotFoundError("gone"), PermissionError("no")):
+        with pytest.raises(type(error)):
+            remote.retried(failing(1, error), "https://h/a", (RemoteError, OSError))
+    assert waits == []
+
+
+def test_retried__too_few_file_descriptors_are_not_the_shards_fault():
+    for number in (errno.EMFILE, errno.ENFILE):
+        with pytest.raises(RunError, match="too many open files.*ulimit -n"):
+            remote.retried(failing(9, OSError(number, "x")), "/a.tar", (OSError,))
 
 
 ERRORS = [FileNotFoundError("curl"), ConnectionRefusedError("refused"), OSError("exit 22"), ValueError("no")]
@@ -479,7 +522,7 @@ def test_reader__an_opening_that_fails_and_then_works(local, elsewhere):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_load_batches__a_server_that_fails_twice_and_then_works(server, expected, workers):
     index = load_index(server.url)
-    server.cuts = {"000.tar": [-404, -404], "002.tar": [3000, 5000]}
+    server.cuts = {"000.tar": [-503, -503], "002.tar": [3000, 5000]}
     assert_same(global_batches(index, 1, workers, epochs=range(1)), expected[:3])
     assert not server.cuts["000.tar"] and not server.cuts["002.tar"]
 
@@ -540,6 +583,134 @@ def test_load_batches__dropped_connections_change_no_batch(elsewhere, expected, 
     index = load_index(HOST)
     elsewhere.cuts = {"000.tar": [1500, 6000, 0], "002.tar": [9000, 2048, 700], "003.tar": [ERRORS[2], 10000]}
     assert_same(global_batches(index, world, workers), expected)
+
+
+# ---------------------------------------------------------------- servers that are slow or refuse
+
+
+@NEEDS_CURL
+@pytest.mark.parametrize("every", [30, 0.05], ids=["silent", "trickle"])
+def test_reader__a_server_that_stalls_in_mid_shard_is_asked_again(local, server, monkeypatch, capfd, every):
+    """No byte, or a byte now and then. The next connection continues after the last sample, and no process is left."""
+    monkeypatch.setattr(remote, "STALL", 0.6)
+    monkeypatch.setattr(remote, "PATIENCE", 0.2)
+    index, server.stalls = load_index(server.url), every
+    server.cuts = {"002.tar": [9000, 15000]}
+    stream = Reader(index)
+    stream.expect(np.arange(8, 17))
+    assert [taken(stream, number) for number in range(8, 17)] == samples_of(local)[8:17]
+    assert server.asked.count("002.tar") == 3
+    stream.close()
+    assert_no_child()
+    lines = capfd.readouterr().err
+    assert every < 1 or f"waiting for {server.url}/002.tar (no data for 0 seconds)" in lines
+    assert f"waiting for {server.url}/002.tar (gives no data, or almost none, for 1 seconds), try 2 of 5" in lines
+
+
+def test_copy__a_command_that_stalls_or_does_not_end(monkeypatch, folder):
+    """All of its processes are ended."""
+    monkeypatch.setattr(remote, "STALL", 0.1)
+    monkeypatch.setattr(remote, "TRIES", 2)
+    start = time.monotonic()
+    with pytest.raises(RemoteError, match="gives no data"):
+        copy(f"pipe:cat {folder}/000.tar; sleep 600 | sleep 601", io.BytesIO())
+    with pytest.raises(RemoteError, match="does not end"):
+        copy(f"pipe:cat {folder}/000.tar; exec >&-; sleep 602", io.BytesIO())
+    assert time.monotonic() - start < 20
+    assert_no_child()
+
+
+def test_source__time_without_a_reader_is_no_stall(monkeypatch, folder):
+    """A slow training leaves a stream alone for minutes."""
+    monkeypatch.setattr(remote, "STALL", 0.3)
+    source, got = remote.Source(f"pipe:cat {folder}/002.tar"), b""
+    for _ in range(4):
+        got += source.read(2000)
+        time.sleep(0.2)
+    while data := source.read(100):
+        got += data
+    source.close()
+    assert got == (folder / "002.tar").read_bytes()
+
+
+@NEEDS_CURL
+@pytest.mark.parametrize(
+    "status, asked", [(400, 1), (401, 1), (403, 1), (404, 1), (410, 1), (408, 5), (429, 5), (500, 5), (503, 5)]
+)
+def test_load_index__a_server_that_refuses(server, monkeypatch, capsys, status, asked):
+    """4xx but for 408 and 429 end at once. The others are asked again, and a line says so."""
+    monkeypatch.setattr(remote, "PATIENCE", 0)
+    server.cuts = {"index.json": [-status] * 9}
+    assert f"{server.url}: no index.json can be read there (HTTP status {status})" in fails(server.url)
+    assert len(server.asked) == asked
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [f"waiting for {server.url}/index.json (HTTP status {status}), try {n} of 5" for n in range(2, asked + 1)]
+
+
+@NEEDS_CURL
+def test_reader__a_shard_that_is_forbidden_is_asked_for_once(local, server):
+    index = load_index(server.url)
+    server.cuts = {"001.tar": [-403] * 9}
+    stream = Reader(index)
+    stream.expect(np.arange(TOTAL))
+    with pytest.raises(BadSample, match=f"{server.url}/001.tar: sample 0: .*HTTP status 403") as error:
+        stream(7)
+    assert error.value.following == 8 and server.asked.count("001.tar") == 1
+    stream.close()
+
+
+def test_copy__more_than_is_expected_is_not_read_to_its_end(monkeypatch):
+    """A server may send without end."""
+    monkeypatch.setattr(remote, "MOST", 10**6)
+    with pytest.raises(RemoteError, match="has more than 1000000 bytes"):
+        copy("pipe:yes", io.BytesIO())
+    with pytest.raises(RunError, match="differs from its index"):
+        copy("pipe:yes", file := io.BytesIO(), (1000, "0" * 64))
+    assert len(file.getvalue()) <= 1000 + remote.BLOCK
+
+
+# ---------------------------------------------------------------- passwords
+
+SECRETS = ["https://me:pa@ss@host/a/{000..003}.tar", "https://tok3n@host/a", "https://host/a.tar?X-Sig=pass&y=tok3n#pass",
+           "pipe:curl -u me:pass https://host/a.tar", "pipe:curl -H 'Authorization: Bearer tok3n' https://h/a.tar?k=pass",
+           "pipe:get --password=pass --api-key tok3n a.tar", "x s3://me:pass@b/a.tar: error"]  # fmt: skip
+
+
+@pytest.mark.parametrize("spec", SECRETS)
+def test_shown__hides_passwords(spec):
+    text = shown(spec)
+    assert "***" in text and not any(secret in text for secret in ("pass", "pa@", "ss@", "tok3n")) and "a" in text
+    assert shown(text) == text
+
+
+@pytest.mark.parametrize("spec", ["/data/a b", "https://host/a/{000..003}.tar", "s-?.tar", "pipe:ssh host cat /d/t.tar", "a@b",
+                                  "pipe:cat < '/d/{000..002}.tar' | cat", "s3://bucket/a@b", "/data/token/x?y"])  # fmt: skip
+def test_shown__changes_nothing_else(spec):
+    assert shown(spec) == spec
+
+
+@NEEDS_CURL
+def test_load_index__a_password_is_in_no_message_and_no_record(server, monkeypatch, capsys):
+    """It is sent to the server nevertheless."""
+    monkeypatch.setattr(remote, "PATIENCE", 0)
+    spec = server.url.replace("//", "//me:s3cret@") + "/{000..003}.tar?sig=s3cret"
+    index, texts = load_index(spec), []
+    assert all(shard.path.count("s3cret") == 2 for shard in index.shards)
+    server.cuts = {"index.json": [-503] * 9, "001.tar": [-503] * 9, "000.tar": [-401]}
+    texts.append(fails(spec))
+    stream = Reader(index)
+    stream.expect(np.arange(TOTAL))
+    for number in (0, 7):
+        with pytest.raises(BadSample) as error:
+            stream(number)
+        texts += [str(error.value), *error.value.record.values()]
+    flipped(server.folder / "002.tar")
+    with pytest.raises(RunError) as changed:
+        stream(16)
+    (server.folder / "index.json").write_text("{}")
+    texts += [str(changed.value), fails(spec), fails(spec.replace("003", "009")), *capsys.readouterr()]
+    assert not [text for text in texts if "s3cret" in text] and "503" in texts[-1]
+    stream.close()
 
 
 # ---------------------------------------------------------------- shards that always end early
@@ -730,7 +901,7 @@ def test_cache_dir__several_readers_share_it(expected, elsewhere, tmp_path, worl
 
 @NEEDS_CURL
 def test_cache_dir__of_a_server(expected, server, tmp_path):
-    server.cuts = {"002.tar": [5000, -404]}
+    server.cuts = {"002.tar": [5000, -503]}
     index = load_index(server.url, cache_dir=str(tmp_path / "cache"))
     assert_same(global_batches(index), expected)
     assert Counter(server.asked) == {"index.json": 1, "000.tar": 1, "001.tar": 1, "002.tar": 3, "003.tar": 1}
@@ -817,6 +988,59 @@ def test_cache_dir__a_folder_that_takes_nothing_ends_the_run(elsewhere, tmp_path
     assert files_of(cache) == [] and (where != "full" or "No space left" in text)
 
 
+def test_cache_dir__a_copy_is_verified_when_asked(local, elsewhere, tmp_path, capsys):
+    """One that has changed is removed, and its shard is read again."""
+    cache = str(tmp_path / "cache")
+    index = load_index(HOST, cache_dir=cache)
+    for number in (3, 9):
+        taken(Reader(index), number)
+    damaged = cache_path(index.shards[2], cache)
+    flipped(damaged)
+    assert load_index(HOST, cache_dir=cache) == index and len(files_of(Path(cache))) == 2
+    assert load_index(HOST, cache_dir=cache, verify_shards=True) == index
+    assert files_of(Path(cache)) == [cache_path(index.shards[0], cache).name]
+    assert f"warning: {damaged}: its sha256 is not the one in its index" in capsys.readouterr().err
+    assert taken(Reader(index), 8) == samples_of(local)[8]
+
+
+HOSTILE = [("sha256", "../../../../x"), ("sha256", "0" * 63), ("sha256", "G" * 64), ("sha256", "/" * 64), ("sha256", 5),
+           ("samples", -1), ("samples", 2**70), ("samples", 1.0), ("samples", True), ("samples", "9"), ("bytes", -5),
+           ("bytes", 2**60), ("bytes", None), ("name", "x" * 300), ("name", "\udcff.tar")]  # fmt: skip
+
+
+@pytest.mark.parametrize("field, value", HOSTILE)
+def test_load_index__every_field_of_a_shard_is_checked(elsewhere, tmp_path, field, value):
+    """Above all sha256, which becomes a part of a path in --cache-dir. The message says which, and not the value."""
+    path = elsewhere.folder / "index.json"
+    content = json.loads(path.read_text())
+    content["shards"][2][field] = value
+    path.write_text(json.dumps(content))
+    for spec in (HOST, str(elsewhere.folder)):
+        text = fails(spec, cache_dir=str(tmp_path / "cache"))
+        assert "not a readable index" in text and "shard 2" in text and field in text and len(text) < 300 + len(spec)
+        assert len(str(value)) < 9 or str(value) not in text
+
+
+DEEP = "[" * 100000
+ODD = ['{"shards": [], "classes": [3]}', '{"shards": {}, "classes": null}', '{"shards": [3], "classes": null}', DEEP, "\0", "1e999",
+       '{"shards": [], "classes": null, "unlabelled": 3}', '{"classes": null, "shards": ' + "9" * 5000 + "}", '"\\ud800"']  # fmt: skip
+
+
+@pytest.mark.parametrize("content", ODD, ids=range(len(ODD)))
+def test_load_index__odd_content_is_one_short_line(elsewhere, content):
+    (elsewhere.folder / "index.json").write_text(content)
+    text = fails(HOST)
+    assert "not a readable index" in text and len(text) < 300 and content not in text
+
+
+def test_load_index__two_shards_of_one_name(elsewhere):
+    path = elsewhere.folder / "index.json"
+    content = json.loads(path.read_text())
+    content["shards"][1]["name"] = content["shards"][0]["name"]
+    path.write_text(json.dumps(content))
+    assert "two shards have one name" in fails(HOST)
+
+
 def test_cache_dir__changes_nothing_for_local_shards(folder, expected, tmp_path):
     index = load_index(str(folder), cache_dir=str(tmp_path / "cache"))
     assert_same(global_batches(index), expected)
@@ -839,7 +1063,7 @@ def test_copy__is_whole_or_an_error(elsewhere, breaks):
     with pytest.raises(RemoteError):
         copy(f"{HOST}/000.tar", io.BytesIO(), told)
     elsewhere.always = {}
-    with pytest.raises(RemoteError, match=f"{HOST}/000.tar: ends after {told[0]} of {told[0] + 1} bytes"):
+    with pytest.raises(RemoteError, match=f"^ends after {told[0]} of {told[0] + 1} bytes"):
         copy(f"{HOST}/000.tar", io.BytesIO(), (told[0] + 1, told[1]))
     for wrong in ((told[0] - 1, told[1]), (told[0], "0" * 64)):
         with pytest.raises(RunError, match=f"{HOST}/000.tar differs from its index"):

@@ -14,7 +14,8 @@ import webdataset
 from PIL import ImageOps
 
 from utils.data.encoding import as_png, deep_to_16_bits, open_image
-from utils.data.index import describe, load_index, write_index
+from utils.data.index import load_index
+from utils.data.index_file import describe, write_index
 from utils.data.tars import LABEL_EXTENSION, local_samples
 from utils.run.files import atomic
 from utils.run.flags import Parser, in_range, one_line_errors

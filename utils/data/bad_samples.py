@@ -1,5 +1,6 @@
 """The unusable samples of a run: a record of each, their number, and its limit."""
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -21,7 +22,7 @@ class BadSamples:
         self.path, self.images, self.max_bad = folder / FILE, images, max_bad
         self.lines = Lines(self.path)
         self.met: set[tuple[str, str]] = set()
-        self.written = dist.first_process_does(lambda: {_identity(json.loads(line)) for line in whole_lines(self.path)})
+        self.written = dist.first_process_does(lambda: set(_written(self.path)))
 
     def add(self, records: list[dict[str, str]]) -> int:
         """Add the records of all processes, which call it together. Returns the number of samples that this start has met.
@@ -38,6 +39,13 @@ class BadSamples:
             raise RunError(f"--max-bad {self.max_bad}: {len(self.met)} of {self.images} images cannot be used, see "
                            f"{self.path}; fix the shards, or raise --max-bad")  # fmt: skip
         return len(self.met)
+
+
+def _written(path):
+    """The identities of the records in a file. A power cut may leave a line that is none."""
+    for line in whole_lines(path):
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            yield _identity(json.loads(line.strip(b"\0")))
 
 
 def _identity(record):

@@ -5,33 +5,35 @@ import tarfile
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO, cast
 
 import numpy as np
 
-from utils.data.index import Index, Shard
-from utils.data.remote import BLOCK, RemoteError, Source, attempts, copy, is_remote, other_shard
-from utils.data.tars import LABEL_EXTENSION, TarSample, local_samples, tar_samples
+from utils.data.index import Index, cache_path
+from utils.data.index_file import Shard
+from utils.data.indexing import class_number
+from utils.data.remote import BLOCK, RemoteError, Source, copy, is_remote, other_shard, retried
+from utils.data.tars import LABEL_EXTENSION, TarSample, local_samples, open_tar, read_members, tar_samples
 from utils.run.files import atomic
 from utils.run.flags import RunError
+from utils.run.text import brief, shown
 
 
 class BadSample(Exception):
     """An unusable sample: its shard, its key and the error. following: the next sample id that may be usable."""
 
     def __init__(self, shard: str, key: str, error: str, following: int):
-        super().__init__(f"{shard}: {key}: {error}")
-        self.record = {"shard": shard, "key": key, "error": error}
+        self.record = {"shard": shown(shard), "key": brief(key, 200), "error": brief(shown(error), 200)}
+        super().__init__(": ".join(self.record.values()))
         self.following = following
 
 
-class ShardEnds(Exception):
-    """A shard whose samples cannot be read from this position to its end."""
+class Lost(Exception):
+    """Samples of a shard that cannot be read: those from position `start` to before `end`."""
 
-    def __init__(self, position: int, error: str):
+    def __init__(self, start: int, end: int, error: str):
         super().__init__(error)
-        self.position = position
+        self.start, self.end = start, end
 
 
 @dataclass
@@ -71,27 +73,27 @@ class Reader:
         end, why = self.ends.get(n, (shard.samples, ""))
         try:
             if position >= end:
-                raise ShardEnds(end, why)
-            found = self._open(n, sample_id, planned).read(position)
-        except ShardEnds as error:
-            self.ends[n] = error.position, str(error)
-            raise BadSample(shard.path, f"sample {position}", str(error), int(self.first[n + 1])) from None
-        except OSError as error:
-            raise BadSample(shard.path, f"sample {position}", str(error), sample_id + 1) from None
-        try:
-            label = int(found.members[LABEL_EXTENSION]) if self.index.labelled else -1
-        except (KeyError, ValueError):
-            raise BadSample(shard.path, found.key, "no label, or a label that is not a number", sample_id + 1) from None
+                raise Lost(end, shard.samples, why)
+            if is_remote(shard.path) and not self.index.cache_dir:
+                found = self._remote(n, sample_id, planned).read(position)
+            else:
+                found = self._read_local(n, shard, position)
+        except Lost as error:
+            if error.end == shard.samples:
+                self.ends[n] = error.start, str(error)
+            raise BadSample(shard.path, f"sample {position}", str(error), int(self.first[n]) + error.end) from None
+        label = class_number(found.members.get(LABEL_EXTENSION)) if self.index.classes is not None else -1
+        if label is None or label >= len(self.index.classes or ()):
+            why = "no label, or a label that is not a number" if label is None else "a label that is not one of the classes"
+            raise BadSample(shard.path, found.key, why, sample_id + 1)
         return Sample(sample_id, found.key, found.members[found.image], label)
 
     def shard_of(self, sample_id: int) -> int:
         """The number of the shard that holds this sample."""
         return int(np.searchsorted(self.first, sample_id, side="right")) - 1
 
-    def _open(self, n, sample_id, planned):
+    def _remote(self, n, sample_id, planned):
         shard = self.index.shards[n]
-        if not is_remote(shard.path) or self.index.cache_dir:
-            return self._open_local(n, shard)
         if not planned:  # its own pass: the planned one does not keep this sample
             return RemoteShard(shard, np.arange(shard.samples) == sample_id - self.first[n])
         lane = self.lane_of_sample[np.searchsorted(self.expected, sample_id)]
@@ -102,6 +104,17 @@ class Reader:
             self.passes[n, lane] = RemoteShard(shard, wanted)
         return self.passes[n, lane]
 
+    def _read_local(self, n, shard, position):
+        """A sample. A file that cannot be read, such as one that its server has replaced, is opened once more."""
+        for again in (True, False):
+            try:
+                return self._open_local(n, shard).read(position)
+            except OSError as error:
+                if n in self.local:
+                    self.local.pop(n).close()
+                if not again:
+                    raise Lost(position, position + 1, str(error)) from None
+
     def _open_local(self, n, shard):
         if n not in self.local:
             if len(self.local) >= self.open_shards:
@@ -109,9 +122,9 @@ class Reader:
             cache = self.index.cache_dir
             path = cached(shard, cache) if cache and is_remote(shard.path) else shard.path
             try:
-                self.local[n] = LocalShard(shard, path)
+                self.local[n] = retried(lambda: LocalShard(shard, path), path, (OSError,))
             except OSError as error:
-                raise ShardEnds(0, str(error)) from None
+                raise Lost(0, shard.samples, str(error)) from None
         self.local.move_to_end(n)
         return self.local[n]
 
@@ -125,41 +138,46 @@ class Reader:
 
 
 class LocalShard:
-    """A shard in a local file."""
+    """A shard in a local file. Damaged parts cost the samples in them: of one part both ends are known, from the two ends of
+    the shard; of several, also what lies between them, unless no sample is missing.
+    """
 
     def __init__(self, shard: Shard, path: str):
-        self.samples: list[TarSample] = []
-        self.damage = ""
+        damages: list[tuple[int, str]] = []
+        self.samples: list[TarSample | None] = []
         try:
-            for sample in local_samples(path):
+            for sample in local_samples(path, damages=damages):
                 self.samples.append(sample)
         except tarfile.TarError as error:
-            self.damage = str(error)
-        if len(self.samples) != shard.samples and not self.damage:
+            damages.append((len(self.samples), str(error)))
+        missing = shard.samples - len(self.samples)
+        if missing < 0 or (missing and not damages):
             raise RunError(f"{path} holds {len(self.samples)} samples, its index says {shard.samples}; delete the index.json "
                            "beside it to index again")  # fmt: skip
+        if missing:
+            start, end = damages[0][0], damages[-1][0]
+            self.samples[start:end] = [None] * (end - start + missing)
+        self.damage = damages[0][1] if damages else ""
         self.fd = os.open(path, os.O_RDONLY)
 
     def read(self, position: int) -> TarSample:
-        """A sample. Raises ShardEnds after a corrupt part of the tar, and OSError if the file has become shorter."""
-        if position >= len(self.samples):
-            raise ShardEnds(len(self.samples), f"the shard is corrupt: {self.damage}")
-        sample = self.samples[position]
-        return TarSample(sample.key, {e: self._bytes(*place) for e, place in sample.members.items() if place})
-
-    def _bytes(self, offset, size):
-        data = os.pread(self.fd, size, offset)
-        if len(data) != size:
-            raise OSError(f"the shard ends before byte {offset + size}, unlike when it was opened")
-        return data
+        """A sample. Raises Lost for one in a damaged part or if the file has become shorter, and OSError."""
+        if (sample := self.samples[position]) is None:
+            usable = (n for n in range(position, len(self.samples)) if self.samples[n])
+            start = next((n for n in range(position, -1, -1) if self.samples[n]), -1) + 1
+            raise Lost(start, next(usable, len(self.samples)), f"the shard is corrupt: {self.damage}")
+        members = {e: os.pread(self.fd, place[1], place[0]) for e, place in sample.members.items() if place}
+        if any(len(data) != sample.members[e][1] for e, data in members.items()):
+            raise Lost(position, position + 1, "the shard has become shorter since it was opened")
+        return TarSample(sample.key, members)
 
     def close(self) -> None:
         os.close(self.fd)
 
 
 def cached(shard: Shard, folder: str) -> str:
-    """The path of a local copy of a remote shard, which is fetched if necessary. Raises ShardEnds or RunError."""
-    path = Path(folder) / f"{shard.sha256[:16]}-{shard.name}"
+    """The path of a local copy of a remote shard, which is fetched if necessary. Raises Lost or RunError."""
+    path = cache_path(shard, folder)
     if path.exists() and path.stat().st_size == shard.bytes:
         return str(path)
     try:
@@ -167,7 +185,7 @@ def cached(shard: Shard, folder: str) -> str:
         with atomic(path) as file:
             copy(shard.path, file, (shard.bytes, shard.sha256))
     except RemoteError as error:
-        raise ShardEnds(0, str(error)) from None
+        raise Lost(0, shard.samples, str(error)) from None
     except OSError as error:
         raise RunError(f"--cache-dir {folder}: cannot store {shard.name} ({error}); free some space, or leave it out") from None
     return str(path)
@@ -188,7 +206,7 @@ class RemoteShard:
         self.samples: Iterator[TarSample] = iter(())
 
     def read(self, position: int) -> TarSample:
-        """A wanted sample, once. Raises ShardEnds if it cannot be read."""
+        """A wanted sample, once. Raises Lost if it cannot be read."""
         while position not in self.held:
             sample = self._next()
             if self.wanted[self.passed]:
@@ -200,35 +218,39 @@ class RemoteShard:
 
     def _next(self):
         """The next sample. A stream that breaks off is opened again."""
-        for again in attempts():
-            try:
-                source = self.source or self._open()
-                sample = next(self.samples)
-                if self.passed + 1 == self.shard.samples:
-                    self._check_whole(source)
-                return sample
-            except (RemoteError, tarfile.TarError) as error:
-                self.close()
-                if not again:
-                    raise ShardEnds(self.passed, f"cannot be read further: {error}") from None
+        try:
+            return retried(self._try_next, self.shard.path, (RemoteError, tarfile.TarError))
+        except (RemoteError, tarfile.TarError) as error:
+            raise Lost(self.passed, self.shard.samples, f"cannot be read further: {error}") from None
+
+    def _try_next(self):
+        try:
+            source = self.source or self._open()
+            sample = next(self.samples)
+            if self.passed + 1 == self.shard.samples:
+                self._check_whole(source)
+            return sample
+        except (RemoteError, tarfile.TarError):
+            self.close()
+            raise
 
     def _open(self):
         done = self.passed
         self.source = source = Source(self.shard.path)
-        tar = tarfile.open(fileobj=cast(IO[bytes], source), mode="r|", bufsize=BLOCK)  # noqa: SIM115 - closed with its source
+        tar = open_tar(source, "r|", bufsize=BLOCK)
 
         def take(member, position):
             wanted = done <= position < self.shard.samples and self.wanted[position]
             return cast(IO[bytes], tar.extractfile(member)).read() if wanted else None
 
-        self.samples = tar_samples(tar, take, self.shard.samples)
+        self.samples = tar_samples(read_members(tar, self.shard.bytes), take, self.shard.samples)
         for _ in range(done):
             next(self.samples)
         return source
 
     def _check_whole(self, source):
         """Read to the end. A stream that breaks off after the last sample's header may have lost a part of that sample."""
-        while source.read(BLOCK):
+        while source.size <= self.shard.bytes and source.read(BLOCK):
             pass
         if source.size < self.shard.bytes:
             raise RemoteError(f"ends after {source.size} of {self.shard.bytes} bytes")

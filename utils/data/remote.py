@@ -1,25 +1,54 @@
 """Remote files, which webdataset opens: https://, s3://, gs://, pipe: and others."""
 
 import contextlib
+import errno
 import hashlib
+import os
 import re
+import signal
+import subprocess
+import sys
 import time
-from collections.abc import Iterator
-from typing import BinaryIO
+from collections.abc import Callable
+from multiprocessing.connection import wait
+from typing import Any, BinaryIO, TypeVar
 
-from webdataset.gopen import Pipe, gopen, gopen_schemes
+from webdataset.gopen import Pipe, gopen, gopen_curl, gopen_schemes
 
 from utils.run.flags import RunError
+from utils.run.text import brief, shown
 
 TRIES, WAIT = 5, 1.0  # tries in all; seconds before the first retry, doubled for each later one
+PATIENCE = 3.0  # seconds of waiting without a word
+STALL, PROGRESS = 60.0, 1 << 16  # a stream that gives fewer bytes than PROGRESS while it is waited for STALL seconds is broken
 BLOCK = 1 << 18  # bytes of a read
+MOST = 1 << 28  # bytes of a file whose size is not known
+NEVER = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)  # errors that no retry changes
+T = TypeVar("T")
 
 
-def _open_s3(url, mode="rb", bufsize=8192):
-    return Pipe(["aws", "s3", "cp", "--quiet", url, "-"], mode=mode, bufsize=bufsize)
+def _command(command: str | list[str], **options: Any) -> Pipe:
+    """The output of a command, in a process group of its own, so that all of it can be ended."""
+    return Pipe(command, mode="rb", bufsize=0, process_group=0, **options)
+
+
+def _open_command(url: str, mode: str = "rb", bufsize: int = 0) -> Pipe:
+    return _command(url.removeprefix("pipe:"), shell=True, ignore_status=[141])
+
+
+def _open_curl(url: str, mode: str = "rb", bufsize: int = 0) -> Pipe:
+    # webdataset's own retries for a minute without a word, and does not tell the status
+    return _command(["curl", "--connect-timeout", "20", "--fail", "--silent", "--show-error", "--location", url],
+                    ignore_status=[141, 23], stderr=subprocess.PIPE)  # fmt: skip
+
+
+def _open_s3(url: str, mode: str = "rb", bufsize: int = 0) -> Pipe:
+    return _command(["aws", "s3", "cp", "--quiet", url, "-"])
 
 
 gopen_schemes.setdefault("s3", _open_s3)  # webdataset has none
+gopen_schemes["pipe"] = _open_command
+gopen_schemes.update({scheme: _open_curl for scheme, opener in gopen_schemes.items() if opener is gopen_curl})
 
 
 def is_remote(spec: str) -> bool:
@@ -48,59 +77,125 @@ def check_openable(spec: str, flag: str, allow_pipe: bool) -> None:
     scheme = spec.partition(":")[0]
     if scheme not in gopen_schemes:
         known = ", ".join(k for k in gopen_schemes if k[0] != "_")
-        raise ValueError(f"{flag} {spec}: nothing opens {scheme}:; use one of {known}")
+        raise ValueError(f"{flag} {shown(spec)}: nothing opens {scheme}:; use one of {known}")
     if scheme == "pipe" and not allow_pipe:
-        raise ValueError(f"{flag} {spec}: is a shell command; pass --allow-pipe to run it")
+        raise ValueError(f"{flag} {shown(spec)}: is a shell command; pass --allow-pipe to run it")
     if scheme == "pipe" and not _named(spec):
-        raise ValueError(f"{flag} {spec}: names no tar; a good one is pipe:ssh host cat /data/train-{{000000..000009}}.tar")
-
-
-def attempts() -> Iterator[bool]:
-    """Yields TRIES times whether a retry remains, and waits before each retry, longer every time."""
-    for n in range(TRIES):
-        if n:
-            time.sleep(WAIT * 2 ** (n - 1))
-        yield n < TRIES - 1
+        raise ValueError(
+            f"{flag} {shown(spec)}: names no tar; a good one is pipe:ssh host cat /data/train-{{000000..000009}}.tar"
+        )
 
 
 class RemoteError(Exception):
-    """A remote file could not be opened or read."""
+    """A remote file could not be opened or read. final: whether no retry can change that."""
+
+    def __init__(self, text: str, final: bool = False):
+        super().__init__(text)
+        self.final = final
+
+
+def retried(work: Callable[[], T], where: str, errors: tuple[type[Exception], ...]) -> T:
+    """work(), called up to TRIES times while it raises one of these errors. The last error is raised.
+
+    The wait before a retry doubles each time; after PATIENCE seconds in all a line says so. where: a path or URL.
+    """
+    start = time.monotonic()
+    for n in range(1, TRIES):
+        try:
+            return work()
+        except errors as error:
+            if isinstance(error, OSError):
+                check_descriptors(error)
+            if isinstance(error, NEVER) or getattr(error, "final", False):
+                raise
+            pause = WAIT * 2 ** (n - 1)
+            if time.monotonic() - start + pause >= PATIENCE:
+                _say(f"waiting for {shown(where)} ({brief(str(error))}), try {n + 1} of {TRIES}")
+            time.sleep(pause)
+    return work()
+
+
+def _say(line):
+    print(line, file=sys.stderr, flush=True)  # not tqdm: a worker may have inherited its lock, held
+
+
+def check_descriptors(error: OSError) -> None:
+    """Raise RunError if the reason is that this process has too few file descriptors: no shard is bad."""
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        raise RunError("too many open files; raise the limit with ulimit -n 4096, or pass fewer --lanes or --workers") from None
 
 
 def other_shard(url: str) -> RunError:
     """The error for a remote shard that has changed."""
-    return RunError(f"{url} differs from its index in size or sha256; copy it there again, or index it again")
+    return RunError(f"{shown(url)} differs from its index in size or sha256; copy it there again, or index it again")
 
 
 class Source:
     """A URL as a stream of bytes, with their number and sha256. Raises RemoteError."""
 
     def __init__(self, url: str):
-        self.size, self.hash = 0, hashlib.sha256()
+        self.url, self.size, self.hash = url, 0, hashlib.sha256()
+        self.waited, self.since, self.silent = 0.0, 0, True  # seconds of waiting since so many bytes; whether no line says so
         try:
             self.stream = gopen(url)
         except (OSError, ValueError) as error:
-            raise RemoteError(f"{url}: {error}") from None
+            if isinstance(error, OSError):
+                check_descriptors(error)
+            raise RemoteError(shown(str(error))) from None
 
     def read(self, size: int) -> bytes:
+        """At most `size` bytes, none at the end."""
         try:
-            data = self.stream.read(size)
+            data = self._output(size) if isinstance(self.stream, Pipe) else self.stream.read(size)
         except OSError as error:
-            raise RemoteError(str(error)) from None
+            raise RemoteError(shown(str(error))) from None
         self.size += len(data)
         self.hash.update(data)
         return data
 
-    def finish(self) -> None:
-        """Close it after its last byte; only then does a command tell whether it has succeeded."""
+    def _output(self, size):
+        """What a command writes next. Time counts only here: a reader may leave a stream alone for minutes."""
+        if self.size - self.since >= PROGRESS:
+            self.waited, self.since = 0.0, self.size
+        ready = None
+        while not ready:
+            start = time.monotonic()
+            ready = wait([self.stream.stream], min(PATIENCE, STALL))
+            self.waited += time.monotonic() - start
+            if self.waited >= STALL:
+                raise RemoteError(f"gives no data, or almost none, for {self.waited:.0f} seconds")
+            if not ready and self.silent:
+                self.silent = False
+                _say(f"waiting for {shown(self.url)} (no data for {PATIENCE:.0f} seconds)")
+        if data := os.read(self.stream.stream.fileno(), size):
+            return data
         try:
-            self.stream.close()
-        except OSError as error:
-            raise RemoteError(str(error)) from None
+            status = self.stream.proc.wait(STALL)
+        except subprocess.TimeoutExpired:
+            raise RemoteError("its command does not end") from None
+        if status not in self.stream.ignore_status:
+            raise self._failed(status)
+        return data
+
+    def _failed(self, status):
+        """The error of a command with this exit status. HTTP's 4xx are final, but for 408 and 429."""
+        errors = self.stream.proc.stderr  # None unless it is curl
+        said = errors.read(4096).decode(errors="replace").strip() if errors else ""
+        if http := re.search(r"returned error: (\d{3})", said):
+            return RemoteError(f"HTTP status {http[1]}", http[1][0] == "4" and http[1] not in ("408", "429"))
+        return RemoteError(f"exit {status}{': ' * bool(said)}{brief(shown(said))}")
 
     def close(self) -> None:
-        """Close it before its end."""
-        with contextlib.suppress(OSError):  # a command that is stopped early fails
+        """Close it. A command that still runs is ended: it may wait for its server without end."""
+        if isinstance(self.stream, Pipe):
+            if self.stream.proc.returncode is None:
+                with contextlib.suppress(OSError):  # some commands of webdataset have no group
+                    os.killpg(self.stream.proc.pid, signal.SIGKILL)
+                self.stream.proc.kill()
+            if self.stream.proc.stderr:
+                self.stream.proc.stderr.close()
+            self.stream.timeout = PATIENCE
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):  # a command that is stopped early fails
             self.stream.close()
 
 
@@ -109,20 +204,19 @@ def copy(url: str, file: BinaryIO, expected: tuple[int, str] | None = None) -> N
 
     Raises RemoteError if it cannot be read in TRIES tries, and RunError if the content is another.
     """
-    for again in attempts():
-        file.seek(0)
-        file.truncate()
-        try:
-            with contextlib.closing(Source(url)) as source:
-                while data := source.read(BLOCK):
-                    file.write(data)
-                source.finish()
-            if expected is None or expected == (source.size, source.hash.hexdigest()):
-                return
-            if source.size < expected[0]:
-                raise RemoteError(f"{url}: ends after {source.size} of {expected[0]} bytes")
-            if not again:
-                raise other_shard(url)
-        except RemoteError:
-            if not again:
-                raise
+    retried(lambda: _copy(url, file, expected), url, (RemoteError, RunError))
+
+
+def _copy(url, file, expected):
+    file.seek(0)
+    file.truncate()
+    most = expected[0] if expected else MOST
+    with contextlib.closing(Source(url)) as source:
+        while source.size <= most and (data := source.read(BLOCK)):
+            file.write(data)
+    if expected is None and source.size > most:
+        raise RemoteError(f"has more than {most} bytes", final=True)
+    if expected and source.size < expected[0]:
+        raise RemoteError(f"ends after {source.size} of {expected[0]} bytes")
+    if expected and expected != (source.size, source.hash.hexdigest()):
+        raise other_shard(url)
