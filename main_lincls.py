@@ -31,6 +31,7 @@ from utils.run import checkpoint, dist, flags, resume, signals
 from utils.run.engine import Engine, StepInputs
 from utils.run.files import write_json
 from utils.run.log import Log, say, write_config
+from utils.run.text import shown
 
 PROG = "main_lincls.py"
 
@@ -71,6 +72,13 @@ def get_args(argv: list[str] | None = None, source: Source | None = None) -> fla
     return args
 
 
+def check_labels(flag: str, shards: str, index: Index) -> None:
+    """Raise ValueError unless all images are labelled."""
+    if not index.labelled:
+        why = f"of its images {index.unlabelled}" if index.unlabelled else "these images have none"
+        raise ValueError(f"{flag} {shown(shards)}: a linear probe needs labels and {why}; pass labelled shards")
+
+
 def check(args: Namespace, train: Index, val: Index) -> None:
     """Raise ValueError for flags and data that cannot work."""
     flags.check_run_flags(args)
@@ -81,11 +89,11 @@ def check(args: Namespace, train: Index, val: Index) -> None:
     flags.in_range("--resize", args.resize, args.size, math.inf)
     flags.check_batch(args, train.total)
     for flag, shards, index in (("--train-shards", args.train_shards, train), ("--val-shards", args.val_shards, val)):
-        if not index.labelled:
-            raise ValueError(f"{flag} {shards}: a linear probe needs labels and these images have none; pass labelled shards")
+        check_labels(flag, shards, index)
     classes, val_classes = train.classes or (), val.classes or ()
     if classes[: len(val_classes)] != val_classes:  # of foreign shards only the largest label is known
-        raise ValueError(f"--val-shards {args.val_shards}: its classes are not those of --train-shards {args.train_shards}")
+        raise ValueError(f"--val-shards {shown(args.val_shards)}: its classes are not those of --train-shards "
+                         f"{shown(args.train_shards)}")  # fmt: skip
 
 
 def rates(args: Namespace) -> list[float]:

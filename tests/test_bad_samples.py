@@ -57,6 +57,16 @@ def test_bad_samples__half_a_line_is_ignored(tmp_path, rest):
     assert written(tmp_path) == [record("x")]
 
 
+@pytest.mark.parametrize("odd", ["\0" * 512, "{", '{"shard": "a.tar", "key', "[3]", "3", "{}", '{"shard": [], "key": 1}'])
+def test_bad_samples__a_line_that_is_no_record_is_passed_over(tmp_path, odd):
+    """A power cut may leave NUL bytes, before a line too."""
+    text = f"{json.dumps(record('x'))}\n{odd}\n" + "\0" * 99 + f"{json.dumps(record('y'))}\n" + "\0" * 512
+    (tmp_path / FILE).write_text(text)
+    assert BadSamples(tmp_path, 100, 1.0).add([record("y"), record("x"), record("z")]) == 3
+    lines = (tmp_path / FILE).read_text().splitlines()
+    assert len(lines) == 4 and json.loads(lines[-1]) == record("z")
+
+
 @pytest.mark.parametrize("rest", ["{", '{"shard": "a.tar", "key": "y", "err', json.dumps(record("y"))])
 def test_bad_samples__half_a_line_does_not_spoil_the_next_one(tmp_path, rest):
     (tmp_path / FILE).write_text(json.dumps(record("x")) + "\n" + rest)

@@ -1,3 +1,4 @@
+import gzip
 import hashlib
 import io
 import json
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import main_lincls
 import main_pretrain
 from utils.data import index as index_module
 from utils.data import index_file, indexing
@@ -186,10 +188,212 @@ def test_load_index__classes_of_foreign_shards(tmp_path, label, classes):
     assert index.classes == classes and index.labelled == (classes is not None)
 
 
-def test_load_index__one_sample_without_label(tmp_path):
+LABELS = [None, b"", b"-1", b"1.0", b"cat", b"\xff\0", b"1000000", b"1" * 9999, "1²".encode()]
+
+
+@pytest.mark.parametrize("label", LABELS, ids=range(len(LABELS)))
+def test_load_index__a_label_that_is_no_number_is_named(tmp_path, capsys, label):
+    """The first one, and how many there are. It is known at each start, and a probe says it."""
     shard(tmp_path / "a.tar", 3)
-    shard(tmp_path / "b.tar", 1, None)
-    assert not load_index(str(tmp_path)).labelled
+    members = [("x.jpg", b"?"), ("x.cls", b"1"), ("d/y.jpg", b"?"), ("z.jpg", b"?")]
+    write_tar(tmp_path / "b.tar", members + ([] if label is None else [("z.cls", label)]))
+    index = load_index(str(tmp_path))
+    assert index.classes is None and not index.labelled
+    assert index.unlabelled == "2 of 6 have no .cls with a number from 0 to 999999, the first: d/y in b.tar"
+    assert f"indexed without labels, because of its images {index.unlabelled}" in capsys.readouterr().err
+    assert load_index(str(tmp_path)) == index and capsys.readouterr().err == ""
+    with pytest.raises(ValueError, match="^--val-shards .*needs labels and of its images 2 of 6 have no .cls.*; pass labelled"):
+        main_lincls.check_labels("--val-shards", "x", index)
+
+
+def test_load_index__without_any_label_nothing_is_said(tmp_path, capsys):
+    write_tar(tmp_path / "b.tar", [("x.jpg", b"?"), ("x.json", b"{}"), ("y.jpg", b"?")])
+    index = load_index(str(tmp_path))
+    assert index.classes is None and index.unlabelled == "" and "warning" not in capsys.readouterr().err
+    with pytest.raises(ValueError, match="^--val-shards x: a linear probe needs labels and these images have none; pass"):
+        main_lincls.check_labels("--val-shards", "x", index)
+
+
+def test_load_index__labels_with_gaps_are_counted(tmp_path, capsys):
+    write_tar(tmp_path / "b.tar", [m for n in (17, 5, 900, 5) for m in ((f"{n}.jpg", b"?"), (f"{n}.cls", b"%d" % n))])
+    assert len(load_index(str(tmp_path)).classes) == 901
+    assert "3 labels from 5 to 900: of the 901 classes, 898 have no image here" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- tars of other kinds
+
+
+def header_of(path, number):
+    """Where the header of the member `number` begins."""
+    with tarfile.open(path) as tar:
+        return tar.getmembers()[number].offset
+
+
+def set_size(path, number, text, type_=tarfile.REGTYPE):
+    """Write size and type of a member's header, and its checksum."""
+    with open(path, "r+b") as file:
+        file.seek(at := header_of(path, number))
+        block = bytearray(file.read(512))
+        block[124:136], block[156:157] = text, type_
+        block[148:156] = b"%06o\0 " % tarfile.calc_chksums(block)[0]
+        file.seek(at)
+        file.write(block)
+
+
+BASE256 = (b"\xff" + (2**88 - 700).to_bytes(11, "big"), b"\x80" + b"\x7f" * 11, b"\x80" + bytes(5) + b"\1" + bytes(5))
+SIZES = [*BASE256, b"-0000000700\0", b"hello world\0", b"\xc3\xa9" * 6, b"77777777777\0"]
+
+
+@pytest.mark.parametrize("size", SIZES, ids=range(len(SIZES)))
+@pytest.mark.parametrize("number", [0, 1, 4])
+def test_local_samples__a_size_that_cannot_be_right(tmp_path, size, number):
+    """Negative, huge, or no number: it is damage, as any corrupt header. The other samples are read."""
+    path = write_tar(tmp_path / "x.tar", [m for n in range(3) for m in ((f"{n}.jpg", b"%d" % n * 600), (f"{n}.cls", b"1"))])
+    set_size(path, number, size)
+    damages = []
+    found = dict(read(path, sample) for sample in local_samples(path, damages=damages))
+    for n in {0, 1, 2} - {number // 2}:
+        assert found[str(n)] == {"jpg": b"%d" % n * 600, "cls": b"1"}
+    assert len(damages) == 1 and (str(number // 2) in found) == (number == 1)
+    with pytest.raises(ValueError, match="^--shards .*x.tar: not a whole tar .*; copy it again") as error:
+        load_index(str(tmp_path))
+    assert "\n" not in str(error.value)
+    with open(path, "rb") as file, pytest.raises(tarfile.TarError):  # as a stream
+        list(tar_samples(read_members(open_tar(file, "r|"), os.path.getsize(path)), lambda member, _: None, 3))
+
+
+@pytest.mark.parametrize("size", ["-600", "99999999999999999999", "x", "1e3"])
+@pytest.mark.parametrize("kind", ["size", "GNU.sparse.size", "GNU.sparse.map", "GNU.sparse.major"])
+def test_local_samples__pax_headers_that_cannot_be_right(tmp_path, kind, size):
+    with tarfile.open(tmp_path / "x.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        for n in range(3):
+            info = tarfile.TarInfo(f"{n}.jpg")
+            info.size, info.pax_headers = 600, {kind: size, "GNU.sparse.minor": "0"} if n == 1 else {}
+            tar.addfile(info, io.BytesIO(b"%d" % n * 600))
+    found = [sample.key for sample in local_samples(tmp_path / "x.tar", damages=[])]
+    assert found[0] == "0" and found[-1] == "2"
+
+
+@pytest.mark.parametrize("type_", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.XGLTYPE])
+def test_local_samples__a_long_name_does_not_ask_for_all_memory(tmp_path, type_):
+    path = write_tar(tmp_path / "x.tar", [("0.jpg", b"0"), ("1.jpg", b"1"), ("2.jpg", b"2")])
+    set_size(path, 1, b"\x80" + bytes(3) + b"\1" + bytes(7), type_)
+    assert [sample.key for sample in local_samples(path, damages=[])] == ["0", "2"]
+
+
+@pytest.mark.parametrize("kind, fix", [(tarfile.LNKTYPE, "hard"), (tarfile.SYMTYPE, "symbolic")])
+def test_load_index__links_to_images_are_refused(tmp_path, kind, fix):
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for n, type_ in enumerate([tarfile.REGTYPE, tarfile.SYMTYPE, kind, kind]):
+            info = tarfile.TarInfo("latest" if n == 1 else f"d/{n}.jpg")  # a link beside the images does not matter
+            info.type, info.linkname, info.size = type_, "d/0.jpg", 5 if type_ == tarfile.REGTYPE else 0
+            tar.addfile(info, io.BytesIO(b"image"))
+    with pytest.raises(
+        ValueError, match="^--shards .*: 2 images or labels of x.tar are links, the first: d/2.jpg .*--hard-deref"
+    ):
+        load_index(str(tmp_path))
+
+
+def test_load_index__a_sparse_image_is_refused(tmp_path):
+    """Where holes are left out, the bytes of the tar are not those of the file."""
+    with tarfile.open(tmp_path / "x.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        info = tarfile.TarInfo("0.jpg")
+        info.size, info.pax_headers = 5, {"GNU.sparse.map": "0,5", "GNU.sparse.size": "9000"}
+        tar.addfile(info, io.BytesIO(b"image"))
+    with pytest.raises(ValueError, match="^--shards .*x.tar: has a sparse file; pack it again without --sparse$"):
+        load_index(str(tmp_path))
+
+
+@pytest.mark.parametrize("rest", ["tar", b"x", bytes(9999) + b"x"])
+def test_load_index__data_after_the_end_is_refused(tmp_path, rest):
+    """A reader that stops at the end would lose the second tar in silence."""
+    path = write_tar(tmp_path / "x.tar", [("0.jpg", b"0")])
+    more = write_tar(tmp_path / "other", [("1.jpg", b"1")]).read_bytes() if rest == "tar" else rest
+    path.write_bytes(path.read_bytes() + more)
+    with pytest.raises(ValueError, match="^--shards .*x.tar: has data after its end at byte 1024, such as a second tar; pack"):
+        load_index(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "name, spec", [("a.tar", ""), ("a.tar.gz", ""), ("a.tgz", ""), ("a.tar.gz", "a.tar.gz"), ("a.tar", "*.tar")]
+)
+def test_load_index__a_compressed_tar_is_refused(tmp_path, name, spec):
+    (tmp_path / name).write_bytes(gzip.compress(write_tar(tmp_path / "x", [("0.jpg", b"0")]).read_bytes()))
+    with pytest.raises(ValueError, match=f"^--shards {tmp_path}.*{name}.* is compressed.*; unpack it"):
+        load_index(f"{tmp_path}/{spec}" if spec else str(tmp_path))
+
+
+def test_load_index__a_compressed_tar_beside_the_unpacked_one(tmp_path):
+    shard(tmp_path / "a.tar", 3)
+    (tmp_path / "a.tar.gz").write_bytes(b"")
+    (tmp_path / "a.tar.sha256").write_bytes(b"")
+    assert load_index(str(tmp_path)).total == 3
+
+
+def left_out(folder, members, capsys):
+    """The images of each sample, and what the index leaves out."""
+    path = write_tar(folder / "x.tar", members)
+    load_index(str(folder))
+    lines = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if "leaves out" in line]
+    found = [(sample.key, sample.image) for sample in local_samples(path)]
+    return found, sorted(line.partition("leaves out ")[2] for line in lines)
+
+
+def test_load_index__names_with_dots(tmp_path, capsys):
+    """The key ends at the first dot. An image whose extension has more dots is used where its key has no other."""
+    names = [
+        "a.jpg",
+        "s.input.jpg",
+        "s.cls",
+        "t.seg.png",
+        "t.jpg",
+        "22.05.png",
+        "22.06.png",
+        "22.07.png",
+        ".hid.jpg",
+        "._a.jpg",
+    ]
+    found, lines = left_out(tmp_path, [(name, b"?") for name in names], capsys)
+    assert found == [("a", "jpg"), ("s", "input.jpg"), ("t", "jpg"), ("22", "05.png")]
+    assert lines == [
+        "1 images beside the .jpg of their key, the first: t.seg.png in x.tar",
+        "2 files without a key or an extension, the first: .hid.jpg in x.tar",
+        "2 images beside the .05.png of their key, the first: 22.06.png in x.tar",
+    ]
+
+
+def test_load_index__every_image_is_used_or_counted(tmp_path, capsys):
+    names = [
+        "a.pgm",
+        "b.jfif",
+        "c.jpe",
+        "d.pbm",
+        "e.PNM",
+        "f.pgm",
+        "f.jpg",
+        "g.avif",
+        "g.cls",
+        "h.jp2",
+        "i.tga",
+        "j.avif",
+        "j.cls",
+        "k",
+    ]
+    found, lines = left_out(tmp_path, [(name, b"?") for name in names], capsys)
+    assert found == [("a", "pgm"), ("b", "jfif"), ("c", "jpe"), ("d", "pbm"), ("e", "pnm"), ("f", "jpg")]
+    assert lines == [
+        "1 files without a key or an extension, the first: k in x.tar",
+        "1 images beside the .jpg of their key, the first: f.pgm in x.tar",
+        "1 keys without an image (.jp2), the first: h in x.tar",
+        "1 keys without an image (.tga), the first: i in x.tar",
+        "2 keys without an image (.avif .cls), the first: g in x.tar",
+    ]
+
+
+def test_load_index__many_kinds_of_other_files_are_a_few_lines(tmp_path, capsys):
+    members = [("a.jpg", b"?")] + [(f"{n}\n{'k' * 90}.e{n}", b"?") for n in range(500)]
+    found, lines = left_out(tmp_path, members, capsys)
+    assert len(found) == 1 and len(lines) == 6 and "500 names" in " ".join(lines) and max(map(len, lines)) < 300
 
 
 @pytest.mark.parametrize(

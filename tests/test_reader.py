@@ -1,4 +1,5 @@
 import dataclasses
+import errno
 import os
 import tarfile
 import weakref
@@ -9,7 +10,7 @@ import pytest
 from shards_helpers import member_at, name_classes, one_color, overwrite, write_members, write_shards
 
 from utils.data import reader as reader_module
-from utils.data import shards
+from utils.data import remote, shards, tars
 from utils.data.index import load_index
 from utils.data.reader import BadSample, Reader, RemoteShard, Sample
 from utils.data.shards import epoch_plan
@@ -237,6 +238,67 @@ def test_reader__a_corrupt_shard_is_read_through_once(tmp_path, monkeypatch):
     assert scanned == ["000.tar", "001.tar"]
 
 
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO])
+@pytest.mark.parametrize("where", ["open", "pread"])
+def test_reader__an_error_that_passes_costs_nothing(tmp_path, monkeypatch, number, where):
+    """At the opening of a shard, or after it: a server has replaced the file."""
+    monkeypatch.setattr(remote, "WAIT", 1e-4)
+    index, fails, function = write_shards(tmp_path / "x", (3, 2)), [1] * (4 if where == "open" else 1), getattr(os, where)
+
+    def failing(*args):
+        if fails and (where == "pread" or str(args[0]).endswith(".tar")):
+            raise OSError(fails.pop() and number, "it passes")
+        return function(*args)
+
+    monkeypatch.setattr(os, where, failing)
+    reader = Reader(index)
+    assert [reader(i).image for i in range(5)] == [one_color(i) for i in range(5)] and not fails
+    reader.close()
+
+
+@pytest.mark.parametrize("where, following", [("open", 3), ("pread", 2)])
+def test_reader__an_error_that_stays_costs_what_it_must(tmp_path, monkeypatch, where, following):
+    """A shard that cannot be opened, or a sample that cannot be read. Other shards are not touched."""
+    monkeypatch.setattr(remote, "WAIT", 1e-4)
+    index, function = write_shards(tmp_path / "x", (3, 2)), getattr(os, where)
+    reader = Reader(index)
+
+    def failing(first, *rest):
+        if str(first if where == "open" else os.readlink(f"/proc/self/fd/{first}")).endswith("000.tar"):
+            raise OSError(errno.EIO, "it stays")
+        return function(first, *rest)
+
+    monkeypatch.setattr(os, where, failing)
+    error = bad(reader, 1)
+    assert error.following == following and "it stays" in error.record["error"]
+    assert reader(3).image == one_color(3)
+    reader.close()
+
+
+def test_reader__too_many_open_files_are_not_the_shards_fault(tmp_path, monkeypatch):
+    index, function = write_shards(tmp_path / "x", (3,)), os.open
+
+    def failing(path, *rest):
+        if str(path).endswith(".tar"):
+            raise OSError(errno.EMFILE, "Too many open files")
+        return function(path, *rest)
+
+    monkeypatch.setattr(os, "open", failing)
+    with pytest.raises(RunError, match="too many open files; .*ulimit -n"):
+        Reader(index)(0)
+
+
+@pytest.mark.parametrize("label", [2, 3, 900, -1, "1.0"])
+def test_reader__a_label_that_is_no_class_is_a_bad_sample(tmp_path, label):
+    write_shards(tmp_path / "x", (3, 2), label=lambda number: label if number == 2 else 1)
+    index = name_classes(tmp_path / "x", ["a", "b"])
+    reader = Reader(index)
+    error = bad(reader, 2)
+    assert error.record["key"] == "00002" and "label" in error.record["error"] and error.following == 3
+    assert reader(1).label == reader(3).label == 1
+    reader.close()
+
+
 def test_reader__shard_gone(tmp_path):
     index = write_shards(tmp_path / "x", (2, 2))
     os.remove(index.shards[0].path)
@@ -250,8 +312,14 @@ def spied_file(path, ranges):
 
     class Spy:
         def __init__(self):
-            self.file = open(path, "rb")  # noqa: SIM115 - closed by tarfile
+            self.file = open(path, "rb")  # noqa: SIM115 - closed by __exit__
             self.name, self.mode = str(path), "rb"
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
 
         def read(self, size=-1):
             start = self.file.tell()
@@ -289,30 +357,30 @@ def payloads(index):
 def test_reader__nothing_but_images_and_labels_is_read(mixed, monkeypatch):
     ranges, pread, extracted = [], os.pread, []
     places = payloads(mixed)
-    monkeypatch.setattr(tarfile, "bltn_open", lambda path, mode: spied_file(path, ranges))
+    monkeypatch.setattr(tars, "open", lambda path, mode: spied_file(path, ranges), raising=False)
     monkeypatch.setattr(tarfile.TarFile, "extractfile", lambda self, member: extracted.append(member))
     monkeypatch.setattr(os, "pread", lambda fd, size, at: ranges.append((at, at + size)) or pread(fd, size, at))
     reader = Reader(mixed)
     assert [reader(i) for i in range(3)] == [Sample(i, str(i), one_color(i), i) for i in range(3)]
     reader.close()
-    assert not extracted and len(places) == 20
+    assert not extracted and len(places) == 20 and len(ranges) > 40
     for name, (start, end) in places.items():
         read = [(a, b) for a, b in ranges if a < end and b > start]
         wanted = name.endswith((".png", ".cls"))
         assert read == [(start, end)] if wanted else not read, name
 
 
-def remote(index):
+def far(index):
     """The same shards, as remote files."""
-    far = [dataclasses.replace(shard, path=f"file://{shard.path}") for shard in index.shards]
-    return dataclasses.replace(index, shards=tuple(far))
+    there = [dataclasses.replace(shard, path=f"file://{shard.path}") for shard in index.shards]
+    return dataclasses.replace(index, shards=tuple(there))
 
 
 def test_reader__nothing_but_images_and_labels_is_taken_of_a_stream(mixed, monkeypatch):
     """Of these, only the announced samples."""
     taken, extract = [], tarfile.TarFile.extractfile
     monkeypatch.setattr(tarfile.TarFile, "extractfile", lambda self, member: taken.append(member.name) or extract(self, member))
-    reader = Reader(remote(mixed))
+    reader = Reader(far(mixed))
     reader.expect(np.array([2, 0]))
     assert [reader(i) for i in (2, 0)] == [Sample(i, str(i), one_color(i), i) for i in (2, 0)]
     assert sorted(taken) == ["0.cls", "0.png", "2.cls", "2.png"]
@@ -346,7 +414,7 @@ def most_held(monkeypatch, index, pool, batch, lanes, parts):
 @pytest.fixture(scope="module")
 def many(tmp_path_factory):
     """40 remote shards of 10 samples."""
-    return remote(write_shards(tmp_path_factory.mktemp("many"), [10] * 40, image=lambda number: b"%d" % number, label=None))
+    return far(write_shards(tmp_path_factory.mktemp("many"), [10] * 40, image=lambda number: b"%d" % number, label=None))
 
 
 @pytest.mark.parametrize("pool, parts", [(64, 16), (64, 8), (64, 1), (128, 16), (16, 16)])

@@ -643,7 +643,7 @@ def test_load_index__a_server_that_refuses(server, monkeypatch, capsys, status, 
     server.cuts = {"index.json": [-status] * 9}
     assert f"{server.url}: no index.json can be read there (HTTP status {status})" in fails(server.url)
     assert len(server.asked) == asked
-    lines = capsys.readouterr().err.splitlines()
+    lines = [line for line in capsys.readouterr().err.splitlines() if "no data" not in line]
     assert lines == [f"waiting for {server.url}/index.json (HTTP status {status}), try {n} of 5" for n in range(2, asked + 1)]
 
 
@@ -673,7 +673,7 @@ def test_copy__more_than_is_expected_is_not_read_to_its_end(monkeypatch):
 
 SECRETS = ["https://me:pa@ss@host/a/{000..003}.tar", "https://tok3n@host/a", "https://host/a.tar?X-Sig=pass&y=tok3n#pass",
            "pipe:curl -u me:pass https://host/a.tar", "pipe:curl -H 'Authorization: Bearer tok3n' https://h/a.tar?k=pass",
-           "pipe:get --password=pass --api-key tok3n a.tar", "x s3://me:pass@b/a.tar: error"]  # fmt: skip
+           "pipe:get --secret=pa@ss --api-key tok3n a.tar", "x s3://me:pass@b/a.tar: error"]  # fmt: skip
 
 
 @pytest.mark.parametrize("spec", SECRETS)
@@ -1021,9 +1021,8 @@ def test_load_index__every_field_of_a_shard_is_checked(elsewhere, tmp_path, fiel
         assert len(str(value)) < 9 or str(value) not in text
 
 
-DEEP = "[" * 100000
-ODD = ['{"shards": [], "classes": [3]}', '{"shards": {}, "classes": null}', '{"shards": [3], "classes": null}', DEEP, "\0", "1e999",
-       '{"shards": [], "classes": null, "unlabelled": 3}', '{"classes": null, "shards": ' + "9" * 5000 + "}", '"\\ud800"']  # fmt: skip
+ODD = ['{"shards": [], "classes": [3]}', '{"shards": {}, "classes": null}', '{"shards": [3], "classes": null}', "[" * 100000,
+       '{"shards": [], "classes": null, "unlabelled": 3}', '{"shards": ' + "9" * 5000 + "}", '"\\ud800"', "1e999"]  # fmt: skip
 
 
 @pytest.mark.parametrize("content", ODD, ids=range(len(ODD)))

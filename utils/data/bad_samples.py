@@ -22,7 +22,7 @@ class BadSamples:
         self.path, self.images, self.max_bad = folder / FILE, images, max_bad
         self.lines = Lines(self.path)
         self.met: set[tuple[str, str]] = set()
-        self.written = dist.first_process_does(lambda: set(_written(self.path)))
+        self.written = dist.first_process_does(lambda: _written(self.path))
 
     def add(self, records: list[dict[str, str]]) -> int:
         """Add the records of all processes, which call it together. Returns the number of samples that this start has met.
@@ -43,9 +43,11 @@ class BadSamples:
 
 def _written(path):
     """The identities of the records in a file. A power cut may leave a line that is none."""
+    found = set()
     for line in whole_lines(path):
         with contextlib.suppress(ValueError, KeyError, TypeError):
-            yield _identity(json.loads(line.strip(b"\0")))
+            found.add(_identity(json.loads(line.strip(b"\0"))))
+    return found
 
 
 def _identity(record):

@@ -71,6 +71,8 @@ def read_members(tar: tarfile.TarFile, end: int) -> Iterator[tarfile.TarInfo]:
         padding = -member.size % tarfile.BLOCKSIZE if member.isreg() else 0
         if member.size < 0 or not member.offset_data <= tar.offset <= end + padding:
             raise tarfile.ReadError(f"no room for the member at byte {member.offset}")
+        if member.issparse():
+            raise UnsupportedTar("has a sparse file; pack it again without --sparse")
         tar.members.clear()  # type: ignore[attr-defined] # else it keeps every header; mypy does not know it
         yield member
 
@@ -104,8 +106,6 @@ def tar_samples(
         extension = extension.lower()
         known = extension == LABEL_EXTENSION or _is_image(extension)
         if member.isfile() and stem and extension:
-            if known and member.issparse():
-                raise UnsupportedTar("has a sparse file; pack it again without --sparse")
             key = f"{folder}/{stem}" if folder else stem
             if sample.key != key or extension in sample.members:
                 if sample.image:
