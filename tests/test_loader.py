@@ -321,7 +321,7 @@ FAULTS = {
     12: ("00012", "(?i)truncated|incomplete|premature", 13),  # half a JPEG
     17: ("00017", "label", 18),  # none
     18: ("00018", "label", 19),  # not a number
-    **{number: (f"sample {number - 20}", "corrupt", 30) for number in range(26, 30)},  # after a corrupt header
+    26: ("sample 6", "corrupt", 27),  # a corrupt header
     **{number: (f"sample {number - 30}", "corrupt", 37) for number in range(34, 37)},  # after the end of a cut shard
     47: ("00047", "identify image", 48),  # the last one
 }  # fmt: skip

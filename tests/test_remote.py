@@ -31,7 +31,7 @@ from utils.data.remote import RemoteError, copy, is_remote, place, tar_name
 from utils.data.shards import epoch_plan, evaluation_plan, training_plan
 from utils.data.views import moco_v2_view
 from utils.run.flags import RunError
-from utils.run.text import shown
+from utils.run.text import shown, shown_flags
 
 # the machine may have fewer cores than a test starts workers
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -681,6 +681,7 @@ def test_shown__hides_passwords(spec):
     text = shown(spec)
     assert "***" in text and not any(secret in text for secret in ("pass", "pa@", "ss@", "tok3n")) and "a" in text
     assert shown(text) == text
+    assert shown_flags({"shards": spec, "size": 5}) == {"shards": text, "size": 5}
 
 
 @pytest.mark.parametrize("spec", ["/data/a b", "https://host/a/{000..003}.tar", "s-?.tar", "pipe:ssh host cat /d/t.tar", "a@b",

@@ -19,6 +19,11 @@ def shown(text: str) -> str:
     return text
 
 
+def shown_flags(flags: dict) -> dict:
+    """Flags as files may keep them: without passwords."""
+    return {name: shown(value) if isinstance(value, str) else value for name, value in flags.items()}
+
+
 def brief(text: str, most: int = 100) -> str:
     """At most `most` characters of a text that comes from a file; what is not printable becomes ?."""
     text = text if len(text) <= most else text[: most - 3] + "..."
