@@ -37,8 +37,10 @@ def _open_command(url: str, mode: str = "rb", bufsize: int = 0) -> Pipe:
 
 
 def _open_curl(url: str, mode: str = "rb", bufsize: int = 0) -> Pipe:
-    # webdataset's own retries for a minute without a word, and does not tell the status
-    return _command(["curl", "--connect-timeout", "20", "--fail", "--silent", "--show-error", "--location", url],
+    # webdataset's own retries for a minute without a word, and does not tell the status; the lowest speed ends it where the
+    # process that reads it was killed
+    limits = ["--connect-timeout", "20", "--speed-limit", "1", "--speed-time", "120"]
+    return _command(["curl", *limits, "--fail", "--silent", "--show-error", "--location", url],
                     ignore_status=[141, 23], stderr=subprocess.PIPE)  # fmt: skip
 
 
@@ -194,7 +196,7 @@ class Source:
                 self.stream.proc.kill()
             if self.stream.proc.stderr:
                 self.stream.proc.stderr.close()
-            self.stream.timeout = PATIENCE
+            self.stream.timeout = 5.0
         with contextlib.suppress(OSError, subprocess.TimeoutExpired):  # a command that is stopped early fails
             self.stream.close()
 
