@@ -121,10 +121,11 @@ def verify(index: Index, flag: str) -> None:
 
     A copy in the cache that has another one is removed, so that its shard is read again.
     """
-    places = [(s, cache_path(s, index.cache_dir or "") if is_remote(s.path) else Path(s.path)) for s in index.shards]
-    copies = index.cache_dir is not None
-    for shard, path in tqdm([p for p in places if not is_remote(p[0].path) or (copies and p[1].exists())],
-                            desc=f"verifying {flag}", unit="shard"):  # fmt: skip
+    places = [(shard, Path(shard.path)) for shard in index.shards if not is_remote(shard.path)]
+    if cache := index.cache_dir:
+        copies = [(shard, cache_path(shard, cache)) for shard in index.shards if is_remote(shard.path)]
+        places += [(shard, path) for shard, path in copies if path.exists()]
+    for shard, path in tqdm(places, desc=f"verifying {flag}", unit="shard"):
         if describe(path, shard.samples)["sha256"] == shard.sha256:
             continue
         if not is_remote(shard.path):
