@@ -1,4 +1,4 @@
-"""CPU time per image of the input pipeline, compared with the chain of PIL operations that it replaces.
+"""CPU time per image of the input pipeline, compared with the usual chain of PIL operations.
 
     python -m benchmarks.input_pipeline                            MosRep's views of scikit-image's photographs, 500 x 375
     python -m benchmarks.input_pipeline --shards DIR --workers 8   your shards, and images per second of 1, 2, 4, 8 workers
@@ -46,7 +46,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--shards", metavar="DIR", help="folder of shards; default: photographs of scikit-image")
     add("--views", choices=VIEWS, default="2x224+4x112", help="views of an image: number x size")
     add("--images", type=int, default=48, help="number of different images")
-    add("--rounds", type=int, default=9, help="measurements of every row")
+    add("--rounds", type=int, default=9, help="number of measurements of each row")
     add("--workers", type=int, default=0, help="also measure images per second of 1, 2, 4, ... worker processes")
     return parser.parse_args(argv)
 

@@ -1,8 +1,8 @@
-"""The straightforward form of each method, as ordinary code: what benchmarks/step.py and scale.py compare with.
+"""The plain form of each method, as ordinary code. benchmarks/step.py and scale.py compare the default form with it.
 
-fp32 and contiguous tensors. The images of keys (of W2SSL the crops) are gathered from all processes in float32, each
-step copies the queue, all rows of a memory bank are copied at once, the moving average and the optimizer visit one parameter
-after the other, queue and average are updated before backward, and RoIAlign is torchvision's.
+fp32 and contiguous tensors. The images of keys (W2SSL: the crops) are gathered from all processes in float32. Each step copies
+the queue, and all rows of a memory bank at once. The moving average and the optimizer update one parameter after the other.
+Queue and average are updated before backward. RoIAlign is torchvision's.
 """
 
 import torch
@@ -36,7 +36,7 @@ def average_(pairs, momentum: float) -> None:
 
 
 class Plain(Method):
-    """What the plain forms share."""
+    """The base of the plain forms."""
 
     average = staticmethod(average_)
 

@@ -1,9 +1,9 @@
 """Predict the cost of a step on many devices, in one process: bytes from other devices, and memory.
 
     python -m benchmarks.scale                                       8, 64 and 512 devices, 32 images each
-    python -m benchmarks.scale --methods moco --processes 16         another number
+    python -m benchmarks.scale --methods moco --processes 16         one method, 16 devices
 
-The step of main_pretrain.py runs in bf16 with fake tensors, which have shapes and no content, as the first process of a fake
+The step of main_pretrain.py runs in bf16 with fake tensors: shapes without content. The process is the first of a fake
 process group. `plain` is the form of benchmarks/plain.py. tests/test_scale.py compares the bytes with real processes.
 """
 
@@ -32,7 +32,7 @@ from utils.run.flags import Parser, one_line_errors, positive
 
 def get_args(argv=None):
     parser = Parser(prog="benchmarks.scale", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--processes", nargs="+", type=int, default=[8, 64, 512], help="numbers of devices, one process each")
+    parser.add_argument("--processes", nargs="+", type=int, default=[8, 64, 512], help="numbers of processes, one per device")
     step.add_sizes(parser, batch_size=32, samples=1281167)
     return parser.parse_args(argv)
 
@@ -73,7 +73,7 @@ def trace(args, case: str, plain: bool = False, fake: bool = False) -> dict[str,
 
 
 class Unread(Votes):
-    """Votes whose outcome the host does not read, because fake tensors have none."""
+    """Votes without reading their outcome on the host, because fake tensors have no values."""
 
     def _outcome(self, inputs, ballot, event=None):
         return [0, 0]
@@ -92,11 +92,11 @@ def main(argv=None):
     with one_line_errors("benchmarks.scale"):
         positive(step.SIZES, args)
         if min(args.processes) < 2:
-            raise ValueError(f"--processes {min(args.processes)}: one process has nobody to talk to; pass 2 or more")
+            raise ValueError(f"--processes {min(args.processes)}: one process has no traffic; pass 2 or more")
         with ProcessPoolExecutor(2, step.processes(), max_tasks_per_child=1) as pool:
             plain, default = pool.map(simulate, [args, args], [True, False])
     results: dict = {n: {case: {} for case in args.methods} for n in args.processes}
-    print(f"{args.arch}, {args.size} pixels, {args.batch_size} images a process, queue {args.moco_k}; "
+    print(f"{args.arch}, {args.size} pixels, {args.batch_size} images per process, queue {args.moco_k}; "
           f"torch {torch.__version__}\nMB that reach a process in a step, and MB that its tensors hold at most")  # fmt: skip
     columns = ("all_to_all", "all_gather", "all_reduce", "memory")
     print(f"{'processes':>9}  {'':24}" + "".join(f"{name:>12}" for name in columns))

@@ -1,4 +1,4 @@
-"""Time and memory of a training step, beside the straightforward form of benchmarks/plain.py.
+"""Time and memory of a training step, compared with the plain form of benchmarks/plain.py.
 
     python -m benchmarks.step                                    every method: ResNet-50, 224 pixels, batch 8
     python -m benchmarks.step --methods moco --batch-size 32     on a GPU, if there is one
@@ -46,22 +46,22 @@ def get_args(argv=None):
     parser = Parser(prog="benchmarks.step", description=__doc__.split("\n\n")[0])
     add_sizes(parser, batch_size=8, samples=100_000)
     add = parser.add_argument
-    add("--rounds", type=int, default=7, help="turns of each form, after two that warm up")
-    add("--device", default="auto", choices=["auto", "cuda", "cpu"], help="where to compute")
+    add("--rounds", type=int, default=7, help="measured steps of each form, after two warm-up steps")
+    add("--device", default="auto", choices=["auto", "cuda", "cpu"], help="device of the step")
     add("--amp", default="auto", choices=["auto", *amp.DTYPES], help="dtype of the default form's encoders")
     add("--compile", action="store_true", help="compile the default form's encoders")
     return parser.parse_args(argv)
 
 
 def add_sizes(parser, batch_size: int, samples: int) -> None:
-    """Flags of this benchmark and of scale.py: what is measured, and its sizes."""
+    """Add the flags of this benchmark and of scale.py: methods and sizes."""
     add = parser.add_argument
-    add("--methods", nargs="+", choices=CASES, default=list(CASES), help="what to measure")
+    add("--methods", nargs="+", choices=CASES, default=list(CASES), help="methods to measure")
     add("-a", "--arch", default="resnet50", help="trunk: a timm model")
     add("--size", type=int, default=224, help="side of a view in pixels")
     add("--batch-size", type=int, default=batch_size, help="images of one process in a step")
     add("--moco-k", type=int, default=65536, help="keys in the queue")
-    add("--nce-k", type=int, default=16384, help="rows of a memory bank that an image is contrasted with")
+    add("--nce-k", type=int, default=16384, help="number of negatives: random rows of a memory bank")
     add("--samples", type=int, default=samples, help="rows of a memory bank; ImageNet has 1281167 images")
 
 

@@ -1,4 +1,4 @@
-"""What a step's collectives carry and how much memory its tensors hold, counted operation by operation."""
+"""Count the bytes of a step's collectives and the memory of its tensors, operation by operation."""
 
 import weakref
 from collections import Counter
@@ -11,11 +11,11 @@ from utils.run import dist
 
 
 class Tracer(TorchDispatchMode):
-    """Around the building of a model and its steps, with real tensors or with fake ones.
+    """A context around the building of a model and its steps, with real or fake tensors.
 
-    received: collective -> bytes that reach this process from others; an all-reduce counts as the ring that libraries make of
-    it, 2 (W - 1) / W of its tensors. peak: the most bytes that tensors have held at a time since `start`; what a device's
-    libraries take besides, such as cuDNN's workspace and the allocator's gaps, is not in it.
+    received: collective -> bytes that reach this process from others. An all-reduce counts as a ring: 2 (W - 1) / W of its
+    tensors. peak: the most bytes that tensors have held at a time since `start`. It does not contain the memory of a device's
+    libraries, such as cuDNN's workspace and the allocator's gaps.
     """
 
     def __init__(self):
@@ -24,7 +24,7 @@ class Tracer(TorchDispatchMode):
         self.counting, self.held, self.peak, self.known = False, 0, 0, set()
 
     def start(self) -> None:
-        """Begin to count; tensors that are there stay."""
+        """Begin to count; existing tensors count as held."""
         self.counting, self.peak = True, self.held
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -50,7 +50,7 @@ class Tracer(TorchDispatchMode):
 
 
 def received_by(function, args) -> tuple[str, int]:
-    """(the collective's name, bytes that it brings to this process). Raises NotImplementedError for one that is not known."""
+    """(the collective's name, bytes that it brings to this process). Raises NotImplementedError for an unknown one."""
     name, world = function._opname, dist.world()
     if name == "allreduce_":
         return "all_reduce", sum(2 * (world - 1) * x.nbytes // world for x in args[0])

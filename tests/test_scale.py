@@ -107,4 +107,4 @@ def test_main__tells_each_number_of_processes(capsys, monkeypatch):
         assert list(forms) == ["plain", "default"] and forms["default"]["memory"] < forms["plain"]["memory"]
     with pytest.raises(SystemExit):
         scale.main([*flags, "1"])
-    assert "error: --processes 1: one process has nobody to talk to" in capsys.readouterr().err
+    assert "error: --processes 1: one process has no traffic" in capsys.readouterr().err
