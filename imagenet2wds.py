@@ -6,7 +6,7 @@
     python imagenet2wds.py -i photos -o photo-shards --no-labels           every image below a folder, at any depth
     python imagenet2wds.py -i data -o sample-shards --dataset FashionMNIST any data set of torchvision
 
-The same command resumes an interrupted conversion. The shards are the same to the byte, with any -j.
+The same command resumes an interrupted conversion. The shards are byte for byte the same, with any -j.
 JPEG and PNG files are copied. All other formats that Pillow decodes become PNG, as their first frame. Orientation tags (EXIF)
 are ignored in every format, as in training. Pixels of more than 8 bits are scaled from the range that the file declares;
 without a declared range the image counts as unreadable. Unreadable images are skipped and listed in bad_images.txt.
@@ -65,8 +65,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max-pixels", type=int, default=MAX_PIXELS, metavar="N",
         help="images with more pixels are unreadable, since they could fill the memory; training has a limit too")  # fmt: skip
     add("--image-extension", default="keep", choices=["jpg", "keep"],
-        help="name of the images in the shards. keep: jpg or png, as their content is, which loaders read as 'jpg;png'. "
-        "jpg: all of them, for loaders that ask for jpg alone. ImageNet has one PNG file named .JPEG")  # fmt: skip
+        help="name of the images in the shards. keep: jpg or png by content; loaders read them as 'jpg;png'. "
+        "jpg: all images, for loaders that read only jpg. ImageNet has one PNG file named .JPEG")  # fmt: skip
     add("--strict", action="store_true", help="stop at the first unreadable image instead of skipping it")
     return parser.parse_args(argv)
 
@@ -82,7 +82,7 @@ def plan(split: Split, args: argparse.Namespace) -> dict:
 
 
 def check(folder: Path, planned: dict) -> None:
-    """Refuse an output folder with other content than this conversion's. Raises ValueError."""
+    """Raise ValueError for an output folder that holds anything but this conversion."""
     path = folder / PLAN
     if path.exists():
         try:
@@ -171,12 +171,12 @@ def start_worker(writer: Writer) -> None:
     WRITER = writer
     threading.Thread(target=end_with_parent, daemon=True).start()
     Image.MAX_IMAGE_PIXELS = writer.args.max_pixels
-    warnings.simplefilter("ignore")  # about odd metadata; the pixels decode all the same
+    warnings.simplefilter("ignore")  # of odd metadata, which does not change the pixels
     warnings.simplefilter("error", Image.DecompressionBombWarning)
 
 
 def end_with_parent() -> None:
-    """Exit with the parent. Otherwise the workers of a killed parent would wait without end."""
+    """Exit with the parent. Otherwise the workers of a killed parent would wait forever."""
     if parent := multiprocessing.parent_process():
         parent.join()
         os._exit(1)

@@ -525,7 +525,7 @@ def test_imagenet2wds__data_set_with_other_keywords(tmp_path, monkeypatch):
 def test_imagenet2wds__data_set_without_classes(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torchvision.datasets, "Boxes", Boxes, raising=False)
     line = refused(capsys, "-i", tmp_path, "-o", tmp_path / "out", "--dataset", "Boxes")
-    assert "--dataset Boxes: its labels are not one class number an image" in line
+    assert "--dataset Boxes: its labels are not one class number for each image" in line
 
 
 def test_imagenet2wds__data_set_without_classes_and_no_labels(tmp_path, monkeypatch):

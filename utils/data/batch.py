@@ -9,7 +9,7 @@ import torch
 class Batch:
     """The part of a global batch that one process trains on: n images.
 
-    A view is n x 3 x H x W uint8, or n x count x 3 x H x W where its ViewSpec counts several. It stays uint8, a quarter of the
+    A view is n x 3 x H x W uint8, or n x count x 3 x H x W if its ViewSpec has count > 1. It stays uint8, a quarter of the
     memory, until an encoder normalizes it.
     """
 
@@ -17,7 +17,7 @@ class Batch:
     flips: list[torch.Tensor]  # for each view, whether it was mirrored: n x count bool, on the CPU
     sample_ids: torch.Tensor  # n, the numbers of the samples in the index
     labels: torch.Tensor  # n, -1 where there is none
-    bad: list[dict[str, str]]  # the unusable samples that were met: shard, key, error
+    bad: list[dict[str, str]]  # the unusable samples of this batch: shard, key, error
 
     def __len__(self) -> int:
         return len(self.sample_ids)

@@ -1,4 +1,4 @@
-"""How imagenet2wds.py stores an image: JPEG and PNG files are copied, and all other formats become PNG.
+"""Encode images for imagenet2wds.py: JPEG and PNG files are copied, and all other formats become PNG.
 
 Pixels with more than 8 bits are scaled from the range that the file declares to 0 ... 65535. An image without a declared range
 is refused. Orientation tags (EXIF) are ignored in every format, as in training.
@@ -18,7 +18,7 @@ EXTENSIONS = {
     "jp2": "JPEG2000", "j2k": "JPEG2000", "avif": "AVIF", "tga": "TGA",
 }  # fmt: skip
 OPTIONAL = {"WEBP": "webp", "JPEG2000": "jpg_2000", "AVIF": "avif"}  # formats that some builds of Pillow lack
-COPIED = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png"}  # formats whose bytes are copied; Pillow opens MPO as JPEG
+COPIED = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png"}  # formats that are copied as bytes; Pillow opens MPO as JPEG
 WHITE_IS_ZERO, SIGNED_OR_FLOAT = 0, (2, 3)  # values of the TIFF tags PhotometricInterpretation and SampleFormat
 UNDO = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_90", 7: "TRANSVERSE",
         8: "ROTATE_270"}  # fmt: skip
@@ -46,7 +46,7 @@ def is_image(path: str) -> bool:
     try:
         with warnings.catch_warnings(action="ignore"), open(path, "rb") as file, open_image(file, ""):
             return True
-    except Image.DecompressionBombError:  # an image, though too large; its conversion says so
+    except Image.DecompressionBombError:  # an image, but too large; its conversion reports that
         return True
     except Exception as error:  # PIL raises many types for other content
         if isinstance(error, OSError) and error.errno:
@@ -56,7 +56,7 @@ def is_image(path: str) -> bool:
 
 def encode(data: bytes, extension: str) -> tuple[str, bytes]:
     """The content of a file -> (extension, encoded image). Raises PIL's error for an image that does not decode completely."""
-    with open_image(io.BytesIO(data), extension) as image:  # Pillow applies the orientation of TIFF files alone
+    with open_image(io.BytesIO(data), extension) as image:  # Pillow applies the orientation of TIFF files only
         orientation = image.getexif().get(ExifTags.Base.Orientation) if image.format == "TIFF" else None
         image.load()
         return (COPIED[image.format], data) if image.format in COPIED else ("png", as_png(image, orientation))
@@ -85,11 +85,11 @@ def deep_to_16_bits(image: Image.Image) -> Image.Image:
     pixels = np.asarray(image)
     if image.mode == "I" and bits == 32 and sample_format == 1:
         pixels = pixels.view(np.uint32)  # Pillow holds them as signed
-    if not high > low or not (pixels.min() >= low and pixels.max() <= high):  # nan too
+    if not high > low or not (pixels.min() >= low and pixels.max() <= high):  # nan is refused too
         raise ValueError(f"pixels outside of the declared range {low:g} ... {high:g}")
     if (low, high) != (0, 65535):
         pixels = np.round((pixels - low) * (65535 / (high - low)))
-    if tags.get(262) == WHITE_IS_ZERO:  # Pillow inverts those with 8 bits only
+    if tags.get(262) == WHITE_IS_ZERO:  # Pillow inverts only images of 8 bits
         pixels = 65535 - pixels
     return Image.fromarray(pixels.astype(np.uint16))
 

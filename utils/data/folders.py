@@ -85,7 +85,7 @@ def list_images(folder: Path) -> Listing:
 
 
 def has_images(folder: Path) -> bool:
-    """Whether there are images in a folder that is not converted. An unreadable one counts as empty."""
+    """Whether there are images in a folder that is not converted. An unreadable folder counts as empty."""
     try:
         return bool(list_images(folder).files.names)
     except ValueError:

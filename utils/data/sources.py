@@ -30,7 +30,7 @@ def find_splits(args: argparse.Namespace) -> list[Split]:
         return from_torchvision(args)
     if args.val_fraction and ((source / "val").is_dir() or (source / "ILSVRC2012_img_val.tar").exists()):
         raise ValueError(f"--val-fraction {args.val_fraction}: -i {source} has a validation split; leave the flag out")
-    chosen = read_subset(args.imagenet_subset, source) if args.imagenet_subset else None  # before hours of unpacking
+    chosen = read_subset(args.imagenet_subset, source) if args.imagenet_subset else None  # before hours of unpacking archives
     splits = from_folders(source, args.no_labels)
     if chosen is not None:
         if unlabelled := [split.name for split in splits[1:] if split.labels is None]:
@@ -41,7 +41,7 @@ def find_splits(args: argparse.Namespace) -> list[Split]:
 
 def from_folders(source: Path, no_labels: bool) -> list[Split]:
     """The splits of a folder, or the folder as `train`. Unpacks the ILSVRC archives in it."""
-    for split in ("val", "train"):  # val first: it fails early without its kit, and train takes hours
+    for split in ("val", "train"):  # val first: it fails early without its kit, while train takes hours
         if (source / f"ILSVRC2012_img_{split}.tar").exists() and not (source / split).is_dir():
             extract_imagenet(source, split)
     others = [name for name in ("val", "test") if (source / name).is_dir()]
@@ -80,7 +80,7 @@ def from_folder(folder: Path, name: str, classes: tuple[str, ...] | None, no_lab
 
 
 def divided(train: Split, fraction: float, seed: int) -> list[Split]:
-    """A split in two, train and val. A random `fraction` of each class, at least one of two images, goes to val."""
+    """Divide a split into train and val. A random `fraction` of each class, at least one of two images, goes to val."""
     assert isinstance(train.source, Files)
     labels = np.array(train.labels or [0] * len(train.source.names))
     held = np.zeros(len(labels), bool)

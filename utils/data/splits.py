@@ -1,4 +1,4 @@
-"""What imagenet2wds.py converts: the images of a split, read one by one, and their labels."""
+"""The splits that imagenet2wds.py converts: labels, and images that are read one by one."""
 
 import hashlib
 from collections import Counter
@@ -24,7 +24,7 @@ class Files:
         return Files(self.folder, [self.names[i] for i in kept], [self.sizes[i] for i in kept])
 
     def fingerprint(self) -> list:
-        """Names and sizes. Sizes say little of formats without compression, so some of those files are hashed as well."""
+        """Names and sizes. Files without compression often have equal sizes, so some of them are hashed too."""
         plain = [i for i, name in enumerate(self.names) if not name.lower().endswith((".jpg", ".jpeg", ".png"))]
         content = (b"" if self.sizes[i] == DANGLING else self.content(i) for i in plain[:: 1 + len(plain) // 64])
         return [list(zip(self.names, self.sizes, strict=True)), [hashlib.sha256(data).hexdigest() for data in content]]
@@ -33,7 +33,7 @@ class Files:
         return (self.folder / self.names[i]).read_bytes()
 
     def read(self, i: int) -> tuple[str, bytes]:
-        """(extension, encoded image). Raises OSError with an errno for a failed read, and others for an undecodable image."""
+        """(extension, encoded image). Raises OSError with an errno for a failed read, other errors for an undecodable image."""
         if self.sizes[i] == DANGLING:
             raise ValueError("a link to a missing file")
         return encode(self.content(i), extension_of(self.names[i]))
@@ -62,7 +62,7 @@ class Arrays:
 
 @dataclass
 class Split:
-    """The images of one split. labels[i], an index into classes, belongs to source.read(i). Without labels, both are None."""
+    """The images of one split. labels[i] is the class number of source.read(i). Without labels, both lists are None."""
 
     name: str
     source: Files | Arrays
@@ -72,5 +72,5 @@ class Split:
 
 
 def extension_of(name: str) -> str:
-    """In lower case, without the dot; "" if there is none."""
+    """The extension in lower case, without the dot; "" if there is none."""
     return Path(name).suffix[1:].lower()

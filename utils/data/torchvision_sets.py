@@ -12,7 +12,7 @@ from utils.data.splits import Arrays, Split
 
 
 def from_torchvision(args: argparse.Namespace) -> list[Split]:
-    """The training and the test part of a torchvision data set, which becomes `val`; of STL10 also its unlabelled images."""
+    """The training part of a torchvision data set; its test part, as `val`; for STL10 also its unlabelled images."""
     constructor = getattr(torchvision.datasets, args.dataset, None)
     if constructor is None:
         raise ValueError(f"--dataset {args.dataset}: torchvision has no such data set; pass one such as CIFAR10")
@@ -32,14 +32,14 @@ def from_torchvision(args: argparse.Namespace) -> list[Split]:
 
 
 def construct(constructor, args: argparse.Namespace, choices: tuple[dict, ...]):
-    """The data set, by the first of these keywords that it takes: torchvision names splits in two ways."""
+    """The data set, by the first of these keywords that its constructor accepts: torchvision names splits in two ways."""
     for keywords in choices:
         try:
             return constructor(args.input, **keywords, **({"download": True} if args.download else {}))
         except TypeError:
             continue
         except (RuntimeError, ValueError, OSError, ImportError) as error:
-            hint = "; the flag for that is --download" if "download=True" in str(error) else ""
+            hint = "; pass --download" if "download=True" in str(error) else ""
             raise ValueError(f"--dataset {args.dataset} -i {args.input}: {error}{hint}") from None
     raise ValueError(f"--dataset {args.dataset}: has no training and test split known here; convert a folder instead")
 
@@ -50,7 +50,7 @@ def labels_of(dataset, name: str) -> list[int]:
         return [int(label) for label in (labels if labels is not None else (dataset[i][1] for i in range(len(dataset))))]
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(
-            f"--dataset {name}: its labels are not one class number an image; pass --no-labels to leave them out"
+            f"--dataset {name}: its labels are not one class number for each image; pass --no-labels to leave them out"
         ) from None
 
 
