@@ -4,7 +4,7 @@
     torchrun --nproc_per_node 8 main_lincls.py --pretrained RUN ...                       eight GPUs
     python main_lincls.py --pretrained random --arch resnet50 ...                         the same probe on an untrained trunk
 
-RUN is a checkpoint or the folder of a run. Method, arch and protocol are those of the checkpoint unless flags say otherwise.
+RUN is a checkpoint or the folder of a run. Method, arch and protocol are those of the checkpoint unless flags change them.
 Launchers with the published protocols: linear_*.sh.
 """
 
@@ -37,29 +37,29 @@ PROG = "main_lincls.py"
 
 
 def get_args(argv: list[str] | None = None, source: Source | None = None) -> flags.Flags:
-    """The flags. source: of read_source; its checkpoint decides defaults. Without one no file is read."""
+    """Parse the flags. source: the result of read_source, for defaults; without it no file is read."""
     source = source or read_source(PROG, METHODS, argv, opened=False)
     usage = "%(prog)s --pretrained RUN --train-shards DIR --val-shards DIR [flags]"
     parser = flags.Parser(prog=PROG, usage=usage, description=__doc__)
     add_weights_flags(parser, METHODS, source)
     add = parser.group("data").add_argument
     add("--train-shards", required=True, identity=False, metavar="DIR", help="labelled shards: folder, glob or brace pattern")
-    add("--val-shards", required=True, identity=False, metavar="DIR", help="the same for validation; each image counts once")
+    add("--val-shards", required=True, identity=False, metavar="DIR", help="labelled validation shards; each image counts once")
     add("--size", type=int, default=224, help="side of a view in pixels")
-    add("--resize", type=int, help="shorter side of a test image before its centre is cropped; default: 8/7 of --size")
+    add("--resize", type=int, help="resize the shorter side of test images to this, then crop; default: 8/7 of --size")
     add("--crop-min", type=float, default=0.08, help="smallest area of a training crop, as a share of the image")
     group = parser.group("optimization")
     add = group.add_argument
-    add("--epochs", type=int, help="times every training image is shown")
-    add("--batch-size", type=int, help="images in a step, over all processes together")
+    add("--epochs", type=int, help="number of epochs")
+    add("--batch-size", type=int, help="global batch: images of a step over all processes")
     add("--lr", type=float, help="learning rate for a batch of 256; scaled once by batch size / 256")
     add("--momentum", type=float, default=0.9, help="momentum of SGD")
     add("--weight-decay", type=float, default=0.0, help="weight decay of SGD")
     add("--trust", type=float, help="trust coefficient of layer-wise adaptive rates; 0 is plain SGD")
     flags.add_lr_steps(group)
     add("--layer", type=int, nargs="+",
-        help="layers to probe, all in one pass: 1 to 5 of AlexNet, 6 for pooled features; default: the last")  # fmt: skip
-    flags.add_run_flags(parser, None, "default: `linear` in the run's folder, or linear-FILE beside a FILE")
+        help="numbers of the layers to probe in one pass; AlexNet: 1 to 5, pooled: 6; default: the last")  # fmt: skip
+    flags.add_run_flags(parser, None, "folder of results; default: `linear` in the run's folder, or linear-FILE beside a FILE")
     parser.set_defaults(**METHODS[source.method].probe(source.arch))
     args = parser.parse_args(argv)
     if args.resize is None:
@@ -157,7 +157,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def train(args: Namespace, train_index: Index, val_index: Index, frozen: Frozen, fc: Classifiers,
           optimizer: torch.optim.Optimizer, progress: dict, identity: dict, device: torch.device) -> int:  # fmt: skip
-    """Update `progress` to the end of the probe or until a signal. Returns the signal, or 0."""
+    """Train and update `progress`, until the end or a signal. Returns the signal, or 0."""
     steps = steps_per_epoch(train_index.total, args.batch_size)
     folder, start, lrs = Path(args.output_dir), (progress["epoch"], progress["step"]), rates(args)
     model = dist.data_parallel(fc, device)
@@ -166,7 +166,7 @@ def train(args: Namespace, train_index: Index, val_index: Index, frozen: Frozen,
     plan = training_plan(train_index, args.batch_size, args.seed, epochs, first_step=start[1])
     batches = load_batches(train_index, specs, plan, args.seed, args.workers, device, args.photometric)
     bad = BadSamples(folder, train_index.total + val_index.total, args.max_bad)
-    ends = {layer: f"_layer{layer}" if len(args.layer) > 1 else "" for layer in args.layer}  # of the names of metrics
+    ends = {layer: f"_layer{layer}" if len(args.layer) > 1 else "" for layer in args.layer}  # suffixes of the metrics' names
     chance = len(fc.fc) * math.log(len(train_index.classes or ()))  # the loss is a sum over the layers
 
     def content(epoch: int, step: int) -> dict[str, Any]:
@@ -206,7 +206,7 @@ def train(args: Namespace, train_index: Index, val_index: Index, frozen: Frozen,
 
 
 def report(args: Namespace, progress: dict[str, Any], hashes: dict[str, str | None]) -> None:
-    """result.json, and the accuracies on the console."""
+    """Write result.json, and print the accuracies."""
     path = Path(args.output_dir) / "result.json"
     layers = {layer: {name: progress[name][layer] for name in ("best", "last")} for layer in args.layer}
     several = {"layers": layers} if len(layers) > 1 else {}
@@ -220,7 +220,7 @@ def report(args: Namespace, progress: dict[str, Any], hashes: dict[str, str | No
 
 
 def restore(path: Path, args: Namespace, identity: dict[str, Any], fc: Classifiers, optimizer: torch.optim.Optimizer) -> dict:
-    """The progress of an unfinished probe, empty if the checkpoint is of another probe and --resume is auto.
+    """Load a probe and return its progress; empty if the checkpoint is of another probe and --resume is auto.
 
     Raises ValueError if it is of another probe and --resume names it.
     """
@@ -228,8 +228,8 @@ def restore(path: Path, args: Namespace, identity: dict[str, Any], fc: Classifie
     if saved.get("probe") != identity:
         other = [name for name, value in identity.items() if saved.get("probe", {}).get(name) != value]
         if args.resume != "auto":
-            raise ValueError(f"--resume {path}: is another probe (different: {', '.join(other)}); pass another --output-dir")
-        say(f"{path} is another probe (different: {', '.join(other)}); starting this one from the beginning")
+            raise ValueError(f"--resume {path}: is of another probe (different: {', '.join(other)}); pass another --output-dir")
+        say(f"{path} is of another probe (different: {', '.join(other)}); starting this one from the beginning")
         return {}
     fc.load_state_dict(checkpoint.unprefixed(saved["state_dict"]))
     optimizer.load_state_dict(saved["optimizer"])
