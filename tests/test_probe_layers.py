@@ -28,10 +28,10 @@ def probe(images, out, *flags):
 
 @pytest.fixture(scope="module")
 def all_layers(images, tmp_path_factory):
-    folder, told = tmp_path_factory.mktemp("all"), io.StringIO()
-    with contextlib.redirect_stdout(told):
+    folder, output = tmp_path_factory.mktemp("all"), io.StringIO()
+    with contextlib.redirect_stdout(output):
         result = probe(images, folder, "--layer", "1", "2", "3", "4", "5")
-    assert f"(chance {5 * math.log(2):.3f})" in told.getvalue()  # the loss is a sum over the layers
+    assert f"(chance {5 * math.log(2):.3f})" in output.getvalue()  # the loss is a sum over the layers
     return result, folder
 
 
@@ -62,7 +62,7 @@ def test_main_lincls__layers_on_two_processes_count_every_image_once(images, tmp
 
 @pytest.mark.parametrize("flags, message", [
     (["--layer", "6"], "--layer 6: alexnet has 1 2 3 4 5"),
-    (["--size", "64"], "--size 64: AlexNet's fully connected layers take 224"),
+    (["--size", "64"], "--size 64: AlexNet's fully connected layers need 224"),
     (["--arch", "resnet50"], "--arch resnet50: CMC has alexnet"),
     (["--arch", "resnet18v1", "--size", "64", "--layer", "5"], "--layer 5: resnet18v1 has 6"),
 ])  # fmt: skip
