@@ -45,7 +45,7 @@ def test_nce__by_the_formula_and_z_of_the_first_batch():
 
 
 def test_nce__a_checkpoint_brings_z():
-    """And one of a run that has not made a step leaves it to be measured."""
+    """A checkpoint without a step has no Z; the next step measures it."""
     first, second = (torch.rand(5, 9, generator=torch.Generator().manual_seed(i)) for i in range(2))
     old, new, fresh = (Nce(0.07, 1000) for _ in range(3))
     fresh.load_state_dict(new.state_dict())
@@ -106,7 +106,7 @@ def test_draw_rows__uniform_with_replacement():
     few = draw_rows(0, 5, range(4000), 50, 10)
     repeats = sum(len(set(row)) < 10 for row in few.tolist()) / 4000
     assert repeats == pytest.approx(1 - math.prod(1 - i / 50 for i in range(10)), abs=0.03)  # the birthday problem
-    pairs = np.bincount(50 * few[:-1, 0] + few[1:, 0], minlength=2500)  # neighbours in the batch know nothing of each other
+    pairs = np.bincount(50 * few[:-1, 0] + few[1:, 0], minlength=2500)  # neighbours in the batch are independent
     assert abs(((pairs - 3999 / 2500) ** 2 / (3999 / 2500)).sum() - 2499) < 4 * math.sqrt(2 * 2499)
 
 
@@ -314,7 +314,7 @@ def test_check__names_the_flag(name, flags, message):
         METHODS[name].check(method_args(name, *flags), 40)
 
 
-def test_check__more_rows_than_images_are_told(capsys):
+def test_check__more_rows_than_images_give_a_warning(capsys):
     METHODS["insdis"].check(method_args("insdis", "--nce-k", "41"), 40)
     expected = "warning: --nce-k 41 is larger than the data set (40 images), so rows repeat; pass 10\n"
     assert capsys.readouterr().out == expected
@@ -322,7 +322,7 @@ def test_check__more_rows_than_images_are_told(capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_check__steps_that_no_epoch_reaches_are_told(capsys):
+def test_check__steps_that_no_epoch_reaches_give_a_warning(capsys):
     main_pretrain.check(method_args("insdis", "--epochs", "2", "--lr-steps", "1", "2"), 40)
     assert capsys.readouterr().out == "warning: --lr-steps 1 2: not all of them lie before --epochs 2; scale them\n"
     main_pretrain.check(method_args("insdis", "--epochs", "3", "--lr-steps", "1", "2"), 40)

@@ -30,7 +30,7 @@ def one_weight(value=2.0):
     return weight, torch.optim.SGD([weight], lr=0.5, fused=True)
 
 
-def test_update__is_the_optimizers_and_tells_the_gradients_norm():
+def test_update__is_the_optimizers_and_returns_the_gradients_norm():
     weight, optimizer = one_weight()
     stats = engine_of(optimizer).update((3 * weight).sum(), StepInputs(0, 0))
     assert weight.item() == 2 - 0.5 * 3 and weight.grad is None
@@ -49,7 +49,7 @@ def test_update__is_not_made_if_loss_or_gradient_is_not_finite(where, factor):
     assert weight.item() in (0.0, 2.0)
 
 
-def test_update__an_overflow_of_fp16s_scaler_is_skipped_and_said():
+def test_update__an_overflow_of_fp16s_scaler_is_skipped_and_reported():
     weight, optimizer = one_weight()
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
     engine, skipped = engine_of(optimizer, scaler=scaler), []
@@ -117,7 +117,7 @@ def test_votes__late_ones_are_read_a_step_later_and_settled_before_a_save(monkey
 
 
 def test_update__a_fused_optimizer_leaves_it_out_by_itself():
-    """What the device does on CUDA before the host knows: `found_inf` is torch's own contract with its loss scaler."""
+    """On CUDA the device skips the update before the host knows. `found_inf` is the interface of torch's loss scaler."""
     weight, optimizer = one_weight()
     weight.grad = torch.tensor([3.0])
     optimizer.found_inf = torch.tensor(1.0)
@@ -140,7 +140,7 @@ def train(images, out, method, *flags):
 
 
 def poisoned(images, out, method, *flags):
-    """A run whose weights turn bad in the update of step 3: one of them becomes so large that step 4 cannot be computed."""
+    """A run with a bad update in step 3: one weight becomes so large that step 4 cannot be computed."""
     commit = METHODS[method].commit
 
     def poison(self, step: Step):
@@ -180,14 +180,14 @@ def test_replay__fails_again_in_one_process(images, tmp_path, capsys, method, pr
     assert first.startswith(encoder) and "weights that are not finite: none" in out
 
     weight.normal_(std=0.1)
-    torch.save(healthy, tmp_path / "failed_step_mended.pth.tar")
-    code, out, _ = replay(capsys, tmp_path / "failed_step_mended.pth.tar")
+    torch.save(healthy, tmp_path / "failed_step_repaired.pth.tar")
+    code, out, _ = replay(capsys, tmp_path / "failed_step_repaired.pth.tar")
     assert code == 1 and "does not fail here" in out
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_replay__is_the_step_itself(images, tmp_path, capsys, method):
-    """The loss of a step that is declared bad although it is fine comes back to the bit."""
+    """The step is declared bad, although it is good. Its loss is the same to the bit."""
     losses, real = [], Engine.update
 
     def declare(self, loss, inputs):

@@ -78,14 +78,14 @@ def test_main_pretrain__more_unusable_images_than_allowed(tmp_path, capsys, work
     assert {record["key"] for record in lines_of(folder / "bad_samples.jsonl")} == {"00003", "00033"}
 
 
-def test_main_pretrain__goes_on_when_more_are_allowed(tmp_path, capsys):
+def test_main_pretrain__continues_when_more_are_allowed(tmp_path, capsys):
     """The first fix that the line suggests; earlier samples are not counted twice."""
     folder = too_many(tmp_path, capsys, "--workers", 0)[1]
     pretrain(tmp_path / "x", folder, "--resume", "auto", "--epochs", 2, "--workers", 0, "--max-bad", 0.05)
     assert lines_of(folder / "metrics.jsonl")[-1]["bad"] == 2 and len(lines_of(folder / "bad_samples.jsonl")) == 2
 
 
-def test_main_pretrain__goes_on_when_the_shards_are_mended(tmp_path, capsys):
+def test_main_pretrain__continues_when_the_shards_are_repaired(tmp_path, capsys):
     """The other fix that the line suggests."""
     folder = too_many(tmp_path, capsys, "--workers", 0)[1]
     for path in (tmp_path / "x").iterdir():
@@ -140,7 +140,7 @@ def test_main_pretrain__dry_run_refuses_a_rate_that_is_none(images, tmp_path, ca
 
 
 def test_main_pretrain__dry_run_leaves_a_run_as_it_is(images, tmp_path):
-    """Nor does it mind that there is one."""
+    """A run in the folder is no error."""
     pretrain(images / "train", tmp_path, "--epochs", 1, "--workers", 0)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*")}
     pretrain(images / "train", tmp_path, "--dry-run")
@@ -154,7 +154,7 @@ def test_main_pretrain__max_bad_is_a_share(images, tmp_path, capsys, value, mess
     assert message in capsys.readouterr().err
 
 
-def test_main_lincls__unusable_validation_images_are_left_out_and_told(tmp_path):
+def test_main_lincls__unusable_validation_images_are_left_out_and_counted(tmp_path):
     write_shards(tmp_path / "train", (16,), image_or_not(()))
     write_shards(tmp_path / "val", (12,), image_or_not({3}))
     flags = ["--method", "moco", "--pretrained", "random", "-a", "tiny_resnet", "--size", "32", "--batch-size", "8"]
@@ -178,7 +178,7 @@ def launched(shards, out, *flags, launch=("-W", "error")):
     return done.returncode, done.stdout, done.stderr
 
 
-def test_main_pretrain__a_command_passes_over_an_unusable_image(tmp_path):
+def test_main_pretrain__a_command_replaces_an_unusable_image(tmp_path):
     """It says so, ends well, and the image is one for both epochs."""
     write_shards(tmp_path / "x", (20, 20), image_or_not({30}))
     flags = ["--epochs", "2", "--workers", "1", "--max-bad", "0.03"]
@@ -194,9 +194,9 @@ def test_main_pretrain__a_command_on_two_processes_stops_at_max_bad(tmp_path):
     flags = ["--epochs", "9", "--workers", "1", "--print-freq", "1", "--max-bad", "0.03"]  # two of them
     code, _, error = launched(tmp_path / "x", tmp_path / "run", *flags, launch=["-m", "torch.distributed.run", *TWO])
     assert code == 1 and not list((tmp_path / "run").glob("checkpoint*"))
-    told = [line for line in error.splitlines() if "main_pretrain.py: error: " in line]
-    assert told and len(told) == len(set(told)) <= 2
-    for line in told:
+    lines = [line for line in error.splitlines() if "main_pretrain.py: error: " in line]
+    assert lines and len(lines) == len(set(lines)) <= 2
+    for line in lines:
         assert re.match(r"\[process [01]\] main_pretrain.py: error: --max-bad 0.03: 3 of 80 images cannot be used", line)
         assert str(tmp_path / "run" / "bad_samples.jsonl") in line
     keys = [line["key"] for line in lines_of(tmp_path / "run" / "bad_samples.jsonl")]
@@ -249,7 +249,7 @@ torch.multiprocessing.reductions.rebuild_storage_fd = breaking
 
 
 def test_main_pretrain__a_worker_that_is_killed_while_it_hands_over_a_batch(images, tmp_path):
-    """The kernel closes its connections first, and tells of its death a moment later."""
+    """The kernel closes its connections first, and reports its death a moment later."""
     flags = ["--shards", images / "train", "--output-dir", tmp_path, "--workers", 1, "--epochs", 9, "--print-freq", 1]
     with Run(tmp_path, ["pretrain", *FLAGS, *flags], before=BREAKING.format(metrics=str(tmp_path / "metrics.jsonl"))) as run:
         assert run.end() == 2

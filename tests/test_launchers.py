@@ -1,4 +1,4 @@
-"""The shell scripts and utils/run/env.sh, without installing anything: what they would run, and in which Python."""
+"""The shell scripts and utils/run/env.sh, without an installation: their commands and their Python."""
 
 import contextlib
 import os
@@ -183,7 +183,7 @@ def test_launch__exit_code_is_the_programs(tmp_path):
         ("-r other/more.txt\npytest\n", "no-such-package"),
     ],
 )
-def test_requirements__says_what_is_missing(tmp_path, requirements, missing):
+def test_requirements__lists_the_missing_packages(tmp_path, requirements, missing):
     write(tmp_path / "other/more.txt", "no-such-package\n")
     write(tmp_path / "requirements.txt", requirements)
     assert unsatisfied(str(tmp_path / "requirements.txt")) == missing

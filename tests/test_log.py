@@ -23,7 +23,7 @@ CHANCE = math.log(33)
 
 
 class Clock:
-    """A clock that moves only when told to."""
+    """A clock that the test moves."""
 
     def __init__(self):
         self.now = 100.0
@@ -97,7 +97,7 @@ def test_log__too_many_unusable_samples_end_the_run(tmp_path):
     with pytest.raises(RunError, match="--max-bad 0.1: 5 of 40 images cannot be used, see .*bad_samples.jsonl"):
         epoch(tmp_path, bad=[(step, str(step)) for step in range(5)])
     assert len((tmp_path / "bad_samples.jsonl").read_text().splitlines()) == 5
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2  # what is due after the fourth
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2  # the line after the fourth step
 
 
 def test_log__an_epoch_begun_in_the_middle_has_its_last_steps(tmp_path):
@@ -115,7 +115,7 @@ def test_log__without_a_chance_level_none_is_printed(tmp_path, capsys):
 
 
 def test_log__an_epoch_starts_its_clock_anew(tmp_path, clock):
-    """What lies between two epochs, such as validation, is no training time."""
+    """The time between two epochs, such as validation, is not training time."""
     with logger(tmp_path, 1, 1) as writer:
         for number in range(2):
             for step in writer.epoch(number):
@@ -156,8 +156,8 @@ def test_log__a_flush_ends_a_window_and_each_line_says_how_many_steps_it_has(tmp
 
 @pytest.mark.parametrize("half", [b"", b'{"epoch": 1, "st'])
 @pytest.mark.parametrize("start, kept", [((0, 0), 0), ((0, 2), 1), ((0, 5), 3), ((1, 0), 4), ((1, 4), 6), ((2, 0), 8)])
-def test_log__what_is_done_again_is_not_told_twice(tmp_path, start, kept, half):
-    """A run that was killed has told more than its checkpoint knows. An epoch's result stands only if the epoch is over."""
+def test_log__repeated_steps_have_one_line(tmp_path, start, kept, half):
+    """A killed run has logged steps after its checkpoint. The result of an epoch stays only if the epoch is complete."""
     epoch(tmp_path)
     epoch(tmp_path, number=1)
     before = lines_of(tmp_path)

@@ -1,4 +1,4 @@
-"""main_lincls.py: the protocol, the frozen trunk, each validation image once, and what bad input says."""
+"""main_lincls.py: the protocol, the frozen trunk, each validation image once, and messages for bad input."""
 
 import json
 import math
@@ -42,7 +42,7 @@ def probe(images, trained, out, *flags):
     return json.loads((out / "result.json").read_text())
 
 
-def test_main_lincls__learns_and_tells(images, trained, tmp_path):
+def test_main_lincls__learns_and_reports(images, trained, tmp_path):
     result = probe(images, trained, tmp_path, "--epochs", 4)
     assert result["best"]["top1"] == 100.0  # red and blue
     assert result["last"]["top5"] == 100.0 and result["last"]["epoch"] == 3
@@ -116,10 +116,10 @@ def test_warn_if_slow__when_the_rate_cannot_move_the_classifier(capsys, images, 
     paths = ["--pretrained", "random", "--train-shards", "t", "--val-shards", "v"]
     args = main_lincls.get_args(["--method", "mosrep", *paths, *flags])
     main_lincls.warn_if_slow(args, images // args.batch_size)
-    told = capsys.readouterr().out
-    assert bool(told) == warned and len(told.splitlines()) <= 1
+    out = capsys.readouterr().out
+    assert bool(out) == warned and len(out.splitlines()) <= 1
     if flags == ["--batch-size", "64"]:
-        assert re.search(r"--trust 0.001 with --lr 0.2: in 90 steps .* at most 2.3 %.*pass --trust 0", told)
+        assert re.search(r"--trust 0.001 with --lr 0.2: in 90 steps .* at most 2.3 %.*pass --trust 0", out)
 
 
 def test_main_lincls__warns_of_a_slow_rate_and_shows_chance(images, trained, tmp_path, capsys):

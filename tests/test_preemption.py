@@ -28,17 +28,17 @@ def save(content, file):
     time.sleep(0.3)
 torch.save = save
 """
-TELLING = """
+RECORDING = """
 from methods import METHODS
 from utils.run import dist
-def telling(forward):
-    def told(self, batch, targets, step):
+def recording(forward):
+    def recorded(self, batch, targets, step):
         with open(f"{folder}/samples-{{dist.rank()}}", "a") as file:
             file.write(f"{{step.number}} {{' '.join(map(str, batch.sample_ids.tolist()))}}\\n")
         return forward(self, batch, targets, step)
-    return told
+    return recorded
 for method in METHODS.values():
-    method.forward = telling(method.forward)
+    method.forward = recording(method.forward)
 """
 
 
@@ -49,13 +49,13 @@ def state(folder):
 
 @pytest.fixture(scope="module")
 def unbroken(images, tmp_path_factory):
-    """Folders of runs of two processes that nothing happened to."""
+    """Folders of runs of two processes without interruption."""
     runs = {}
 
     def run(method):
         if method not in runs:
             folder = runs[method] = tmp_path_factory.mktemp(method)
-            before = TELLING.format(folder=folder)
+            before = RECORDING.format(folder=folder)
             with Run(folder, pretrain(images, folder / "run", *SAVING, method=method), TWO, before=before) as whole:
                 assert whole.end() == 0, whole.said()
         return runs[method]
@@ -64,7 +64,7 @@ def unbroken(images, tmp_path_factory):
 
 
 def killed(images, tmp_path, method, moment):
-    """A run of which all processes die at once: so many steps on, or in the middle of a save."""
+    """A run with all processes killed at once: after a number of steps, or in the middle of a save."""
     out = tmp_path / "run"
     before, saving = len(steps(out)), lambda: list(out.glob(".checkpoint_*.tmp"))
     with Run(tmp_path, pretrain(images, out, *SAVING, method=method), TWO, before=SLOW) as run:
@@ -92,13 +92,13 @@ def test_main_pretrain__killed_it_is_the_unbroken_run(images, tmp_path, unbroken
 
 
 @methods
-def test_main_pretrain__goes_on_with_another_number_of_processes(images, tmp_path, unbroken, method):
+def test_main_pretrain__continues_with_another_number_of_processes(images, tmp_path, unbroken, method):
     """From two processes to one: the same global batches from the same step on, and the same losses but for rounding."""
     whole, folder = unbroken(method), tmp_path
     inside = sorted((whole / "run").glob("checkpoint_0002_*"))[0]
     first = 10 + int(re.search(r"_(\d+)\.", inside.name)[1])
     argv = pretrain(images, folder / "run", *SAVING, "--resume", inside, *in_two(method), method=method)
-    with Run(folder, argv, before=TELLING.format(folder=folder)) as run:
+    with Run(folder, argv, before=RECORDING.format(folder=folder)) as run:
         assert run.end() == 0, run.said()
 
     def batches(folder, processes):

@@ -29,7 +29,7 @@ CLASSES = 7
 
 
 def write(folder, name, labels, rng):
-    """Images of the size of a view, so that validation resamples nothing: noise on a grey level that tells the class apart."""
+    """Images of the size of a view, so that validation resamples nothing: noise on the grey level of the class."""
     folder.mkdir()
     pixels = rng.integers(0, 40, (len(labels), SIZE, SIZE, 3), dtype=np.uint8)
     with webdataset.TarWriter(str(folder / f"{name}-000000.tar")) as tar:
@@ -197,9 +197,9 @@ def test_main_lincls__the_learning_rate_drops_after_its_epochs(data, tmp_path):
     assert [line["lr"] for line in lines if "lr" in line] == pytest.approx([0.5, 0.1, 0.1, 0.02])
 
 
-def test_main_lincls__result_tells_best_and_last(data, tmp_path, monkeypatch, capsys):
-    told = iter([(40.0, 60.0), (80.0, 90.0), (80.0, 95.0), (30.0, 99.0)])
-    monkeypatch.setattr(main_lincls, "evaluate", lambda *a: {6: dict(zip(("top1", "top5"), next(told), strict=True))})
+def test_main_lincls__result_has_best_and_last(data, tmp_path, monkeypatch, capsys):
+    accuracies = iter([(40.0, 60.0), (80.0, 90.0), (80.0, 95.0), (30.0, 99.0)])
+    monkeypatch.setattr(main_lincls, "evaluate", lambda *a: {6: dict(zip(("top1", "top5"), next(accuracies), strict=True))})
     result = result_of(data, tmp_path, "--epochs", 4)
     assert result["best"] == {"epoch": 1, "top1": 80.0, "top5": 90.0}
     assert result["last"] == {"epoch": 3, "top1": 30.0, "top5": 99.0}
@@ -260,7 +260,7 @@ def test_main_lincls__bad_input(data, tmp_path, capsys, flags, message):
     assert not list(tmp_path.glob("out/*"))
 
 
-def test_main_lincls__a_probe_is_not_gone_over_by_another(data, tmp_path, capsys):
+def test_main_lincls__a_probe_is_not_overwritten_by_another(data, tmp_path, capsys):
     probe(data, tmp_path, "--epochs", 1)
     before = (tmp_path / "result.json").read_bytes()
     with pytest.raises(SystemExit):

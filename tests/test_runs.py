@@ -149,7 +149,7 @@ def test_main_pretrain__a_finished_run_resumed_is_left_as_it_is(images, tmp_path
     assert (tmp_path / checkpoint.LATEST).read_bytes() == before
 
 
-def test_main_pretrain__config_tells_the_run(images, tmp_path):
+def test_main_pretrain__config_describes_the_run(images, tmp_path):
     run(images, tmp_path, "--seed", "5")
     config = json.loads((tmp_path / "config.json").read_text())
     args = main_pretrain.get_args([*flags_of("moco"), "--shards", "x"])
@@ -233,12 +233,12 @@ def test_check__the_batch_in_the_message_works(monkeypatch, method, world, split
             assert attempt or (method == "moco" and not batch % (world * splits))
             break
     else:
-        pytest.fail("the batch sizes that were offered do not do")
+        pytest.fail("the batch sizes in the messages do not work")
 
 
 @pytest.mark.parametrize("method, size", [("moco", "48"), ("mosrep", "16"), ("moco", "31")])
 def test_main_pretrain__small_views_name_the_size_that_was_given(images, tmp_path, capsys, method, size):
-    """Local crops have half of --size: 48 leaves them 24 pixels, less than the stride of 32. 24 was nobody's value."""
+    """Local crops have half of --size: 24 pixels, less than the stride of 32. The message names 48, the flag's value."""
     local = ["--local-crops", "2"] if method == "moco" else ["--shift-range", "3"]
     argv = [*flags_of(method), *local, "--shards", f"{images}/train", "--output-dir", tmp_path / "o", "--size", size]
     err = fails(capsys, *argv)

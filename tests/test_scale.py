@@ -22,7 +22,7 @@ VIEW = 3 * 64 * 64  # values of a view
 
 @pytest.fixture(scope="module")
 def simulated():
-    """What is predicted of the default form on few processes, and of it and the plain form on many."""
+    """The predictions: the default form on few processes, both forms on many."""
     with ProcessPoolExecutor(2, forkserver(), max_tasks_per_child=1) as pool:
         return list(pool.map(simulate, [FEW, MANY, MANY], [False, False, True]))
 
@@ -59,7 +59,7 @@ def test_simulate__shuffled_views_travel_once_and_as_bytes(simulated, processes)
 
 
 def collectives():
-    """Of 2 processes, each with an operation whose bytes are known."""
+    """The counts on 2 processes, for collectives with known bytes."""
     x = torch.zeros(6, 5, dtype=torch.bfloat16)
     with Tracer() as tracer:
         dist.gather(x)  # not counted yet
@@ -96,7 +96,7 @@ def test_received_by__an_unknown_collective_is_not_left_out():
         received_by(torch.ops.c10d.barrier.default, ())
 
 
-def test_main__tells_each_number_of_processes(capsys, monkeypatch):
+def test_main__prints_each_number_of_processes(capsys, monkeypatch):
     monkeypatch.setattr(step, "processes", forkserver)
     flags = ["--arch", "resnet18", "--size", "64", "--batch-size", "4", "--moco-k", "64"]
     flags += ["--methods", "mosrep", "insdis", "--processes"]

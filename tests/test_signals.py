@@ -1,4 +1,4 @@
-"""Signals to any process: all of them stop at the same step, saved, and go on later as if nothing had been."""
+"""Signals to any process: all processes save and stop at the same step, and the run resumes without a difference."""
 
 import json
 import os
@@ -64,7 +64,7 @@ def state(folder):
 
 @pytest.fixture(scope="module")
 def unbroken(images, tmp_path_factory):
-    """Folders of runs that nobody has interrupted, of so many processes."""
+    """Folders of uninterrupted runs, by method and number of processes."""
     runs = {}
 
     def run(method, processes=1):
@@ -78,10 +78,10 @@ def unbroken(images, tmp_path_factory):
 
 
 @pytest.mark.parametrize("method, name", [*((m, "SIGTERM") for m in METHODS), ("moco", "SIGUSR1"), ("moco", "SIGINT")])
-def test_main_pretrain__a_signal_saves_and_the_run_goes_on(images, tmp_path, unbroken, method, name):
+def test_main_pretrain__a_signal_saves_and_the_run_resumes(images, tmp_path, unbroken, method, name):
     handlers = [signal.getsignal(number) for number in (15, 10, 2)]
     assert interrupted(images, tmp_path, method, name, 6) == NAMED[name]
-    # heard after step 6, told to all in the vote of step 7
+    # received after step 6, known to all processes in the vote of step 7
     assert (latest(tmp_path)["epoch"], latest(tmp_path)["step"]) == (1, 3) and steps(tmp_path)[-1] == (1, 2)
     assert [signal.getsignal(number) for number in (15, 10, 2)] == handlers
     assert train(images, tmp_path, method, "--resume", "auto") == 0
@@ -89,7 +89,7 @@ def test_main_pretrain__a_signal_saves_and_the_run_goes_on(images, tmp_path, unb
     assert without_clock(metrics(tmp_path)) == without_clock(metrics(unbroken(method)))
 
 
-# test_preemption.py goes on with runs of two processes of every method
+# test_preemption.py has runs of two processes of every method
 @pytest.mark.parametrize("method, rank", [("moco", 0), ("moco", 1), ("insdis", 1)])
 def test_main_pretrain__a_signal_to_one_process_stops_all_at_the_same_step(images, tmp_path, unbroken, method, rank):
     assert spawn(interrupted, images, tmp_path, method, "SIGUSR1", 1, rank) == [0, 0]
@@ -138,7 +138,7 @@ def result(folder):
     "where, number, place", [("done", 2, (0, 3)), ("asked_to_stop", 2, (0, 5)), ("asked_to_stop", 3, (1, 5))]
 )
 @pytest.mark.parametrize("processes", [1, 2])
-def test_main_lincls__a_signal_saves_and_the_probe_goes_on(images, tmp_path, processes, where, number, place):
+def test_main_lincls__a_signal_saves_and_the_probe_resumes(images, tmp_path, processes, where, number, place):
     """In training, and in an evaluation, which is done again from its start."""
     out, whole, last = tmp_path / "out", tmp_path / "whole", processes - 1
     if processes == 1:
@@ -163,8 +163,8 @@ def test_main_pretrain__a_signal_to_the_whole_group(images, tmp_path, name):
         os.killpg(run.process.pid, getattr(signal, name))
         assert run.end(30) == NAMED[name]
     assert f"\nStopped by {name}, and saved. The same command resumes from here.\n" in run.said()
-    told = steps(out)
-    assert latest(out)["epoch"] * 5 + latest(out)["step"] == len(told) and "Traceback" not in run.said()
+    logged = steps(out)
+    assert latest(out)["epoch"] * 5 + latest(out)["step"] == len(logged) and "Traceback" not in run.said()
 
 
 def test_main_pretrain__a_signal_to_one_worker_under_torchrun(images, tmp_path):
@@ -203,7 +203,7 @@ with Signals() as signals:
 
 @pytest.mark.parametrize("torchrun, name", [(False, "SIGTERM"), (False, "SIGUSR1"), (False, "SIGINT"), (True, "SIGTERM")])
 def test_signals__the_second_ends_the_process_at_once(torchrun, name):
-    """Under torchrun only one that comes later than the agent's copy of the first."""
+    """Under torchrun, only if it comes later than the agent's copy of the first."""
     number, environment = getattr(signal, name), os.environ | {"PYTHONPATH": str(Path(main_pretrain.__file__).parent)}
     environment |= {"TORCHELASTIC_RUN_ID": "1"} if torchrun else {}
     with subprocess.Popen(
@@ -230,7 +230,7 @@ def test_signals__handlers_are_put_back():
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_exit_code__is_told_in_the_readme():
+def test_exit_code__is_in_the_readme():
     readme = (Path(main_pretrain.__file__).parent / "README.md").read_text()
     assert {name: exit_code(getattr(signal, name)) for name in NAMED} == NAMED
     assert all(re.search(rf"\b{name}\b", readme) for name in NAMED) and "130" in readme

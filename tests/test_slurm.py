@@ -73,7 +73,7 @@ def slurm(tmp_path):
         os.kill(pid, signal.SIGKILL)
 
 
-def test_slurm__a_job_that_is_asked_to_stop_saves_is_requeued_and_goes_on(images, tmp_path, slurm):
+def test_slurm__a_job_that_is_asked_to_stop_saves_is_requeued_and_resumes(images, tmp_path, slurm):
     metrics = tmp_path / "run/metrics.jsonl"
     job = slurm(images)
     end = time.monotonic() + 100

@@ -1,4 +1,4 @@
-"""Two hosts, as network namespaces with a cable between them that is pulled out."""
+"""Two hosts, as network namespaces with a cable between them that is disconnected."""
 
 import os
 import shutil
@@ -36,7 +36,7 @@ def hosts():
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
 
-def test_two_hosts__a_link_that_breaks_ends_both_and_the_run_goes_on_later(images, tmp_path, hosts):
+def test_two_hosts__a_link_that_breaks_ends_both_and_the_run_resumes_later(images, tmp_path, hosts):
     out, epochs = tmp_path / "run", 14
     flags = ["--epochs", epochs, "--save-steps", 2, "--dist-timeout", 8]
 
