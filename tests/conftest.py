@@ -8,12 +8,12 @@ import torch
 import webdataset
 from PIL import Image
 
-torch.set_num_threads(1)  # what the tests compute is too small to share between cores
+torch.set_num_threads(1)  # the computations of the tests are too small for several cores
 
 
 @pytest.fixture(scope="session")
 def images(tmp_path_factory):
-    """Shards: train/ with 40 images of two classes, told apart by their colour; val/ with 11; plain/ without labels."""
+    """Shards: train/ with 40 images of two classes, red and blue; val/ with 11; plain/ without labels."""
     folder = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
     for split, sizes, labelled in (("train", (16, 16, 8), True), ("val", (6, 5), True), ("plain", (16,), False)):

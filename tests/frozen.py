@@ -1,4 +1,4 @@
-"""Imported last by a fork server: the garbage collector leaves alone what is there, and copies no page of it in every child."""
+"""Imported last by a fork server: the garbage collector ignores existing objects, so no child copies their pages."""
 
 import gc
 

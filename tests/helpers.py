@@ -1,4 +1,4 @@
-"""What several test files share: a method built from real flags, its inputs, and functions run on several processes."""
+"""Helpers of several test files: a method built from real flags, its inputs, and functions run on several processes."""
 
 import functools
 import multiprocessing
@@ -62,7 +62,7 @@ def tiny(method):
 
 
 def method_args(name, *flags):
-    """What main_pretrain.py makes of `--method name flags`: a tiny trunk, the CPU, no data set. Later flags win."""
+    """The parsed flags of `--method name flags`: a tiny trunk, the CPU, no data set. Later flags win."""
     return main_pretrain.get_args([*tiny(name), "--shards", "none", "--device", "cpu", "--amp", "fp32", *flags])
 
 
@@ -71,7 +71,7 @@ def method_of(args, samples=IMAGES):
 
 
 def build(name, *flags, seed=0):
-    """A method in training mode whose query and key side differ in everything, and where no BatchNorm scale hides a branch."""
+    """A method in training mode. Its query and key side differ in all weights, and no BatchNorm scale hides a branch."""
     torch.manual_seed(seed)
     method = method_of(method_args(name, *flags)).to(memory_format=torch.channels_last).train()
     with torch.no_grad():
@@ -119,7 +119,7 @@ def random_views(n, size=64, local_crops=4, seed=1):
 
 
 def uint8_batch(args, seed=1):
-    """What the loader makes of --batch-size images: random pixels, randomly mirrored."""
+    """A batch of --batch-size images like the loader's: random pixels, randomly mirrored."""
     specs, n, rng = METHODS[args.method].views(args), args.batch_size, torch.Generator().manual_seed(seed)
     shapes = [(n, *([spec.count] if spec.count > 1 else []), 3, spec.size, spec.size) for spec in specs]
     views = [torch.randint(0, 256, shape, generator=rng, dtype=torch.uint8) for shape in shapes]
@@ -131,13 +131,13 @@ def uint8_views(args, seed=1):
 
 
 def in_two(method):
-    """Flags with which one process does what two would do."""
+    """Flags with which one process gives the result of two."""
     return ["--bn-splits", "2"] if "bn_splits" in method_args(method) else []  # without it, BatchNorm spans all processes
 
 
 @functools.cache
 def forkserver():
-    """Starts processes that have imported what is slow. (Of Python 3.11 it knows no sys.path but this.)"""
+    """Starts processes that have imported the slow packages. (In Python 3.11 it has only this sys.path.)"""
     multiprocessing.set_forkserver_preload(["runs", "pytest", "torch.utils.tensorboard", "frozen"])
     here = Path(__file__).parent
     with mock.patch.dict(os.environ, PYTHONPATH=f"{here}:{here.parent}", OMP_NUM_THREADS="1"):
@@ -146,12 +146,12 @@ def forkserver():
 
 
 def default_start_method():
-    """Of Python, which a process of the fork server has not: loader workers would come from one more server."""
+    """Set Python's default. A process of the fork server has another one: its loader workers would need one more server."""
     multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
 
 
 def spawn(fn, *args, processes=2, timeout=150):
-    """[fn(*args) of process 0, of process 1, ...], in processes that gloo joins as torchrun would. fn: from a test module.
+    """[fn(*args) of process 0, of process 1, ...], in processes that gloo joins, as with torchrun. fn: from a test module.
 
     The first error in a process is raised here with its traceback; after an error or `timeout` seconds all of them are ended.
     """

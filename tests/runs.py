@@ -1,8 +1,8 @@
 """Real command lines of main_pretrain.py and main_lincls.py, by themselves or under torchrun, in processes that tests may kill.
 
-They are forked where torch and timm are imported already, which takes a new interpreter five seconds: processes with their own
-session, signals and exit code, or torchrun's agent and the processes that it starts. What they lack of new interpreters (an end
-of the interpreter, descriptors of their own under torchrun) is left to the tests of test_faults.py that start some.
+They are forked from a process that has imported torch and timm, because that takes a new interpreter five seconds. Each has its
+own session, signals and exit code; torchrun's agent starts its processes in the same way. They do not test the end of an
+interpreter and, under torchrun, separate descriptors. test_faults.py starts new interpreters for these.
 """
 
 import atexit
@@ -56,7 +56,7 @@ class Run:
         return self.out.read_text()
 
     def pids(self):
-        """Of the command and all that it has started, the command first."""
+        """Process ids of the command and of all processes that it has started, the command first."""
         found, parents = [self.process.pid], children()
         for pid in found:
             found += parents.get(pid, [])
@@ -82,14 +82,14 @@ class Run:
         return self
 
     def end(self, timeout=90):
-        """Its exit code."""
+        """The exit code of the command."""
         self.process.join(timeout)
         assert self.process.exitcode is not None, f"not done in {timeout} s: {self.said()}"
         return self.process.exitcode
 
 
 def _command(out, launch, command, before, host, environment):
-    """In a new process: what a shell would start."""
+    """Run a command line in a new process, as a shell does."""
     default_start_method()
     os.environ |= environment
     os.chdir(ROOT)
@@ -115,7 +115,7 @@ def _train(command, before):
 
 
 def _leave(main, *args):
-    """Run it as an interpreter runs a script, which ends with an exit code."""
+    """Run a function as an interpreter runs a script, which ends with an exit code."""
     code = 0
     try:
         os.setsid()
@@ -134,7 +134,7 @@ def _leave(main, *args):
 
 
 class Forked(subprocess.Popen):
-    """A training process of torchrun's agent, which starts a new interpreter otherwise."""
+    """A training process of torchrun's agent, forked instead of a new interpreter."""
 
     def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *_):
         self.pid, self._child_created = os.fork(), True
@@ -176,7 +176,7 @@ def without_clock(lines):
 
 
 def same(a, b):
-    """Equal to the last bit, however nested."""
+    """Whether nested values are equal, bit for bit."""
     if isinstance(a, torch.Tensor):
         return torch.equal(a, b)
     if isinstance(a, dict):

@@ -31,7 +31,7 @@ PHOTOGRAPHS = ("astronaut", "chelsea", "coffee")
 
 
 def color_of(number: int) -> tuple[int, int, int]:
-    """A color that no other number below 256 has."""
+    """A color that is different for each number below 256."""
     return number, 255 - number, (37 * number) % 256
 
 

@@ -19,7 +19,7 @@ def written(folder):
 
 
 def test_bad_samples__each_once(tmp_path):
-    """However often it is met, with any error. One key in two shards is two samples."""
+    """A sample has one record, for any number of reads and any error. One key in two shards is two samples."""
     bad = BadSamples(tmp_path, 100, 1.0)
     assert bad.add([]) == 0 and not (tmp_path / FILE).exists()
     assert bad.add([record("x"), record("y"), record("x")]) == 2
@@ -120,7 +120,7 @@ def two_processes(folder):
 
 
 def test_bad_samples__processes_agree(tmp_path):
-    """On the count and on the end of the run. The file has each sample once."""
+    """They agree on the count and on the end of the run. The file has each sample once."""
     (first, second) = spawn(two_processes, tmp_path)
     assert first == second
     counts, again, text = first

@@ -1,4 +1,4 @@
-"""The benchmarks run and end with the line of JSON that programs read. What they measure is not tested: machines differ."""
+"""The benchmarks run and end with the line of JSON that programs read. The measured times are not tested: machines differ."""
 
 import json
 import multiprocessing

@@ -28,7 +28,7 @@ def test_convert__is_scikit_images(space):
 
 @pytest.mark.parametrize("space", sorted(set(SPACES) - {"YCbCr"}))
 def test_scales__are_the_middle_and_half_of_each_channels_range(space):
-    """So are the published numbers of Lab; YCbCr's are of other making."""
+    """This includes the published numbers of Lab. Those of YCbCr have another origin."""
     steps = np.arange(0, 256, 5) / 255
     grid = np.stack(np.meshgrid(steps, steps, steps, indexing="ij"), -1).reshape(1, -1, 3)
     wanted = THEIRS[space](grid)[0]
@@ -47,7 +47,7 @@ def test_color_views__published_normalisation_of_lab():
     np.testing.assert_allclose(torch.cat([first, others], 1).permute(0, 2, 3, 1), wanted, atol=1e-5)
 
 
-def test_color_views__a_grey_image_carries_nothing_in_ab():
+def test_color_views__a_grey_image_has_no_information_in_ab():
     grey = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
     a, b = color_views(grey, "Lab")[1][0].unbind(0)
     assert a.std() < 1e-4 and b.std() < 1e-4

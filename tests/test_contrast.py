@@ -149,7 +149,7 @@ def test_step__rng_is_functions_of_seed_and_step():
 
 
 class Keys:
-    """A key encoder that is nothing but BatchNorm, and remembers whom it saw."""
+    """A key encoder with only BatchNorm. It records the images of each call."""
 
     def __init__(self):
         self.seen = []

@@ -107,7 +107,7 @@ def test_gather__total_and_broadcast_in_one_process():
 
 
 def first_does():
-    calls, told = [], []
+    calls, outcomes = [], []
 
     def work(error=None):
         calls.append(dist.rank())
@@ -115,23 +115,23 @@ def first_does():
             raise error
         return f"done by {dist.rank()}"
 
-    told.append(dist.first_process_does(work))
+    outcomes.append(dist.first_process_does(work))
     for error in (ValueError("--flag 3: bad"), FileNotFoundError(2, "no such file", "x.tar")):
         try:
             dist.first_process_does(lambda error=error: work(error))
         except (ValueError, OSError) as raised:
-            told.append((type(raised), str(raised)))
-    return calls, told
+            outcomes.append((type(raised), str(raised)))
+    return calls, outcomes
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_first_process_does__value_and_errors_reach_all(processes):
     results = spawn(first_does) if processes == 2 else [first_does()]
-    for rank, (calls, told) in enumerate(results):
+    for rank, (calls, outcomes) in enumerate(results):
         assert calls == ([] if rank else [0, 0, 0])
-        assert told[0] == "done by 0"
-        assert told[1] == (ValueError, "--flag 3: bad")
-        assert told[2] == (FileNotFoundError, "[Errno 2] no such file: 'x.tar'")
+        assert outcomes[0] == "done by 0"
+        assert outcomes[1] == (ValueError, "--flag 3: bad")
+        assert outcomes[2] == (FileNotFoundError, "[Errno 2] no such file: 'x.tar'")
 
 
 def ddp_gradient():

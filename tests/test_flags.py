@@ -174,7 +174,7 @@ def test_one_line_ends__a_known_reason_is_one_line_and_exit_2(capsys, monkeypatc
     "error", [RuntimeError("a bug in a DataLoader worker"), ValueError("a bug"), OSError("a bug"), KeyError(1)]
 )
 def test_one_line_ends__a_bug_is_not_hidden(capsys, error):
-    """Nor is what would be bad input at the start."""
+    """A ValueError after the start is a bug too."""
     with pytest.raises(type(error)) as raised, one_line_ends("main.py"):
         raise error
     assert raised.value is error and capsys.readouterr().err == ""
@@ -257,7 +257,7 @@ READ = set()
 
 @pytest.mark.parametrize("method", METHODS)
 def test_main_pretrain__every_flag_that_is_parsed_is_read(images, tmp_path, monkeypatch, method):
-    """Not only by a check: it must get where something is done with it."""
+    """A check alone does not count: the code that needs the flag must read it."""
     argv = [*tiny(method), "--shards", f"{images}/train", "--output-dir", str(tmp_path), "--epochs", "1", "--workers", "0"]
     args = Recording(main_pretrain.get_args([*argv, "--device", "cpu", "--amp", "fp32"]))
     monkeypatch.setattr(main_pretrain, "get_args", lambda argv: args)

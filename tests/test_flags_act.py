@@ -1,4 +1,4 @@
-"""Every flag of every method, and of what is around it, changes what two steps of training make."""
+"""Every flag of every method, and every general flag, changes the result of two training steps."""
 
 import argparse
 
@@ -11,7 +11,7 @@ from methods import METHODS
 from utils.learning import optim
 from utils.learning.method import Step
 
-OTHER = {  # another value of each flag; a tuple brings what it needs
+OTHER = {  # another value of each flag; a tuple also has the flags that it needs
     "arch": "tiny_convnext", "output_stride": "16", "lr": "0.5", "momentum": "0.5", "weight_decay": "0.1", "trust": "0.01",
     "warmup_epochs": "0.9", "lr_per": "step", "lr_steps": "1", "lr_gamma": ("0.5", "--lr-steps", "1"), "seed": "9",
     "batch_size": "4",
@@ -117,6 +117,6 @@ def test_flag__changes_something(base_line, name, flag):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_two_steps__come_out_the_same_again(name):
-    """Or the test above could not fail."""
+def test_two_steps__give_the_same_result_again(name):
+    """Otherwise the test above could not fail."""
     assert not differ(two_steps(name, []), two_steps(name, []))

@@ -101,7 +101,7 @@ def test_floors__every_import_points_down():
     ],
 )
 def test_floors__checker_sees_it(tmp_path, file, code, fault):
-    """So that the test above cannot pass by looking at nothing."""
+    """Otherwise the test above could pass without any check."""
     rooms = [f"utils/{room}/u.py" for room in ROOMS]
     for name in ("main_pretrain.py", "main_lincls.py", "methods.py", "moco/m.py", "mosrep/r.py", *rooms, file):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What is found below a folder of images: links, system folders, other files, folders that cannot be read."""
+"""The contents of a folder of images: links, system folders, other files, folders that cannot be read."""
 
 import os
 import shutil

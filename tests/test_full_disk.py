@@ -1,4 +1,4 @@
-"""Runs whose output folder is a file system of a few megabytes that fills up."""
+"""Runs with an output folder on a file system of a few megabytes that becomes full."""
 
 import os
 import signal
@@ -59,7 +59,7 @@ def test_main_pretrain__a_full_disk_stops_no_run(images, disk, capsys):
     seen = steps(disk)  # as far as there was room, without gaps
     assert seen == [(epoch, step) for epoch in range(3) for step in range(5)][: len(seen)] and max(seen) >= place
 
-    for path in saved_in(disk)[2:]:  # what the message asks for
+    for path in saved_in(disk)[2:]:  # as the message asks
         path.unlink()
     whole = disk.parent / "whole"
     assert train(images, whole, "moco") == train(images, disk, "moco", "--resume", "auto") == 0

@@ -135,7 +135,7 @@ def test_read_source__a_flag_that_contradicts_the_names_is_refused(resnets, tmp_
     for other in METHODS.keys() - {"moco"}:
         with pytest.raises(ValueError, match=f"--method {other}: .*c.pth.tar is a checkpoint of moco; .* pass --method moco"):
             opened("--method", other, *flags)
-    torch.save(LAYOUTS["MoCo-v3"](resnets), tmp_path / "c.pth.tar")  # whose names W2SSL has too
+    torch.save(LAYOUTS["MoCo-v3"](resnets), tmp_path / "c.pth.tar")  # it has the same names as W2SSL
     assert opened("--method", "moco", "--arch", "tiny_resnet", *flags)[1].epochs == 90
 
 
@@ -145,7 +145,7 @@ def test_read_source__a_flag_that_contradicts_the_names_is_refused(resnets, tmp_
     ("convnext_tiny", lambda n: n, "layer3.0. ("),
 ])  # fmt: skip
 def test_load_trunk__a_failure_is_at_most_400_characters(arch, spoil, found):
-    """It was 17,700 with all keys."""
+    """With all keys it had 17,700 characters."""
     torch.manual_seed(0)
     state = {spoil(n): v for n, v in timm.create_model("resnet50", num_classes=10).state_dict().items()}
     trunk = timm.create_model(arch, num_classes=0)

@@ -564,18 +564,18 @@ def test_worker_ms__is_cpu_time(monkeypatch, colors):
 class Stream:
     """A stand-in for a CUDA stream that records events and the stream of each."""
 
-    now, told = None, []
+    now, events = None, []
 
     def __init__(self, name="side"):
         self.name = name
 
     def wait_stream(self, other):
-        Stream.told.append((self.name, "waits for", other.name))
+        Stream.events.append((self.name, "waits for", other.name))
 
 
 class Tensor:
     def record_stream(self, stream):
-        Stream.told.append(("used in", stream.name))
+        Stream.events.append(("used in", stream.name))
 
 
 def test_load_batches__on_cuda_a_batch_is_made_beside_the_step(monkeypatch):
@@ -590,13 +590,13 @@ def test_load_batches__on_cuda_a_batch_is_made_beside_the_step(monkeypatch):
 
     def batches():
         for _ in range(2):
-            Stream.told.append(("made in", Stream.now.name))
+            Stream.events.append(("made in", Stream.now.name))
             yield Batch([Tensor()], [], Tensor(), Tensor(), [])
 
     for name, value in (("Stream", lambda device: Stream()), ("stream", stream), ("current_stream", lambda device: Stream.now)):
         monkeypatch.setattr(torch.cuda, name, value)
-    Stream.told.clear()
+    Stream.events.clear()
     for _ in loader._beside_the_step(batches(), torch.device("cuda")):
-        Stream.told.append(("step in", Stream.now.name))
+        Stream.events.append(("step in", Stream.now.name))
     one = [("made in", "side"), ("main", "waits for", "side"), *[("used in", "main")] * 3, ("step in", "main")]
-    assert Stream.told == one * 2
+    assert Stream.events == one * 2

@@ -1,4 +1,4 @@
-"""main_pretrain.py as a user meets it: what a run writes, that it resumes exactly, and what bad input says."""
+"""main_pretrain.py as a user sees it: the files of a run, exact resuming, and messages for bad input."""
 
 import functools
 import json
@@ -79,7 +79,7 @@ def test_main_pretrain__what_a_run_writes(images, tmp_path, method, capsys):
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(m["epoch"], m["step"]) for m in lines] == [(0, 1), (0, 3), (0, 4), (1, 1), (1, 3), (1, 4)]
     assert {"loss", "lr", "images_per_s", "data_wait", *(["top1"] if method in known else [])} <= lines[0].keys()
-    if method != "w2ssl":  # whose rate moves with every step
+    if method != "w2ssl":  # its rate changes at every step
         second = 0.1 if method in ("cmc", "insdis") else 0.5 * (1 + math.cos(math.pi / 2))  # --lr-steps 1, or half a cosine
         assert [m["lr"] for m in lines] == pytest.approx([0.01] * 3 + [0.01 * second] * 3)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -217,7 +217,7 @@ def test_main_pretrain__inside_an_epoch_the_order_must_stay(images, tmp_path, ca
 
 @pytest.mark.parametrize("method", METHODS)
 def test_main_pretrain__photometric_changes_no_result(images, tmp_path, one_epoch, method):
-    """Nor does any other flag of where and how. The other run has the defaults: auto, and 0.01."""
+    """The same holds for every flag of where and how to run. The other run has the defaults: auto, and 0.01."""
     for where, share in (("worker", 0.5), ("device", 0)):
         other = run(images, tmp_path / where, "--epochs", 1, "--photometric", where, "--max-bad", share, method=method)
         assert same(weights(other), weights(one_epoch(method)[1]))

@@ -55,7 +55,7 @@ def test_forward__neither_reads_nor_moves_the_global_random_state(variant):
 
 @variants
 def test_forward__changes_nothing_but_statistics(variant):
-    """What it finds out, commit() does; so a step whose loss turns out bad can be left, and looked at again."""
+    """Only commit() changes state, so a step with a bad loss can be skipped and computed again."""
     method = build(*VARIANTS[variant])
     before = copy.deepcopy(method.state_dict())
     step_of(method, batch_for(variant))[0].backward()
@@ -88,7 +88,7 @@ def fake_cuda():
 
 
 class NoWaiting(TorchDispatchMode):
-    """Refuses what makes the host wait for the GPU: a copy there that is not asynchronous, or of much that is not pinned.
+    """Refuses operations that make the host wait for the GPU: synchronous copies, and large copies from unpinned memory.
 
     (Fake tensors refuse to be read, and cannot be pinned.)
     """

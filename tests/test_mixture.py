@@ -125,7 +125,7 @@ def test_region__boxes_by_a_slow_loop(decay):
 
 @pytest.mark.parametrize("groups", [1, 2])
 def test_im__global_and_then_region_by_a_slow_loop(groups):
-    """Each kind takes its partners from the batch as it was when the kind began: region from what global has left."""
+    """Each kind takes its partners from the batch at its own start: region takes images that global has changed."""
     n, side, decay = 8, 12, 0.5
     size = n // groups
     images = torch.rand(n, 3, side, side, generator=torch.Generator().manual_seed(0))
@@ -260,6 +260,6 @@ def test_check__names_the_flag(flags, message):
 
 
 @pytest.mark.parametrize("kind", ["cutout", "random-erasing"])
-def test_check__one_image_a_group_is_enough_to_blot_out(kind):
+def test_check__one_image_per_group_is_enough_to_erase(kind):
     METHODS["moco"].check(method_args("moco", "--im-type", kind, "--bn-splits", "8"), 40)
     assert len(mix(kind, uint8_views(method_args("moco")), groups=8)) == 2

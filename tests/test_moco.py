@@ -1,4 +1,4 @@
-"""MoCo-v2 against docs/methods.md, and what MosRep inherits from it: the tests over VARIANTS."""
+"""MoCo-v2 against docs/methods.md, and the parts that MosRep inherits: the tests over VARIANTS."""
 
 import copy
 import math
@@ -78,7 +78,7 @@ def test_moco__loss_gradients_and_queue_equal_a_slow_loop(local_crops, mode):
 
 
 def first_step(flags, views):
-    """What a step on this process's part of the global batch leaves behind. The seeds outside of it are each process's own."""
+    """The state after a step on this process's part of the global batch. Global seeds differ between processes."""
     method = build(*flags)
     model = dist.data_parallel(method, torch.device("cpu"))
     random.seed(dist.rank()), np.random.seed(dist.rank()), torch.manual_seed(dist.rank())
@@ -164,7 +164,7 @@ def image_number(x):
 
 
 def oracle(flags, n=4):
-    """Stats of an encoder that recognises every image, on views whose colour is their image's place in the global batch."""
+    """Stats of an encoder that recognises every image. The colour of a view is the place of its image in the global batch."""
     method = method_of(method_args(*flags, "--output-stride", "8")).train()
 
     def recognise(module, args, output):

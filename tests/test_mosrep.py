@@ -1,4 +1,4 @@
-"""MosRep's forward against docs/methods.md, "MosRep". (Its mosaics: test_mosaic.py; what it shares with MoCo: test_moco.py.)"""
+"""MosRep's forward against docs/methods.md, "MosRep". (Mosaics: test_mosaic.py; the common part with MoCo: test_moco.py.)"""
 
 import copy
 import math
@@ -128,7 +128,7 @@ def test_mosrep__loss_gradients_and_queue_equal_a_slow_loop(monkeypatch, arch, s
 
 
 def watch(method):
-    """What enters the trunk and the shared head of the query side in a step; the trunk's features are 16 x 16 pixel means."""
+    """The inputs of trunk and shared head of the query side in a step; the trunk's features are 16 x 16 pixel means."""
     seen = {"trunk": [], "head": []}
 
     def trunk(module, args, output):

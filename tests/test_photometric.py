@@ -159,7 +159,7 @@ def test_photometric__flip_is_applied_last(name):
 
 
 def test_photometric__operations_have_neutral_values_and_the_flip_is_the_last():
-    """The four of the color jitter, whose order is drawn, lie side by side."""
+    """The four operations of the color jitter, which have a random order, are neighbours."""
     assert {name: neutral for name, (_, neutral) in OPERATIONS.items()} == {name: NEUTRAL[name] for name in OPERATIONS}
     assert list(OPERATIONS)[-1] == "flip" and tuple(list(OPERATIONS)[unit.JITTER]) == COLOR_JITTER
 
@@ -311,7 +311,7 @@ def test_photometric__plain_extremes_stay_within_range(value):
 
 
 def test_photometric__rows_do_not_leak_into_other_samples():
-    """Only the sample whose row is changed changes."""
+    """If one row changes, only its sample changes."""
     views = torch.stack([to_tensor(photo("astronaut", (24, 24)))] * 5)
     plain = photometric(views, row().expand(5, len(COLUMNS)))
     changes = {"brightness": 0.5, "contrast": 0.5, "saturation": 0.1, "hue": 0.2}

@@ -338,7 +338,7 @@ OTHERS = [("x.pkl", b"\x80\x04.." * 251), ("x.pth", b"evil" * 77), ("x.json", b'
 
 @pytest.fixture
 def mixed(tmp_path):
-    """A shard whose samples have unknown members. Their sizes are not multiples of a tar block."""
+    """A shard with unknown members in its samples. Their sizes are not multiples of a tar block."""
     members = []
     for i in range(3):
         members += [*OTHERS[: i + 1], ("x.png", one_color(i)), ("x.cls", b"%d" % i), *OTHERS[i + 1 :], ("LICENSE", b"?" * 900)]

@@ -14,7 +14,7 @@ SIZES = (10, 10, 10, 7)
 
 
 def index_of(*sizes):
-    """An index whose shards need not exist."""
+    """An index of shards that need not exist."""
     return Index(tuple(Shard(f"/nowhere/{i}.tar", f"{i}.tar", size, 0, "") for i, size in enumerate(sizes)), None)
 
 

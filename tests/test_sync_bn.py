@@ -54,6 +54,6 @@ def test_synchronized__two_processes_are_one_batch(kind):
     torch.testing.assert_close(torch.cat([part[3] for part in parts]), evaluated, rtol=1e-4, atol=1e-5)
 
 
-def test_synchronized__one_process_keeps_what_it_has():
+def test_synchronized__one_process_keeps_its_modules():
     model = nn.Sequential(nn.BatchNorm2d(3))
     assert synchronized(model) is model and type(model[0]) is nn.BatchNorm2d

@@ -179,7 +179,7 @@ def test_cut__agrees_with_torchvision_and_pil_on_photographs(many, name, spec):
         theirs = F.resized_crop(to_tensor(photo), top, left, height, width, size, antialias=True)
         pil = to_tensor(photo.crop((left, top, left + width, top + height)).resize(size, Image.Resampling.BILINEAR))
         assert apart(view, theirs) < 0.6 and apart(view, pil) < 0.6  # the bound of the issue is 1.5
-        assert apart(view.flip(2), pil) > 5  # the test can tell
+        assert apart(view.flip(2), pil) > 5  # the test detects a mirrored view
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 500), (500, 1), (28, 28), (2, 3)])
@@ -273,7 +273,7 @@ def check_parameters(spec, u, jitter, jitter_p, gray_p, blur_p, solarize_p):
     everything = np.stack([*drawn, jittered, flipped, top, left])
     everything = everything[everything.std(1) > 0]
     correlation = np.corrcoef(everything)
-    order_row = np.isin(np.arange(len(everything)), (4, len(everything) - 4))  # order and jittered tell the same
+    order_row = np.isin(np.arange(len(everything)), (4, len(everything) - 4))  # order and jittered are equivalent
     correlation[np.ix_(order_row, order_row)] = 0
     np.fill_diagonal(correlation, 0)
     assert np.abs(correlation).max() < 5 / math.sqrt(len(u))  # drawn independently of each other

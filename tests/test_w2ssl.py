@@ -25,7 +25,7 @@ from w2ssl.losses import location, supervised_contrastive
 
 
 def columns(height, width):
-    """A PNG whose red tells the column of each pixel."""
+    """A PNG with the column of each pixel as its red value."""
     pixels = np.zeros((height, width, 3), np.uint8)
     pixels[..., 0] = np.arange(width)
     file = io.BytesIO()
@@ -237,7 +237,7 @@ def test_chance__is_the_loss_of_a_network_that_knows_nothing():
 
 
 def one_step(flags, n):
-    """Loss and gradients of a step on this process's part of n images. The seeds outside of it are each process's own."""
+    """Loss and gradients of a step on this process's part of n images. Global seeds differ between processes."""
     method = build("w2ssl", *flags)
     model = dist.data_parallel(method, torch.device("cpu"))
     torch.manual_seed(dist.rank())
