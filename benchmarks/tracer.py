@@ -50,7 +50,7 @@ class Tracer(TorchDispatchMode):
 
 
 def received_by(function, args) -> tuple[str, int]:
-    """(the collective's name, bytes that it brings to this process). Raises NotImplementedError for an unknown one."""
+    """(the collective's name, bytes that this process receives). Raises NotImplementedError for an unknown one."""
     name, world = function._opname, dist.world()
     if name == "allreduce_":
         return "all_reduce", sum(2 * (world - 1) * x.nbytes // world for x in args[0])

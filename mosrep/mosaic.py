@@ -61,7 +61,7 @@ def cut_tiles(features: torch.Tensor, boxes: torch.Tensor, stride: int) -> torch
         tile[p, q] = sum over y, x of R[p, y] map[y, x] C[q, x],    or    tile = R map C^T,
 
     with R (h x h) from the vertical and C (w x w) from the horizontal extent of its box. The tiles lie in two rows and two
-    columns: two matrices R stacked, 2h x h, and two C, 2w x w, give all four tiles in two matrix products.
+    columns. So two stacked matrices R, 2h x h, and two C, 2w x w, give all four tiles in two matrix products.
     """
     n, channels, h, w = features.shape
     rows, columns = roi_weights(boxes, h, w, stride, features.device)  # 2h x h, 2w x w

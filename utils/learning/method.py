@@ -7,7 +7,7 @@ A training step calls, in this order,
     ...                                                 # backward and the optimizer's update
     method.commit(step)                                 # queue, bank, moving average
 
-`targets` and `forward` change nothing but BatchNorm's statistics, so a step that fails can be computed again. Training passes
+`targets` and `forward` change only BatchNorm's statistics, so a step that fails can be computed again. Training passes
 the whole local batch; `forward` also takes a slice of it, for gradient accumulation.
 """
 

@@ -116,7 +116,7 @@ class Mixture:
 def edit_(views: list[torch.Tensor], edits, formula) -> None:
     """Edit images of all views in place.
 
-    edits: (places of h images, places of their partners, parameters of h rows ...), drawn on the host, so nothing waits for the
+    edits: (places of h images, places of their partners, parameters of h rows ...), drawn on the host. So nothing waits for the
     device. An image becomes formula(x, y, parameters): x: its pixels; y: its partner's before all edits; h x channels x H x W.
     """
     edits = [edit for edit in edits if len(edit[0])]
