@@ -76,7 +76,7 @@ def write_shards(folder, sizes, image=one_color, label=lambda number: number % 3
 
 
 def name_classes(folder, classes) -> Index:
-    """Write class names into the index of a folder, whatever labels its shards have, and load it."""
+    """Write class names into the index of a folder, for any labels in its shards, and load it."""
     content = json.loads((folder / "index.json").read_text())
     (folder / "index.json").write_text(json.dumps(content | {"classes": classes}))
     return load_index(str(folder))
@@ -96,7 +96,7 @@ def overwrite(path, offset: int, data: bytes) -> None:
 
 
 def chi_square(counts, expected) -> float:
-    """How many standard deviations the statistic lies above its mean. counts: a histogram whose expected sum is the same."""
+    """Distance of the statistic from its mean, in standard deviations. counts: a histogram with the sum of `expected`."""
     counts, expected = np.asarray(counts, float).ravel(), np.asarray(expected, float).ravel()
     assert expected.min() > 4 and abs(counts.sum() - expected.sum()) < 1e-6 * expected.sum()
     degrees = len(counts) - 1

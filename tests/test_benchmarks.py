@@ -47,7 +47,7 @@ def test_pil_chain__has_the_operations_of_a_view():
 
 
 def test_step__ends_with_a_line_of_json(capsys, monkeypatch):
-    """Both forms of some methods, each in a process of its own. CMC's two forwards are of half networks."""
+    """Both forms of some methods, each in a separate process. CMC's two forwards are of half networks."""
     monkeypatch.setattr(step, "processes", forkserver)
     flags = ["-a", "resnet18", "--size", "64", "--batch-size", "4", "--moco-k", "64", "--rounds", "1", "--device", "cpu"]
     step.main([*flags, "--nce-k", "64", "--samples", "100", "--methods", "mosrep", "w2ssl", "cmc"])

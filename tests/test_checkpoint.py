@@ -57,7 +57,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("prefix, others", LAYOUTS.values(), ids=LAYOUTS)
-def test_load_trunk__every_layout_in_the_wild(resnet, prefix, others):
+def test_load_trunk__every_published_layout(resnet, prefix, others):
     state = collections.OrderedDict((prefix + name, value) for name, value in resnet.state_dict().items())
     for other in others:  # weights that must not be taken for the trunk's
         names = [other + name for name in resnet.state_dict()] if other.endswith(".") else [other]

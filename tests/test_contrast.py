@@ -189,7 +189,7 @@ def test_shuffled_keys__statistics_of_other_images_and_keys_back_in_order(proces
                 assert torch.allclose(keys[i], wanted, atol=1e-5)
         for process in results:
             assert torch.equal(process[number][1], keys)  # the same keys everywhere
-            assert process[number][3] == random  # and the generators still in step
+            assert process[number][3] == random  # and the generators are still equal
         partitions.append({frozenset(group) for group in dealt})
     if processes * groups > 1:
         size = n // groups

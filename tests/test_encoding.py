@@ -193,7 +193,7 @@ POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\
 
 
 def test_imagenet2wds__postscript_starts_no_program(tmp_path, monkeypatch):
-    """Pillow starts Ghostscript for PostScript, whatever the name of the file."""
+    """Pillow starts Ghostscript for PostScript, for any name of the file."""
     for i, name in enumerate(("0.png", "1.jpg", "2.tif", "noextension")):
         draw(tmp_path / "in" / "0.png", i) if name == "0.png" else (tmp_path / "in" / name).write_bytes(POSTSCRIPT)
     (tmp_path / "bin").mkdir()

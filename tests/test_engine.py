@@ -58,7 +58,7 @@ def test_update__an_overflow_of_fp16s_scaler_is_skipped_and_reported():
             engine.update((8 * weight).sum() if step < 2 else (2 * weight).sum(), StepInputs(0, step))["skipped"].item()
         )
     assert skipped == [1, 1, 0] and weight.item() == 2 - 0.5 * 2
-    with pytest.raises(NotFinite):  # a loss that is not finite is a failure all the same
+    with pytest.raises(NotFinite):  # a loss that is not finite is still a failure
         engine.update((weight * float("inf")).sum(), StepInputs(0, 3))
 
 
@@ -169,7 +169,7 @@ def test_replay__fails_again_in_one_process(images, tmp_path, capsys, method, pr
     path = tmp_path / "failed_step_0000_000004.pth.tar"
     saved = torch.load(path, weights_only=True)
     assert len(saved["samples"]) == len(saved["views"][0]) == 8 and saved["views"][0].dtype == torch.uint8
-    assert torch.load(tmp_path / "checkpoint_latest.pth.tar", weights_only=True)["step"] == 4  # the state before, saved as ever
+    assert torch.load(tmp_path / "checkpoint_latest.pth.tar", weights_only=True)["step"] == 4  # the state before, as usual
     code, out, _ = replay(capsys, path)
     assert code == 0 and "the step fails again" in out and "loss nan" in out
     assert f"epoch 0, step 4, 8 images of {processes} processes" in out

@@ -179,7 +179,7 @@ def launched(shards, out, *flags, launch=("-W", "error")):
 
 
 def test_main_pretrain__a_command_replaces_an_unusable_image(tmp_path):
-    """It says so, ends well, and the image is one for both epochs."""
+    """The run reports it and ends with 0. Two epochs count the image once."""
     write_shards(tmp_path / "x", (20, 20), image_or_not({30}))
     flags = ["--epochs", "2", "--workers", "1", "--max-bad", "0.03"]
     code, out, error = launched(tmp_path / "x", tmp_path / "run", *flags)

@@ -1,4 +1,4 @@
-"""The rooms of the house: run <- data <- learning <- evaluation <- method families <- methods.py <- main_*.py."""
+"""The rooms: run <- data <- learning <- evaluation <- method families <- methods.py <- main_*.py."""
 
 import ast
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Checkpoint files as they come: published layouts end to end, spoiled files, code inside, a save that is killed."""
+"""Checkpoint files: published layouts end to end, damaged files, code inside, a save that is killed."""
 
 import argparse
 import os
@@ -30,7 +30,7 @@ MOSREP = {f"module.projector_{s}.{n}": torch.randn(4) for s in "qk" for n in ("c
 
 @pytest.fixture(scope="module")
 def resnets():
-    """Three different ResNets: the trunk that counts, and two that must not be taken for it."""
+    """Three different ResNets: the trunk to load, and two others that must not be loaded."""
     torch.manual_seed(11)
     models = [timm.create_model("tiny_resnet", num_classes=0).state_dict() for _ in range(3)]
     for state in models:

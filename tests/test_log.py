@@ -77,7 +77,7 @@ def test_log__means_rates_and_waits_of_each_window(tmp_path, clock, capsys):
 def test_log__unusable_samples_are_counted_once_and_written_down(tmp_path, capsys):
     lines = epoch(tmp_path, bad=[(0, "x"), (2, "y"), (4, "x")])
     assert [line["bad"] for line in lines[:3]] == [1, 2, 2]
-    more = epoch(tmp_path, number=1, bad=[(0, "y"), (4, "z")])[4:]  # a new start counts anew
+    more = epoch(tmp_path, number=1, bad=[(0, "y"), (4, "z")])[4:]  # a new start counts from 0
     assert [line["bad"] for line in more[:3]] == [1, 1, 2]
     found = [json.loads(line) for line in (tmp_path / "bad_samples.jsonl").read_text().splitlines()]
     assert found == [{"shard": "a.tar", "key": key, "error": "why"} for key in "xyz"]

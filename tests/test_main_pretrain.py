@@ -98,7 +98,7 @@ def test_main_pretrain__what_a_run_writes(images, tmp_path, method, capsys):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_main_pretrain__resumed_run_is_the_unbroken_run(images, tmp_path, unbroken, method):
-    """From the folder's only checkpoint, whatever its name."""
+    """From the folder's only checkpoint, with any name."""
     folder, whole = unbroken(method)
     shutil.copy(folder / "checkpoint_0000.pth.tar", tmp_path / checkpoint.LATEST)
     torch.manual_seed(12345)  # the global random state decides nothing
@@ -108,7 +108,7 @@ def test_main_pretrain__resumed_run_is_the_unbroken_run(images, tmp_path, unbrok
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_main_pretrain__resume_from_a_numbered_checkpoint_elsewhere(images, tmp_path, unbroken, method):
-    """--resume PATH into another folder gives what the unbroken run gives, workers or not."""
+    """--resume PATH into another folder gives the weights of the unbroken run, with and without workers."""
     folder, whole = unbroken(method)
     path = folder / "checkpoint_0000.pth.tar"
     assert torch.load(path, weights_only=True)["epoch"] == 1
@@ -253,7 +253,7 @@ def test_main_pretrain__foreign_checkpoint_is_one_line(images, tmp_path, capsys,
     ("insdis", ["--epochs", "2", "--nce-dim", "8"], "--resume .* names or shapes, those of .*--nce-dim 16.*; pass that"),
 ])  # fmt: skip
 def test_main_pretrain__resume_refuses_what_would_be_another_run(images, tmp_path, capsys, one_epoch, method, flags, message):
-    """The epochs that are done would pass for epochs with these flags."""
+    """Otherwise the complete epochs would look like epochs with these flags."""
     shutil.copytree(one_epoch(method)[0], tmp_path, dirs_exist_ok=True)
     with pytest.raises(SystemExit, match="2"):
         run(images, tmp_path, "--epochs", "1", "--resume", "auto", *flags, method=method)

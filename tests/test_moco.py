@@ -188,7 +188,7 @@ def oracle(flags, n=4):
 @pytest.mark.parametrize("processes", [1, 2])
 @variants
 def test_targets__who_recognises_images_is_always_right(variant, processes):
-    """Whatever the shuffles, mosaics and shifts: the target of each query is the key of its image in the global batch."""
+    """For any shuffles, mosaics and shifts: the target of each query is the key of its image in the global batch."""
     for runs in spawn(oracle, VARIANTS[variant]) if processes == 2 else [oracle(VARIANTS[variant])]:
         for stats in runs:
             right = {name: value for name, value in stats.items() if name.startswith("top1")}

@@ -93,7 +93,7 @@ def test_main_pretrain__killed_it_is_the_unbroken_run(images, tmp_path, unbroken
 
 @methods
 def test_main_pretrain__continues_with_another_number_of_processes(images, tmp_path, unbroken, method):
-    """From two processes to one: the same global batches from the same step on, and the same losses but for rounding."""
+    """From two processes to one: the same global batches from the same step on, and the same losses except rounding."""
     whole, folder = unbroken(method), tmp_path
     inside = sorted((whole / "run").glob("checkpoint_0002_*"))[0]
     first = 10 + int(re.search(r"_(\d+)\.", inside.name)[1])

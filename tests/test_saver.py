@@ -233,7 +233,7 @@ def test_newest__is_by_the_content_and_not_by_the_time_or_the_name(tmp_path):
 
 
 def test_open_run__resumes_an_older_one_of_the_same_folder_and_then_the_second_try(tmp_path, capsys):
-    """The checkpoints of the abandoned try are later: they must neither be resumed nor push out those of the second try."""
+    """The checkpoints of the abandoned try are later: they must not be resumed, and not replace those of the second try."""
     first = three(tmp_path)[0]
     assert resume.open_run(tmp_path, first) == first
     keeper = Saver(tmp_path, 1, 0)

@@ -48,7 +48,7 @@ def test_simulate__bytes_are_those_of_real_processes(simulated, processes):
 
 @pytest.mark.parametrize("processes", [8, 64])
 def test_simulate__shuffled_views_travel_once_and_as_bytes(simulated, processes):
-    """Of its own views a process gives (W - 1) / W away on average, and gets as many; gathered as float32 they were W - 1."""
+    """A process sends and receives (W - 1) / W of its views on average; a gather receives W - 1 times, in float32."""
     default, plain = (form[processes]["moco"] for form in simulated[1:])
     keys = (processes - 1) * MANY.batch_size * 128 * 4
     views = plain["all_gather"] - keys

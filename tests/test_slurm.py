@@ -30,7 +30,7 @@ for pid in test_slurm.processes_of_steps(os.environ["FAKE"]): os.kill(pid, signa
 
 
 def processes_of_steps(folder):
-    """What Slurm's control group of the job's steps holds: torchrun starts its processes in sessions of their own."""
+    """The processes in Slurm's control group of the job's steps: torchrun starts its processes in sessions of their own."""
     found = []
     for path in Path("/proc").glob("[0-9]*/environ"):
         try:
