@@ -8,6 +8,11 @@ RUN is a checkpoint or the folder of a run. Method, arch and protocol are those 
 Launchers with the published protocols: linear_*.sh.
 """
 
+if __name__ == "__main__":  # before the imports that take seconds
+    from utils.run import signals
+
+    signals.start()
+
 import math
 import sys
 from argparse import Namespace
@@ -133,22 +138,22 @@ def main(argv: list[str] | None = None) -> None:
         progress = {"epoch": 0, "step": 0, "best": {layer: {"top1": -1.0} for layer in args.layer}, "last": None}
         if resume_from:
             progress |= restore(resume_from, args, identity, fc, optimizer)
-
-    trunk_hash, folder = checkpoint.weights_hash(frozen.trunk), Path(args.output_dir)
-    if dist.rank() == 0:
-        write_config(folder, args, train_index=train_index.hash, val_index=val_index.hash, device=str(device))
+        trunk_hash, folder = checkpoint.weights_hash(frozen.trunk), Path(args.output_dir)
+        if dist.rank() == 0:
+            write_config(folder, args, train_index=train_index.hash, val_index=val_index.hash, device=str(device))
     published = METHODS[args.method].probe(args.arch)
     other = " ".join(flags.typed(name, vars(args)[name]) for name, value in published.items() if vars(args)[name] != value)
     say(f"linear probe of {args.pretrained}: {source.facts}, protocol of {args.method}{other and f' except {other}'}")
     say(f"{train_index.total} training and {val_index.total} validation images, batch {args.batch_size}, learning rate "
         f"{args.lr} x {args.batch_size} / 256 = {lr:.4g}, epochs {progress['epoch']} to {args.epochs}")  # fmt: skip
     warn_if_slow(args, steps_per_epoch(train_index.total, args.batch_size))
-    with flags.one_line_ends(PROG):
+    with flags.one_line_ends(PROG, args.batch_size):
         stopped_by = train(args, train_index, val_index, frozen, fc, optimizer, progress, identity, device)
     if checkpoint.weights_hash(frozen.trunk) != trunk_hash:
         raise RuntimeError("the frozen trunk changed during the probe; its result would be wrong and is not written")
     if not stopped_by:
-        report(args, progress, {"checkpoint_sha256": weights, "trunk_sha256": trunk_hash})
+        with flags.one_line_errors(PROG, (OSError,)):
+            report(args, progress, {"checkpoint_sha256": weights, "trunk_sha256": trunk_hash})
         return dist.teardown()
     say(signals.stopped(stopped_by))
     dist.teardown()

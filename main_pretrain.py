@@ -8,6 +8,11 @@
 DIR holds webdataset shards, as imagenet2wds.py writes them. Launchers with the published settings: pretrain_*.sh.
 """
 
+if __name__ == "__main__":  # before the imports that take seconds
+    from utils.run import signals
+
+    signals.start()
+
 import math
 import sys
 from pathlib import Path
@@ -126,12 +131,10 @@ def main(argv=None):
         if args.dry_run is not None:
             return dry_run(args, index)
         start = resume.restore(resume_from, args, index.hash, method, optimizer, scaler) if resume_from else (0, 0)
-
-    model = dist.data_parallel(method, device)
-    folder = Path(args.output_dir)
-    if dist.rank() == 0:
-        write_config(folder, args, index=index.hash, samples=index.total, device=str(device))
-    with one_line_ends(PROG):
+        model, folder = dist.data_parallel(method, device), Path(args.output_dir)
+        if dist.rank() == 0:
+            write_config(folder, args, index=index.hash, samples=index.total, device=str(device))
+    with one_line_ends(PROG, args.batch_size):
         try:
             stopped_by = train(args, index, method, model, optimizer, scaler, start, lr, device)
         except NotFinite as failure:

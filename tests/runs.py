@@ -20,11 +20,11 @@ from pathlib import Path
 
 import torch
 from helpers import default_start_method, forkserver, tiny
-from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
 import main_lincls
 import main_pretrain
+from utils.run import agent, signals
 
 ROOT = Path(__file__).parent.parent
 FLAGS = ["--device", "cpu", "--amp", "fp32", "--workers", "0", "--print-freq", "1"]
@@ -102,12 +102,13 @@ def _command(out, launch, command, before, host, environment):
     if launch:
         Forked.before = before
         subprocess_handler.Popen = Forked
-        _leave(torchrun.main, [*launch, SCRIPT, *command])
+        _leave(agent.main, [*launch, SCRIPT, *command])
     else:
         _leave(_train, command, before)
 
 
 def _train(command, before):
+    signals.start()
     torch.set_num_threads(1)
     warnings.simplefilter("error")
     exec(before, {"main_pretrain": main_pretrain})
@@ -184,3 +185,9 @@ def same(a, b):
     if isinstance(a, list | tuple):
         return len(a) == len(b) and all(map(same, a, b))
     return a == b
+
+
+def latest_is(folder, place):
+    """Whether the newest checkpoint was written after this (epoch, step)."""
+    saved = torch.load(Path(folder) / "checkpoint_latest.pth.tar", weights_only=True)
+    return (saved["epoch"], saved["step"]) in ((place[0], place[1] + 1), (place[0] + 1, 0))

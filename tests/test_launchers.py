@@ -144,14 +144,14 @@ def test_launchers__no_checkpoint_is_one_line(project):
     "variables, expected",
     [
         ({"NPROC": "1"}, "main.py --lr 1"),
-        ({"NPROC": "4"}, "-m torch.distributed.run --nproc_per_node 4 --max_restarts 0 --standalone main.py --lr 1"),
+        ({"NPROC": "4"}, "-m utils.run.agent --nproc_per_node 4 --max_restarts 0 --standalone main.py --lr 1"),
         (
             {"NPROC": "1", "MAX_RESTARTS": "2"},
-            "-m torch.distributed.run --nproc_per_node 1 --max_restarts 2 --standalone main.py --lr 1",
+            "-m utils.run.agent --nproc_per_node 1 --max_restarts 2 --standalone main.py --lr 1",
         ),
         (
             {"NPROC": "8", "NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "first"},
-            "-m torch.distributed.run --nproc_per_node 8 --max_restarts 0 --nnodes 2 --node_rank 1 "
+            "-m utils.run.agent --nproc_per_node 8 --max_restarts 0 --nnodes 2 --node_rank 1 "
             "--master_addr first --master_port 29500 main.py --lr 1",
         ),
     ],

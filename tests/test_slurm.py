@@ -14,6 +14,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 COMMANDS = {
     "srun": """#!/usr/bin/env bash
+        [[ $1 == --cpus-per-task && $2 == 3 && $3 == --kill-on-bad-exit=1 ]] || exit 99
+        shift 3
         for node in 0 1; do SLURM_NODEID=$node "$@" & done
         code=0; for job in $(jobs -p); do wait "$job" || code=$?; done; exit "$code"
     """,
@@ -57,7 +59,8 @@ def slurm(tmp_path):
 
     def start(images, *flags):
         environment = {"FAKE": tmp_path, "SLURM_SUBMIT_DIR": ROOT, "SLURM_JOB_ID": os.getpid(), "SLURM_JOB_NODELIST": "n[0-1]",
-                       "SLURM_NNODES": 2, "SHARDS": images, "OUTPUT": tmp_path / "run", "NPROC": 1, "OMP_NUM_THREADS": 1,
+                       "SLURM_NNODES": 2, "SLURM_CPUS_PER_TASK": 3, "SHARDS": images, "OUTPUT": tmp_path / "run", "NPROC": 1,
+                       "OMP_NUM_THREADS": 1,
                        "PATH": f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"}  # fmt: skip
         flags = ["-a", "resnet18", "--size", "32", "--batch-size", "8", "--moco-k", "16", "--moco-dim", "8", "--workers", "1",
                  "--device", "cpu", "--amp", "fp32", "--print-freq", "1", "--epochs", "5", *flags]  # fmt: skip
@@ -92,3 +95,15 @@ def test_slurm__a_job_that_is_asked_to_stop_saves_is_requeued_and_resumes(images
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     assert [(line["epoch"], line["step"]) for line in lines] == [(epoch, step) for epoch in range(5) for step in range(5)]
     assert (tmp_path / "requeue").read_text().count("\n") == 1  # not again: it is done
+
+
+def test_slurm__asked_to_stop_before_its_processes_listen_it_is_requeued(images, tmp_path, slurm):
+    """The shells of the nodes end with 138, or the agents with 0."""
+    job = slurm(images)
+    end = time.monotonic() + 60
+    while len(processes_of_steps(tmp_path)) < 2:
+        assert job.poll() is None and time.monotonic() < end, (tmp_path / "out").read_text()
+        time.sleep(0.02)
+    job.send_signal(signal.SIGUSR1)
+    assert job.wait(timeout=100) == 0, (tmp_path / "out").read_text()
+    assert (tmp_path / "requeue").read_text() == f"requeue {os.getpid()}\n" and not (tmp_path / "run/metrics.jsonl").exists()

@@ -1,5 +1,6 @@
 """Methods with a key encoder and a queue of keys (MoCo, arXiv 1911.05722): the base of MoCo and MosRep."""
 
+import math
 from argparse import Namespace
 from collections.abc import Callable
 
@@ -52,6 +53,9 @@ class KeyQueue(Method):
             down = args.moco_k // args.batch_size * args.batch_size
             fits = f"{down} or {down + args.batch_size}" if down else f"{args.batch_size}"
             raise ValueError(f"--moco-k {args.moco_k}: must be a multiple of --batch-size {args.batch_size}; pass {fits}")
+        if dist.world() * args.bn_splits == 1:
+            print("warning: --bn-splits 1 in one process: query and key see the same BatchNorm statistics, from which networks "
+                  f"tell the positive; pass --bn-splits {math.gcd(8, args.batch_size)}", flush=True)  # fmt: skip
         if args.moco_k > samples and dist.rank() == 0:
             print(f"warning: --moco-k {args.moco_k} is larger than the data set ({samples} images): "
                   "the negatives of an image include its own older keys", flush=True)  # fmt: skip

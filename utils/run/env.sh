@@ -76,7 +76,7 @@ use_checkpoint() {
 # torchrun restarts all processes, from the last checkpoint, after one was lost.
 launch() {
     NPROC=${NPROC:-$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
-    local torchrun=("$PYTHON" -m torch.distributed.run --nproc_per_node "$NPROC" --max_restarts "${MAX_RESTARTS:-0}")
+    local torchrun=("$PYTHON" -m utils.run.agent --nproc_per_node "$NPROC" --max_restarts "${MAX_RESTARTS:-0}")
     if ((${NNODES:-1} > 1)); then
         # static rendezvous: the c10d one waits for minutes for a lost host
         exec "${torchrun[@]}" --nnodes "$NNODES" --node_rank "${NODE_RANK:?}" \

@@ -6,13 +6,16 @@ import difflib
 import math
 import os
 import re
+import signal
 import sys
+import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
+import torch
 from torch.distributed import DistError
 
-from utils.run import dist
+from utils.run import dist, signals
 
 AMP = ("auto", "bf16", "fp16", "fp32")  # of utils/learning/amp.py, which this room may not import
 
@@ -61,7 +64,7 @@ class Parser(argparse.ArgumentParser):
         return flags
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        fail(self.prog, message)
 
 
 class Group:
@@ -84,33 +87,60 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
         return action.help if action.default in (None, []) else super()._get_help_string(action)
 
 
+def fail(prog: str, message: str) -> NoReturn:
+    """One line on stderr and exit code 2.
+
+    torchrun ends all processes soon after one of them. Those after the first wait, so that an error of all is printed once.
+    """
+    rank = int(os.environ.get("RANK", 0))
+    if rank and signals.under_torchrun():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(6 if os.environ["LOCAL_RANK"] != "0" else 3)
+    process = f"[process {rank}] " if "RANK" in os.environ else ""
+    print(f"{process}{prog}: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
 @contextlib.contextmanager
-def one_line_errors(prog: str, kinds: tuple[type[Exception], ...] = (ValueError, OSError, RunError)):
-    """Turn these exceptions into one line on stderr and exit code 2, on any process; default: bad input."""
+def one_line_errors(prog: str, kinds: tuple[type[Exception], ...] = (ValueError, OSError, RunError), batch: int | None = None):
+    """Turn these exceptions, and others with a known reason, into `fail`. batch: the --batch-size that may be too large."""
     try:
         yield
-    except kinds as error:
-        process = f"[process {os.environ['RANK']}] " if "RANK" in os.environ else ""
-        message = " ".join(str(error).split())
-        print(f"{process}{prog}: error: {message}", file=sys.stderr, flush=True)
-        sys.exit(2)
+    except Exception as error:
+        if reason := _reason(error, batch) or (isinstance(error, kinds) and (str(error) or type(error).__name__)):
+            fail(prog, reason)
+        raise
 
 
 @contextlib.contextmanager
-def one_line_ends(prog: str):
-    """Around training: one line and exit code 2 for a known reason why it must stop; a traceback for others."""
-    with one_line_errors(prog, (RunError,)):
-        try:
+def one_line_ends(prog: str, batch: int | None = None):
+    """Around training: the same for RunError and for errors with a known reason. The loader's workers end too."""
+    try:
+        with one_line_errors(prog, (RunError,), batch):
             yield
-        except RuntimeError as error:
-            if str(error).startswith("DataLoader worker"):
-                raise RunError(f"{error} Too little memory is a common reason: try fewer --workers") from None
-            if isinstance(error, DistError) or "gloo" in str(error):
-                reason = str(error).splitlines()[0]
-                raise RunError(f"another process was lost, or took longer than --dist-timeout: {reason}") from None
-            if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-                raise RunError(f"--compile: {str(error).splitlines()[0]}; fix the compiler, or run without --compile") from None
-            raise
+    finally:
+        signals.end_workers()
+
+
+def _reason(error: Exception, batch: int | None) -> str | None:
+    """The known reason of an error that is not ours."""
+    line = (str(error).splitlines() or [""])[0]
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in line or "_ALLOC_FAILED" in line:
+        fix = f"--batch-size {batch}: out of memory; pass {batch // 2 or 1}" if batch else "out of memory; lower --batch-size"
+        return f"{fix} or fewer --workers ({line})"
+    if line.startswith("Expected more than 1 value per channel"):
+        return f"--batch-size {batch}: too few images for BatchNorm in a process or group; pass twice as many ({line})"
+    if isinstance(error, OSError) and error.errno:
+        return str(error)
+    if not isinstance(error, RuntimeError):
+        return None
+    if line.startswith("DataLoader worker"):
+        return f"{error} Too little memory is a common reason: try fewer --workers"
+    if isinstance(error, DistError) or "gloo" in str(error):
+        return f"another process was lost, or took longer than --dist-timeout: {line}"
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return f"--compile: {line}; fix the compiler, or run without --compile"
+    return None
 
 
 def positive(flag_names: list[str], args: argparse.Namespace) -> None:
@@ -195,6 +225,9 @@ def check_run_flags(args: argparse.Namespace) -> None:
         in_range(flag, getattr(args, flag[2:].replace("-", "_")), 0, math.inf)
     in_range("--momentum", args.momentum, 0, 1)
     in_range("--max-bad", args.max_bad, 0, 0.5)
+    if args.workers == default_workers() == 0 and dist.rank() == 0:
+        print("warning: --workers 0, as each process has less than a CPU core: it makes its views itself, between the steps; "
+              "--workers 1 makes them at the same time", flush=True)  # fmt: skip
 
 
 def meaning(args: Flags) -> dict:

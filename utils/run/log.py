@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import platform
 import subprocess
 import sys
@@ -24,18 +25,31 @@ PACKAGES = ("torch", "torchvision", "timm", "webdataset", "numpy", "pillow")
 def say(*words) -> None:
     """Print on the first process only, without tearing its progress bar."""
     if dist.rank() == 0:
-        tqdm.write(" ".join(str(w) for w in words))
-        sys.stdout.flush()  # Python writes to a file in large pieces otherwise
+        try:
+            tqdm.write(" ".join(str(w) for w in words))
+            sys.stdout.flush()  # Python writes to a file in large pieces otherwise
+        except OSError:  # the terminal was closed, or the reader of the pipe has ended: training continues
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def write_config(folder: Path, args, **facts) -> None:
     """config.json: every flag, the versions, the commit, and facts such as the hash of the data."""
-    here = Path(__file__).parent
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True)
     versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
-    commit = git.stdout.strip() or None
-    config = {"flags": vars(args), "versions": versions, "commit": commit, "processes": dist.world(), **facts}
+    config = {"flags": vars(args), "versions": versions, "commit": _commit(), "processes": dist.world(), **facts}
     write_json(folder / "config.json", config)
+
+
+def _commit():
+    """The commit of this checkout; None in a copy of it, also inside another repository, and without git."""
+    here = Path(__file__).resolve().parents[2]
+
+    def git(*words):
+        return subprocess.run(["git", "-C", here, *words], capture_output=True, text=True).stdout.strip()
+
+    try:
+        return git("describe", "--always", "--dirty") or None if git("rev-parse", "--show-toplevel") == str(here) else None
+    except OSError:
+        return None
 
 
 class Log:

@@ -1,21 +1,61 @@
-"""Signals that ask a run to save and stop."""
+"""Signals that ask a run to save and stop. Imports nothing slow, because entry points call `start` before anything else."""
 
+import atexit
+import multiprocessing.util
 import os
 import signal
+import threading
 import time
+from collections.abc import Callable
 
-STOP = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+STOP = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 TOGETHER = 5.0  # seconds; torchrun's agent sends a scheduler's signal once more to processes that have it already
+ASKED = "PRETRAIN_STOP"  # environment: the signal that torchrun's agent got before this process started
+AGENT = "PRETRAIN_AGENT"  # environment: the process id of torchrun's agent, which may have died already
+early: list[int] = []  # SIGUSR1 before the first step
+
+
+def start() -> None:
+    """Listen for signals, and end with torchrun's agent. For the first line of an entry point.
+
+    Until the first step a signal ends the process at once. But SIGUSR1 may come to one process of many: the first step tells
+    the others.
+    """
+    if ASKED in os.environ:
+        _end(int(os.environ[ASKED]))
+    atexit.register(signal.alarm, 30)  # the end of the interpreter may wait for a device or another process, but not for ever
+    listen(signal.SIG_DFL if under_torchrun() else _end)  # by default it ends also where it waits for others
+    if under_torchrun():
+        signal.signal(signal.SIGUSR1, lambda number, frame: early.append(number))
+        end_with_parent(int(os.environ.get(AGENT, os.getppid())), signal.SIGTERM)
+
+
+def listen(handler: Callable | signal.Handlers) -> dict:
+    """Handle the signals of STOP. nohup's SIGHUP stays ignored. Returns the handlers before."""
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return {n: signal.signal(n, handler) for n in STOP if not (ignored and n == signal.SIGHUP)}
+
+
+def under_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def _end(number, frame=None):
+    if os.environ.get("RANK", "0") == "0":
+        print(not_saved(number), flush=True)
+    os._exit(exit_code(number))
 
 
 class Signals:
-    """A context in the main thread: remembers the first of SIGTERM, SIGUSR1 and SIGINT; the next one ends the process."""
+    """A context in the main thread: remembers the first signal of STOP; the next one ends the process."""
 
     def __init__(self):
         self.received, self.when, self.before = 0, 0.0, {}
 
     def __enter__(self):
-        self.before = {number: signal.signal(number, self._handle) for number in STOP}
+        self.before = listen(self._handle)
+        if early:
+            self._handle(early.pop(), None)
         return self
 
     def __exit__(self, *_):
@@ -26,15 +66,41 @@ class Signals:
         now = time.monotonic()
         if not self.received:
             self.received, self.when = number, now
-        elif now - self.when > TOGETHER or "TORCHELASTIC_RUN_ID" not in os.environ:
+        elif now - self.when > TOGETHER or not under_torchrun():
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
 
 def leave_to_parent(*_) -> None:
-    """In a loader's worker: ignore signals to the whole group, such as Ctrl-C; the training process handles them."""
+    """In a loader's worker: ignore signals to the whole group, such as Ctrl-C, which the training process handles."""
     for number in STOP:
         signal.signal(number, signal.SIG_IGN)
+    if parent := multiprocessing.parent_process():
+        end_with_parent(parent.pid, signal.SIGKILL)
+
+
+def end_with_parent(parent: int | None, number: int) -> None:
+    """Send this process the signal when its parent has died, and SIGKILL a minute later."""
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os.kill(os.getpid(), number)
+        time.sleep(60)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+@atexit.register  # after multiprocessing's own function, so that it runs first: that one sends SIGTERM and waits
+def end_workers() -> None:
+    """Kill the loader's workers, which ignore SIGTERM."""
+    if workers := [child for child in multiprocessing.active_children() if child.daemon]:
+        watch = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises an error for a worker that is killed
+        for worker in workers:
+            worker.kill()
+            worker.join()
+        signal.signal(signal.SIGCHLD, watch)
 
 
 def stopped(number: int) -> str:
@@ -42,6 +108,14 @@ def stopped(number: int) -> str:
     return f"Stopped by {signal.Signals(number).name}, and saved. The same command resumes from here."
 
 
+def not_saved(number: int) -> str:
+    """The last line of a run that a signal has stopped before its first step."""
+    return f"Stopped by {signal.Signals(number).name} before the first step. The same command starts again."
+
+
 def exit_code(number: int) -> int:
-    """The exit code of a run that has saved: 128 + 2, as the shell's, after Ctrl-C; 0 after a scheduler's signal."""
-    return 128 + number if number == signal.SIGINT else 0
+    """The exit code of a run that has saved: 128 + 2, as the shell's, after Ctrl-C; 0 after a scheduler's signal.
+
+    Under torchrun 0: it would start processes again that end with another code.
+    """
+    return 128 + number if number == signal.SIGINT and not under_torchrun() else 0
