@@ -1,5 +1,6 @@
 import itertools
 import random
+import tracemalloc
 from collections import Counter
 
 import numpy as np
@@ -8,7 +9,15 @@ from shards_helpers import chi_square
 
 from utils.data import shards
 from utils.data.index import Index, Shard
-from utils.data.shards import epoch_plan, lanes_of, shuffle_buffer, steps_per_epoch
+from utils.data.shards import (
+    epoch_blocks,
+    epoch_plan,
+    evaluation_plan,
+    lanes_of,
+    shuffle_buffer,
+    steps_per_epoch,
+    training_plan,
+)
 
 SIZES = (10, 10, 10, 7)
 
@@ -119,25 +128,116 @@ def test_epoch_plan__pool_is_bounded(monkeypatch, batch, lanes):
     """All buffers together hold POOL images, and a lane has the samples of its own range."""
     calls = []
 
-    def spy(ranges, places, rng):
-        calls.append((ranges.copy(), places))
-        return shuffle_buffer(ranges, places, rng)
+    def spy(lanes, length, places, *rest):
+        calls.append((lanes, length, places))
+        return shuffle_buffer(lanes, length, places, *rest)
 
     monkeypatch.setattr(shards, "shuffle_buffer", spy)
-    plan = epoch_plan(index_of(*[1000] * 13), batch, 0, 0, lanes)
-    ((ranges, places),) = calls
+    index = index_of(*[1000] * 13)
+    plan = epoch_plan(index, batch, 0, 0, lanes)
+    ((lanes_, length, places),) = calls
+    assert (lanes_, length) == (lanes, len(plan) * batch // lanes)
     assert shards.POOL - lanes < places * lanes <= shards.POOL <= 5000
+    monkeypatch.setattr(shards, "POOL", 1)
+    ranges = epoch_plan(index, batch, 0, 0, lanes).reshape(len(plan), lanes, -1).swapaxes(0, 1).reshape(lanes, -1)
     for lane, (range_, emitted) in enumerate(zip(ranges, plan.reshape(len(plan), lanes, -1).swapaxes(0, 1), strict=True)):
         assert set(range_) == set(emitted.ravel()), lane
         assert places >= len(range_) or not np.array_equal(np.sort(range_[:100]), np.sort(emitted.ravel()[:100]))
 
 
+def slow_epoch_plan(index, batch, seed, epoch, lanes):
+    """The whole table at once: the order that every checkpoint since the first release relies on."""
+    steps, rng = index.total // batch, np.random.default_rng([seed, epoch])
+    first = np.cumsum([0] + [shard.samples for shard in index.shards])
+    ring = np.concatenate([np.arange(first[s], first[s + 1]) for s in rng.permutation(len(index.shards))])
+    ring = np.roll(ring, -rng.integers(index.total))
+    ranges = ring[: steps * batch].reshape(lanes, -1)
+    places = max(1, shards.POOL // lanes)
+    row, buffer, out = np.arange(lanes), ranges[:, :places].copy(), np.empty_like(ranges)
+    turns = ranges.shape[1] - buffer.shape[1]
+    picks = rng.integers(buffer.shape[1], size=(turns, lanes))
+    for turn in range(turns):
+        out[:, turn] = buffer[row, picks[turn]]
+        buffer[row, picks[turn]] = ranges[:, places + turn]
+    out[:, turns:] = rng.permuted(buffer, axis=1)
+    return out.reshape(lanes, steps, -1).swapaxes(0, 1).reshape(steps, batch)
+
+
+def columns_of(index, batch, seed, epoch, lanes, places, first_step):
+    empty = np.empty((0, len(places)), int)
+    return np.concatenate([empty, *epoch_blocks(index, batch, seed, epoch, lanes, places, first_step)])
+
+
+@pytest.mark.parametrize("pool", [1, 7, 64, 4096])
+@pytest.mark.parametrize("block", [1, 100, 1 << 15])
+def test_epoch_blocks__are_the_table_that_is_made_at_once(monkeypatch, pool, block):
+    """Bit for bit, for any shards, batch, lanes and number of draws in a block; also some columns from some step on."""
+    monkeypatch.setattr(shards, "POOL", pool)
+    monkeypatch.setattr(shards, "BLOCK", block)
+    rng = np.random.default_rng(pool)
+    for epoch in range(12):
+        index = index_of(*rng.integers(0, rng.choice([2, 50, 200]), size=rng.integers(1, 30)).tolist(), 1)
+        batch = int(rng.integers(1, min(index.total, 200) + 1))
+        lanes = int(rng.choice([n for n in range(1, batch + 1) if batch % n == 0]))
+        table = slow_epoch_plan(index, batch, 3, epoch, lanes)
+        assert np.array_equal(epoch_plan(index, batch, 3, epoch, lanes), table)
+        low, high = np.sort(rng.choice(batch + 1, 2, replace=False)).tolist()
+        for first_step in (0, len(table) // 2, len(table)):
+            mine = columns_of(index, batch, 3, epoch, lanes, range(low, high), first_step)
+            assert np.array_equal(mine, table[first_step:, low:high])
+
+
+def test_epoch_plan__keeps_the_order_of_old_checkpoints():
+    """Of a real size, with default lanes: more draws than a block has."""
+    index = index_of(*[1000] * 70, 123)
+    for batch in (256, 96, 1000):
+        table = slow_epoch_plan(index, batch, 0, 5, lanes_of(None, batch))
+        assert np.array_equal(epoch_plan(index, batch, 0, 5), table)
+
+
+def test_training_plan__keeps_no_table(monkeypatch):
+    """Of 20 M images, neither at the start of an epoch nor at any of its steps, nor after a walk to its middle."""
+    monkeypatch.setattr(shards.dist, "world", lambda: 8)
+    monkeypatch.setattr(shards.dist, "rank", lambda: 5)
+    index = index_of(*[10_000] * 2000)
+    for first_step in (0, 2000):
+        tracemalloc.start()
+        try:
+            epochs = training_plan(index, 4096, 0, range(3), first_step=first_step).epochs()
+            for _ in range(2):
+                _, steps = next(epochs)
+                assert [len(step) for step in itertools.islice(steps, 300)] == [512] * 300
+            assert tracemalloc.get_traced_memory()[1] < 8e6
+        finally:
+            tracemalloc.stop()
+
+
+def test_training_plan__steps_can_be_walked_again():
+    _, steps = next(training_plan(index_of(*SIZES), 4, 0, range(1)).epochs())
+    once, again = np.stack(list(steps)), np.stack(list(steps))
+    assert np.array_equal(once, again) and np.array_equal(once, epoch_plan(index_of(*SIZES), 4, 0, 0))
+
+
+@pytest.mark.parametrize("total, batch, world", [(37, 4, 1), (37, 8, 3), (5, 16, 8), (12, 4, 4), (13, 3, 5)])
+def test_evaluation_plan__is_the_index_cut_into_even_parts(monkeypatch, total, batch, world):
+    monkeypatch.setattr(shards.dist, "world", lambda: world)
+    parts, n = np.array_split(np.arange(total), world), max(1, batch // world)
+    for rank in range(world):
+        monkeypatch.setattr(shards.dist, "rank", lambda rank=rank: rank)
+        ((_, steps),) = evaluation_plan(index_of(total), batch).epochs()
+        expected = [parts[rank][start : start + n] for start in range(0, len(parts[0]), n)]
+        assert [step.tolist() for step in steps] == [step.tolist() for step in expected]
+
+
+def emitted_by(ranges, places, rng):
+    """Each row of (lanes x length) items, passed through its shuffle buffer."""
+    return np.take_along_axis(ranges, np.concatenate(list(shuffle_buffer(*ranges.shape, places, rng)), axis=1), axis=1)
+
+
 @pytest.mark.parametrize("length, places", [(40, 1), (40, 7), (40, 39), (40, 40), (40, 99), (1, 1), (0, 3)])
 def test_shuffle_buffer__each_row_keeps_its_items_and_none_leaves_early(length, places):
     ranges = np.random.default_rng(1).permutation(30 * length).reshape(30, length)
-    before = ranges.copy()
-    out = shuffle_buffer(ranges, places, np.random.default_rng(0))
-    assert np.array_equal(ranges, before)
+    out = emitted_by(ranges, places, np.random.default_rng(0))
     held = []
     for row, emitted in zip(ranges.tolist(), out.tolist(), strict=True):
         assert sorted(row) == sorted(emitted)
@@ -165,7 +265,7 @@ def law(waiting, buffer, places):
 @pytest.mark.parametrize("length, places", [(5, 2), (5, 3), (4, 4), (3, 8)])
 def test_shuffle_buffer__has_the_law_of_a_plain_list(length, places):
     expected, n = law(list(range(length)), [], places), 12000
-    emitted = shuffle_buffer(np.tile(np.arange(length), (n, 1)), places, np.random.default_rng(3)).tolist()
+    emitted = emitted_by(np.tile(np.arange(length), (n, 1)), places, np.random.default_rng(3)).tolist()
     counts = Counter(tuple(row) for row in emitted)
     assert set(counts) <= set(expected)
     assert chi_square([counts[order] for order in expected], [n * p for p in expected.values()]) < 5

@@ -6,9 +6,10 @@ import io
 import json
 import re
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
+import numpy as np
 from braceexpand import braceexpand
 from tqdm import tqdm
 
@@ -33,9 +34,14 @@ class Index:
     cache_dir: str | None = None
     unlabelled: str = ""
 
+    @cached_property
+    def first(self) -> np.ndarray:
+        """The id of each shard's first sample, then the number of all samples."""
+        return np.cumsum([0] + [shard.samples for shard in self.shards])
+
     @property
     def total(self) -> int:
-        return sum(shard.samples for shard in self.shards)
+        return int(self.first[-1])
 
     @property
     def labelled(self) -> bool:

@@ -13,6 +13,7 @@ from utils.data.batch import Batch
 from utils.data.index import Index
 from utils.data.photometric import COLUMNS, photometric
 from utils.data.reader import BadSample, Reader
+from utils.data.remote import is_remote
 from utils.data.shards import BatchPlan
 from utils.data.views import ViewSpec, make_views
 from utils.run.cpu import keep_freed_memory
@@ -37,6 +38,7 @@ class Chunks(IterableDataset):
 
     def __init__(self, index: Index, specs: list[ViewSpec], plan: BatchPlan, seed: int, photometric_here: bool):
         self.index, self.specs, self.plan, self.seed, self.photometric_here = index, specs, plan, seed, photometric_here
+        self.streamed = not index.cache_dir and any(is_remote(shard.path) for shard in index.shards)
 
     def __iter__(self) -> Iterator[Chunk | RunError]:
         worker = get_worker_info()
@@ -44,11 +46,10 @@ class Chunks(IterableDataset):
         keep_freed_memory()
         reader = Reader(self.index)
         for epoch, steps in self.plan.epochs():
-            mine = [np.array_split(sample_ids, shares)[share] for sample_ids in steps]
-            lanes = self.plan.lane_of_place
-            lanes = None if lanes is None else np.tile(np.array_split(lanes, shares)[share], len(mine))
-            reader.expect(np.concatenate([np.empty(0, int), *mine]), lanes)
-            for sample_ids in mine:
+            if self.streamed:
+                self._expect(reader, steps, share, shares)
+            for step in steps:
+                sample_ids = np.array_split(step, shares)[share]
                 threads = torch.get_num_threads()
                 torch.set_num_threads(1)  # a view is too small for several cores
                 chunk: Chunk | RunError
@@ -59,6 +60,16 @@ class Chunks(IterableDataset):
                 finally:
                     torch.set_num_threads(threads)  # without workers this is the training process
                 yield chunk
+
+    def _expect(self, reader, steps, share, shares):
+        """Announce the samples of an epoch, in the smallest type: each worker of a node keeps its own."""
+        kind = np.min_scalar_type(self.index.total)
+        parts = [np.array_split(sample_ids, shares)[share].astype(kind) for sample_ids in steps]
+        lanes = self.plan.lane_of_place
+        if lanes is not None:
+            lanes = np.array_split(lanes, shares)[share]
+            lanes = np.tile(lanes.astype(np.min_scalar_type(lanes.max(initial=0))), len(parts))
+        reader.expect(np.concatenate([np.empty(0, kind), *parts]), lanes)
 
     def chunk(self, reader: Reader, epoch: int, planned: np.ndarray) -> Chunk:
         """The views of these sample ids, or of the samples that replace them."""

@@ -49,11 +49,11 @@ class Reader:
 
     def __init__(self, index: Index, open_shards: int = 128):
         self.index, self.open_shards = index, open_shards
-        self.first = np.cumsum([0] + [shard.samples for shard in index.shards])
+        self.first = index.first
         self.local: OrderedDict[int, LocalShard] = OrderedDict()  # by shard number
         self.passes: dict[tuple[int, int], RemoteShard] = {}  # by shard number and lane
         self.ends: dict[int, tuple[int, str]] = {}  # by shard number: (the first position that cannot be read, the error)
-        self.expected = self.lane_of_sample = np.empty(0, int)
+        self.expected, self.lanes = np.empty(0, int), 1  # in order: sample id x lanes + lane
 
     def expect(self, sample_ids: np.ndarray, lane_of_sample: np.ndarray | None = None) -> None:
         """Announce the samples that will be read, each once, and their lanes. Remote shards keep these samples in memory.
@@ -62,9 +62,11 @@ class Reader:
         """
         while self.passes:
             self.passes.popitem()[1].close()
-        order = np.argsort(sample_ids)
-        self.expected = sample_ids[order]
-        self.lane_of_sample = np.zeros(len(order), int) if lane_of_sample is None else lane_of_sample[order]
+        self.lanes = 1 + int(lane_of_sample.max(initial=0)) if lane_of_sample is not None else 1
+        self.expected = sample_ids * np.int64(self.lanes)
+        if lane_of_sample is not None:
+            self.expected += lane_of_sample
+        self.expected.sort()
 
     def __call__(self, sample_id: int, planned: bool = True) -> Sample:
         """A sample, 0 <= sample_id < index.total. planned: whether it was announced. Raises BadSample."""
@@ -96,11 +98,12 @@ class Reader:
         shard = self.index.shards[n]
         if not planned:  # its own pass: the planned one does not keep this sample
             return RemoteShard(shard, np.arange(shard.samples) == sample_id - self.first[n])
-        lane = self.lane_of_sample[np.searchsorted(self.expected, sample_id)]
+        lane = int(self.expected[np.searchsorted(self.expected, sample_id * self.lanes)]) % self.lanes
         if (n, lane) not in self.passes:
-            low, high = np.searchsorted(self.expected, self.first[n : n + 2])
+            low, high = np.searchsorted(self.expected, self.first[n : n + 2] * self.lanes)
+            here, lane_of_sample = np.divmod(self.expected[low:high], self.lanes)
             wanted = np.zeros(shard.samples, bool)
-            wanted[(self.expected[low:high] - self.first[n])[self.lane_of_sample[low:high] == lane]] = True
+            wanted[(here - self.first[n])[lane_of_sample == lane]] = True
             self.passes[n, lane] = RemoteShard(shard, wanted)
         return self.passes[n, lane]
 

@@ -1,12 +1,13 @@
 """The order of the samples: the plan of an epoch, and each process's part of it.
 
-Every process and worker computes the plan for itself from (seed, epoch). So it cannot depend on their number, and a run can
-resume at any step without the steps before it.
+Every process and worker computes the plan for itself from (seed, epoch), block by block. So it cannot depend on their number,
+a run can resume at any step without reading the samples before it, and no process holds the order of an epoch.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 
 import numpy as np
 
@@ -14,17 +15,19 @@ from utils.data.index import Index
 from utils.run import dist, streams
 
 POOL = 4096  # images in the shuffle buffers of all lanes together
+BLOCK = 1 << 15  # draws of a block: few enough to stay small in every worker
 
 
 @dataclass
 class BatchPlan:
     """The samples that a process takes.
 
-    epochs() gives (epoch, the sample ids of each step), epoch after epoch. replace: whether the next usable sample of the
-    index replaces an unusable one; if not, the batch is smaller. lane_of_place: the lane of each place of a batch, or None.
+    epochs() gives (epoch, the sample ids of each step), epoch after epoch. One can iterate over the steps more than once.
+    replace: whether the next usable sample of the index replaces an unusable one; if not, the batch is smaller.
+    lane_of_place: the lane of each place of a batch, or None.
     """
 
-    epochs: Callable[[], Iterator[tuple[int, list[np.ndarray]]]]
+    epochs: Callable[[], Iterator[tuple[int, Iterable[np.ndarray]]]]
     replace: bool
     lane_of_place: np.ndarray | None = None
 
@@ -44,38 +47,82 @@ def lanes_of(lanes: int | None, batch: int) -> int:
 
 
 def epoch_plan(index: Index, batch: int, seed: int, epoch: int, lanes: int | None = None) -> np.ndarray:
-    """The global batches of an epoch: steps x batch sample ids, no sample twice. Raises ValueError for --lanes.
+    """The global batches of an epoch as a table: steps x batch sample ids. Raises ValueError for --lanes.
+
+    A run never holds this table: see `epoch_blocks`.
+    """
+    lanes = lanes_of(lanes, batch)
+    return np.concatenate([np.empty((0, batch), int), *epoch_blocks(index, batch, seed, epoch, lanes)])
+
+
+def epoch_blocks(
+    index: Index, batch: int, seed: int, epoch: int, lanes: int, places: range | None = None, first_step: int = 0
+) -> Iterator[np.ndarray]:
+    """The global batches of an epoch, no sample twice: steps x batch sample ids, in blocks of some steps.
 
     Shards are put in random order and joined into one ring of samples, which starts at a random sample. The ring is cut into
     `lanes` contiguous ranges, and each is shuffled by a buffer of POOL / lanes samples. Every global batch takes batch / lanes
     samples of each lane, lane after lane. So shards are read almost in sequence, and any place in the epoch is equally likely.
+    With `places` of the batch, only these columns. The steps before `first_step` are left out.
     """
-    lanes = lanes_of(lanes, batch)
-    steps = steps_per_epoch(index.total, batch)
-    rng = streams.epoch_order(seed, epoch)
-    first = np.cumsum([0] + [shard.samples for shard in index.shards])
-    ring = np.concatenate([np.arange(first[s], first[s + 1]) for s in rng.permutation(len(index.shards))])
-    ring = np.roll(ring, -rng.integers(index.total))
-    ranges = ring[: steps * batch].reshape(lanes, -1)
-    return shuffle_buffer(ranges, max(1, POOL // lanes), rng).reshape(lanes, steps, -1).swapaxes(0, 1).reshape(steps, batch)
+    each, steps, rng = batch // lanes, steps_per_epoch(index.total, batch), streams.epoch_order(seed, epoch)
+    order = rng.permutation(len(index.shards))
+    ends = np.cumsum(np.diff(index.first)[order])  # of the shards in the ring
+    shift = index.first[order + 1] - ends  # from a place in the ring to a sample id
+    entry = rng.integers(index.total)
+    places = range(batch) if places is None else places
+    mine = slice(places.start // each, -(-places.stop // each))  # the lanes of these places
+    base = entry + steps * each * np.arange(lanes)[mine, None]
+    columns = slice(places.start - mine.start * each, places.stop - mine.start * each)
+    rest = np.empty((len(base), 0), int)  # emitted, and less than a step
+    for emitted in shuffle_buffer(lanes, steps * each, max(1, POOL // lanes), rng, mine):
+        emitted = np.concatenate([rest, emitted], axis=1)
+        whole = emitted.shape[1] // each
+        emitted, rest = emitted[:, : whole * each], emitted[:, whole * each :]
+        skipped, first_step = first_step, max(0, first_step - whole)
+        if skipped < whole:
+            block = (base + emitted).reshape(len(base), whole, each).swapaxes(0, 1).reshape(whole, -1)
+            at = block[skipped:, columns] % index.total
+            yield at + shift[np.searchsorted(ends, at, side="right")]
 
 
-def shuffle_buffer(ranges: np.ndarray, places: int, rng: np.random.Generator) -> np.ndarray:
-    """Pass each row of (lanes x length) items through a shuffle buffer of `places` items. Returns the same shape.
+def shuffle_buffer(
+    lanes: int, length: int, places: int, rng: np.random.Generator, mine: slice = slice(None)
+) -> Iterator[np.ndarray]:
+    """Pass 0, 1, ... length - 1 through a shuffle buffer of `places` items, once for each lane: lanes x turns, block by block.
 
-    Each turn emits a random item of the row's buffer, and the row's next item takes its place. At the end the buffer is
-    emptied in random order.
+    Each turn emits a random item of the lane's buffer, and the next item takes its place. At the end the buffer is emptied in
+    random order. Only the lanes `mine` are computed; the draws are those of all lanes.
     """
-    lanes, length = ranges.shape
-    row = np.arange(lanes)
-    buffer, out = ranges[:, :places].copy(), np.empty_like(ranges)
-    turns = length - buffer.shape[1]
-    picks = rng.integers(buffer.shape[1], size=(turns, lanes))
-    for turn in range(turns):
-        out[:, turn] = buffer[row, picks[turn]]
-        buffer[row, picks[turn]] = ranges[:, places + turn]
-    out[:, turns:] = rng.permuted(buffer, axis=1)
-    return out
+    places = min(places, length)
+    filled = np.tile(np.arange(places), (lanes, 1))
+    buffer = filled[mine].copy()
+    row = np.arange(len(buffer))[:, None]
+    most = max(1, BLOCK // lanes)
+    for start in range(places, length, most):
+        turns = min(most, length - start)
+        picks = rng.integers(places, size=(turns, lanes)).T[mine].astype(np.uint16)  # which numpy sorts fast
+        order = picks.argsort(axis=1, kind="stable")  # turns that pick the same place follow each other
+        picks = picks[row, order]
+        again = picks[:, 1:] == picks[:, :-1]
+        before = buffer[row, picks]
+        before[:, 1:][again] = start + order[:, :-1][again]  # the item that entered at the last such turn
+        last = np.pad(~again, ((0, 0), (0, 1)), constant_values=True)
+        buffer[np.nonzero(last)[0], picks[last]] = start + order[last]
+        out = np.empty_like(before)
+        out[row, order] = before
+        yield out
+    yield buffer[row, rng.permuted(filled, axis=1)[mine]]
+
+
+class Steps:
+    """The sample ids of each step of an epoch. Nothing of them is kept: each iteration computes them again, block by block."""
+
+    def __init__(self, blocks: Callable[[], Iterator[Iterable[np.ndarray]]]):
+        self.blocks = blocks
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return chain.from_iterable(self.blocks())
 
 
 def training_plan(
@@ -90,8 +137,8 @@ def training_plan(
 def _training_epochs(index, batch, seed, epochs, lanes, first_step, rank, world):
     n = batch // world
     for epoch in epochs:
-        plan = epoch_plan(index, batch, seed, epoch, lanes)[:, rank * n : (rank + 1) * n]
-        yield epoch, list(plan[first_step if epoch == epochs[0] else 0 :])
+        first = first_step if epoch == epochs[0] else 0
+        yield epoch, Steps(partial(epoch_blocks, index, batch, seed, epoch, lanes, range(rank * n, (rank + 1) * n), first))
 
 
 def evaluation_plan(index: Index, batch: int) -> BatchPlan:
@@ -99,6 +146,12 @@ def evaluation_plan(index: Index, batch: int) -> BatchPlan:
 
     All processes have the same number of batches; the last ones may be empty.
     """
-    n, parts = max(1, batch // dist.world()), np.array_split(np.arange(index.total), dist.world())
-    steps = [parts[dist.rank()][start : start + n] for start in range(0, len(parts[0]), n)]  # the first part is the longest
+    rank, world = dist.rank(), dist.world()
+    n, (part, more) = max(1, batch // world), divmod(index.total, world)
+    start = rank * part + min(rank, more)  # the first `more` processes have one sample more
+    steps = Steps(partial(_in_order, start, start + part + (rank < more), n, -(-(part + bool(more)) // n)))
     return BatchPlan(partial(iter, [(0, steps)]), replace=False)
+
+
+def _in_order(start, stop, n, steps):
+    yield (np.arange(min(at, stop), min(at + n, stop)) for at in range(start, start + steps * n, n))
