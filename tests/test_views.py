@@ -2,18 +2,21 @@ import dataclasses
 import io
 import itertools
 import math
+import struct
+import subprocess
 import warnings
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from shards_helpers import PHOTOGRAPHS, chi_square, encode, ks_distance, photograph
 from torchvision.transforms import CenterCrop, RandomResizedCrop, Resize
 from torchvision.transforms.v2 import functional as F
 
 import main_pretrain
 from methods import METHODS
+from utils.data import decode as decoding
 from utils.data import views
 from utils.data.photometric import COLUMNS, OPERATIONS
 from utils.data.views import DRAWS, NUMBERS, SPARE, ViewSpec, crop_box, cut_views, draw, make_views, parameters_of
@@ -56,8 +59,8 @@ def cut(image, spec, u):
 
 def decode(data):
     """3 x H x W uint8. No warning escapes."""
-    with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data)) as image:
-        return views._pixels(image, data, reduction=1).permute(2, 0, 1)
+    with decoding.open_image(data) as image:
+        return decoding.decode(image, data).permute(2, 0, 1)
 
 
 # draw
@@ -407,9 +410,9 @@ def test_cut_views__undecodable_bytes_raise(many, case):
 
 def test_cut_views__no_warning_of_odd_metadata_and_no_bombs(many, monkeypatch):
     assert cut(encode(PHOTO.quantize(64), "PNG", transparency=bytes(range(64))), LOCAL, many[0]).shape == (3, 112, 112)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", PHOTO.width * PHOTO.height - 1)
-    for format in ("JPEG", "PNG"):
-        with pytest.raises(Image.DecompressionBombWarning, match="exceeds limit"):
+    for format, limit in itertools.product(("JPEG", "PNG"), (PHOTO.width * PHOTO.height - 1, 100)):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        with pytest.raises(ValueError, match=f"more pixels than --max-pixels {limit}$"):
             cut(encode(PHOTO, format), LOCAL, many[0])
 
 
@@ -418,7 +421,7 @@ def test_cut_views__with_and_without_torchvisions_decoder(many, monkeypatch, for
     data = ENCODED[format]()[0]
     specs, u = [GLOBAL, ViewSpec("local", 112, (0.1, 0.6), count=3)], many[:4]
     ours = cut_views(data, specs, u)
-    monkeypatch.setattr(views, "decode_jpeg", None)
+    monkeypatch.setattr(decoding, "decode_jpeg", None)
     assert all(apart(a, b) < 0.1 for a, b in zip(ours, cut_views(data, specs, u), strict=True)) and len(ours) == 4
 
 
@@ -429,7 +432,7 @@ LARGE = photograph("astronaut").crop((100, 0, 400, 300)).resize((1504, 1504), Im
 
 def decoded_sizes(monkeypatch, data, specs, u):
     """The sizes of the images that these views are cropped from, and the views."""
-    sizes, real = [], views._pixels
+    sizes, real = [], views.decode
 
     def spy(image, data, reduction):
         pixels = real(image, data, reduction)
@@ -437,7 +440,7 @@ def decoded_sizes(monkeypatch, data, specs, u):
         return pixels
 
     with monkeypatch.context() as patch:
-        patch.setattr(views, "_pixels", spy)
+        patch.setattr(views, "decode", spy)
         return sizes, cut_views(data, specs, u)
 
 
@@ -477,3 +480,142 @@ def test_cut_views__a_reduced_view_loses_no_detail(many, monkeypatch):
         expected = F.resize(full[:, rows, columns], [64, 64], antialias=True)
         assert apart(view, expected) < 1.5
     assert seen >= {2, 4}
+
+
+# what a file says about its pixels
+
+GRAY = PHOTO.convert("L")
+RAMP = np.linspace(0, 1, 64 * 64).reshape(64, 64)  # to be scaled to the range of a type
+
+
+def tiff(pixels, **tags):
+    """A TIFF of these pixels, with other values for these tags."""
+    from PIL.TiffImagePlugin import ImageFileDirectory_v2
+
+    info = ImageFileDirectory_v2()
+    for tag, value in tags.items():
+        number = {"most": 281, "low": 340, "high": 341, "orientation": 274, "white_is_zero": 262}[tag]
+        info.tagtype[number] = 3 if number < 300 else 12
+        info[number] = value
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+    return encode(image, "TIFF", tiffinfo=info)
+
+
+def big_endian(pixels):
+    """A 16-bit TIFF in the other byte order, written by hand."""
+    height, width = pixels.shape
+    entries = [(256, 3, width), (257, 3, height), (258, 3, 16), (259, 3, 1), (262, 3, 1), (273, 4, 200), (277, 3, 1),
+               (278, 3, height), (279, 4, pixels.size * 2)]  # fmt: skip
+    ifd = struct.pack(">H", len(entries))
+    for tag, kind, value in entries:
+        ifd += struct.pack(">HHI", tag, kind, 1) + (struct.pack(">HH", value, 0) if kind == 3 else struct.pack(">I", value))
+    head = b"MM\0*" + struct.pack(">I", 8) + ifd + bytes(4)
+    return head.ljust(200, b"\0") + pixels.astype(">u2").tobytes()
+
+
+DEEP = {  # gray images of more than 8 bits, all of RAMP
+    "16-bit PNG": lambda: encode(Image.fromarray((RAMP * 65535).astype(np.uint16)), "PNG"),
+    "16-bit PGM": lambda: b"P5 64 64 65535 " + (RAMP * 65535).astype(">u2").tobytes(),
+    "12-bit PGM": lambda: b"P5 64 64 4095 " + (RAMP * 4095).astype(">u2").tobytes(),
+    "16-bit TIFF": lambda: tiff((RAMP * 65535).astype(np.uint16)),
+    "big-endian 16-bit TIFF": lambda: big_endian((RAMP * 65535).astype(np.uint16)),
+    "12 bits in a 16-bit TIFF, by MaxSampleValue": lambda: tiff((RAMP * 4095).astype(np.uint16), most=4095),
+    "float TIFF with its range, 0 to 1": lambda: tiff(RAMP.astype(np.float32), low=0.0, high=1.0),
+    "float TIFF with its range, -500 to 1500": lambda: tiff((RAMP * 2000 - 500).astype(np.float32), low=-500.0, high=1500.0),
+    "32-bit TIFF with its range": lambda: tiff((RAMP * 70000).astype(np.int32), low=0.0, high=70000.0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", DEEP)
+def test_decode__deep_pixels_are_scaled_by_the_range_of_their_file(case):
+    """To 8 bits, neither clipped nor black."""
+    image = decode(DEEP[case]())
+    assert image.shape == (3, 64, 64) and (image[0] == image[1]).all() and (image[0] == image[2]).all()
+    assert np.abs(image[0].numpy() - RAMP * 255).max() <= 1.01
+
+
+def test_decode__statistics_of_a_tiff_are_not_its_range():
+    """MaxSampleValue is the largest number that occurs, unless it tells a number of bits."""
+    assert torch.equal(decode(tiff((RAMP * 3000).astype(np.uint16), most=3000)), decode(tiff((RAMP * 3000).astype(np.uint16))))
+
+
+NO_RANGE = {
+    "float TIFF": lambda: tiff(RAMP.astype(np.float32)),
+    "32-bit TIFF": lambda: tiff((RAMP * 70000).astype(np.int32)),
+    "float PFM": lambda: b"Pf\n64 64\n-1.0\n" + RAMP.astype("<f4").tobytes(),
+    "float TIFF with numbers that are none": lambda: tiff(np.full((8, 8), np.nan, np.float32), low=0.0, high=1.0),
+    "an empty range": lambda: tiff(RAMP.astype(np.float32), low=1.0, high=1.0),
+}
+
+
+@pytest.mark.parametrize("case", NO_RANGE)
+def test_cut_views__a_range_that_is_not_known_is_an_error(many, case):
+    """In one line; it is never guessed."""
+    with pytest.raises(ValueError, match="range|finite") as error:
+        cut(NO_RANGE[case](), LOCAL, many[0])
+    assert "\n" not in str(error.value) and len(str(error.value)) < 200
+
+
+TURNABLE = ["JPEG", "PNG", "WEBP", "TIFF"]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("format", TURNABLE)
+def test_cut_views__exif_orientation_is_ignored_in_every_format(many, format, orientation):
+    """PIL itself turns TIFFs and no others."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"WEBP": {"lossless": True}, "JPEG": {"quality": 95, "subsampling": 0}}.get(format, {})
+    plain = encode(PHOTO, format, **options)
+    turned = tiff(PHOTO, orientation=orientation) if format == "TIFF" else encode(PHOTO, format, exif=exif, **options)
+    assert turned != plain or orientation == 1
+    assert torch.equal(decode(turned), decode(plain))
+    for spec in (LOCAL, ViewSpec("test", 20, resize=24)):
+        assert torch.equal(cut(turned, spec, many[0]), cut(plain, spec, many[0]))
+
+
+@pytest.mark.parametrize("reduction", [1, 2, 4, 8])
+@pytest.mark.parametrize("case", ["no end marker", "zeros after it", "half"])
+def test_cut_views__a_damaged_jpeg_is_usable_at_all_sizes_or_at_none(many, case, reduction):
+    """torchvision's decoder is stricter than PIL's, which decodes at reduced sizes."""
+    whole = encode(LARGE, "JPEG", quality=90)
+    data = {"no end marker": whole[:-2], "zeros after it": whole[:-2] + bytes(100), "half": whole[: len(whole) // 2]}[case]
+    spec = ViewSpec("whole", 752 // reduction, (1.0, 1.0), ratio=(1.0, 1.0))
+    if case == "zeros after it":
+        assert torch.equal(cut(data, spec, many[0]), cut(whole, spec, many[0]))
+    else:
+        with pytest.raises(OSError, match="truncated"):
+            cut(data, spec, many[0])
+
+
+@pytest.mark.parametrize("shape", [(1, 20_000), (20_000, 1), (3, 40_001)])
+def test_cut_views__a_thin_image_takes_little_memory_as_a_test_view(many, monkeypatch, shape):
+    """Only its middle is resized: 4 GB otherwise."""
+    sizes, real = [], views.resize
+    monkeypatch.setattr(views, "resize", lambda image, *size: sizes.append(size) or real(image, *size))
+    image = torch.randint(256, (3, *shape), dtype=torch.uint8)
+    assert cut(image, ViewSpec("test", 224, resize=256), many[0]).shape == (3, 224, 224)
+    assert all(height * width <= 33 * 256**2 for height, width in sizes)
+
+
+@pytest.mark.parametrize("shape", [(1, 500), (1, 501), (500, 1), (2, 301), (301, 2), (3, 1000), (2, 64)])
+def test_cut_views__the_middle_of_a_thin_image_is_that_of_the_whole(many, monkeypatch, shape):
+    image = torch.randint(256, (3, *shape), dtype=torch.uint8)
+    spec = ViewSpec("test", 24, resize=24)
+    ours = cut(image, spec, many[0])
+    monkeypatch.setattr(views, "LONGEST", 10**9)
+    assert (ours.int() - cut(image, spec, many[0]).int()).abs().max() <= (0 if shape[0] != 3 else 3)
+
+
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
+
+
+@pytest.mark.parametrize("format", ["EPS", "PDF", "WMF", "XBM", "ICNS"])
+def test_open_image__knows_image_formats_only(monkeypatch, format):
+    """A file named .jpg that is PostScript starts no other program."""
+    started = []
+    monkeypatch.setattr(subprocess, "Popen", lambda *args, **kwargs: started.append(args))
+    assert format not in decoding.FORMATS
+    with pytest.raises(UnidentifiedImageError), decoding.open_image(POSTSCRIPT) as image:
+        image.load()
+    assert not started

@@ -4,28 +4,22 @@ Everything random about a view is a function of (seed, epoch, sample id, number 
 once, crops each view as uint8, and draws the parameters of the operations in photometric.py.
 """
 
-import io
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
+from utils.data.decode import decode, open_image, stored_size
 from utils.data.photometric import COLUMNS
 from utils.run import streams
-
-try:
-    from torchvision.io import decode_jpeg
-except ImportError:
-    decode_jpeg = None
 
 NUMBERS = 40  # uniform random numbers of a view: 0 to 21 are its crop's, 22 to 39 those of DRAWS
 TRIES = 10  # of a random resized crop, as in torchvision
 AREA, RATIO, TOP, LEFT = slice(0, TRIES), slice(TRIES, 2 * TRIES), 20, 21
+LONGEST = 32  # longer side / shorter side up to which a test view resizes the whole image
 SPARE = 2  # pixels of a crop for a pixel of its view, along a side, that a JPEG decoded at a reduced size must leave
 
 
@@ -133,42 +127,20 @@ def cut_views(data: bytes, specs: list[ViewSpec], u: np.ndarray) -> list[torch.T
     """Decode an image once and crop every view, in the order of specs, each 3 x size x size uint8.
 
     u: a row of `draw` for each view. A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if no view loses detail: every crop
-    must keep SPARE times the pixels of its view along a side. Raises PIL's errors, of many types, for bytes that are no
-    image and for more pixels than Image.MAX_IMAGE_PIXELS.
+    must keep SPARE times the pixels of its view along a side. Raises the errors of decode.py, of many types.
     """
     kinds = [spec for spec in specs for _ in range(spec.count)]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # such as odd metadata, which no pixel depends on
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(io.BytesIO(data)) as image:
-            width, height = image.size
-            boxes = [None if spec.resize else crop_box(spec, row, height, width) for spec, row in zip(kinds, u, strict=True)]
-            spare = min(min(box[2:]) / spec.size if box else 1 for box, spec in zip(boxes, kinds, strict=True)) / SPARE
-            pixels = _pixels(image, data, max(r for r in (1, 2, 4, 8) if r <= max(spare, 1)))  # H x W x 3
+    with open_image(data) as image:
+        width, height = stored_size(image)
+        boxes = [None if spec.resize else crop_box(spec, row, height, width) for spec, row in zip(kinds, u, strict=True)]
+        spare = min(min(box[2:]) / spec.size if box else 1 for box, spec in zip(boxes, kinds, strict=True)) / SPARE
+        pixels = decode(image, data, max(r for r in (1, 2, 4, 8) if r <= max(spare, 1)))  # H x W x 3
     pixels = pixels.unsqueeze(0).permute(0, 3, 1, 2)  # 1 x 3 x H x W in channels-last memory, the fastest to resize
     reduction = round(width / pixels.shape[3])
     return [
         _crop(pixels, box, reduction, spec.size) if box else _centre(pixels, spec)
         for box, spec in zip(boxes, kinds, strict=True)
     ]
-
-
-def _pixels(image, data, reduction):
-    """The H x W x 3 uint8 pixels of an opened image, whose bytes are `data`.
-
-    Only JPEGs are reduced. EXIF orientation is ignored, as usual for ImageNet. torchvision decodes an ordinary JPEG a quarter
-    faster than PIL, to the same pixels. PIL decodes the rest, and all images where torchvision has no decoder: they are
-    deprecated since 0.29.
-    """
-    if image.format == "JPEG" and image.mode in ("RGB", "L") and reduction == 1 and decode_jpeg:
-        return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode="RGB").permute(1, 2, 0)
-    if reduction > 1:
-        image.draft(None, (image.width // reduction, image.height // reduction))
-    if image.mode in ("I", "I;16"):  # 16-bit PNG, which convert() would clip at 255
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    elif image.mode == "P":  # it may have a transparent color
-        image = image.convert("RGBA")
-    return torch.from_numpy(np.array(image.convert("RGB")))
 
 
 def resize(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
@@ -185,9 +157,16 @@ def _crop(image, box, reduction, size):
 
 
 def _centre(image, spec):
-    """The view for evaluation: the shorter side is resized to spec.resize, and the central spec.size pixels are cropped."""
+    """The view for evaluation: the shorter side is resized to spec.resize, and the central spec.size pixels are cropped.
+
+    Of an image that is longer than LONGEST times its shorter side, only the middle is resized.
+    """
+    short = min(image.shape[2:])
+    for side in (2, 3):
+        spare = (image.shape[side] - LONGEST * short) // 2  # the same on both ends, so the centre stays
+        if spare > 0:
+            image = image.narrow(side, spare, image.shape[side] - 2 * spare)
     height, width = image.shape[2:]
-    short = min(height, width)
     image = resize(image, spec.resize * height // short, spec.resize * width // short)
     top, left = round((image.shape[2] - spec.size) / 2), round((image.shape[3] - spec.size) / 2)
     return image[0, :, top : top + spec.size, left : left + spec.size]
