@@ -182,9 +182,12 @@ def test_one_line_ends__a_bug_is_not_hidden(capsys, error):
 
 @pytest.mark.parametrize("get_args, required", [(main_pretrain.get_args, PRETRAIN), (main_lincls.get_args, PROBE)])
 def test_add_shard_flags__all_reach_load_index(get_args, required):
-    assert flags.shard_flags(get_args(required)) == {"cache_dir": None, "allow_pipe": False, "verify_shards": False}
-    args = get_args([*required, "--cache-dir", "/c_d", "--allow_pipe", "--verify-shards"])
-    assert flags.shard_flags(args) == {"cache_dir": "/c_d", "allow_pipe": True, "verify_shards": True}
+    default = {"cache_dir": None, "allow_pipe": False, "verify_shards": False, "max_pixels": flags.MAX_PIXELS}
+    assert flags.shard_flags(get_args(required)) == default
+    args = get_args([*required, "--cache-dir", "/c_d", "--allow_pipe", "--verify-shards", "--max-pixels", "9"])
+    assert flags.shard_flags(args) == {"cache_dir": "/c_d", "allow_pipe": True, "verify_shards": True, "max_pixels": 9}
+    with pytest.raises(ValueError, match="--max-pixels 0: must be above 0"):
+        flags.shard_flags(get_args([*required, "--max-pixels", "0"]))
     parameters = inspect.signature(load_index).parameters
     assert all(parameters[name].default == value for name, value in flags.shard_flags(get_args(required)).items())
 

@@ -33,7 +33,7 @@ from utils.data.reader import Reader
 from utils.data.shards import BatchPlan, epoch_plan, evaluation_plan, training_plan
 from utils.data.views import ViewSpec, cut_views, draw, make_views, moco_v2_view, parameters_of
 from utils.run.cpu import keep_freed_memory
-from utils.run.flags import RunError
+from utils.run.flags import MAX_PIXELS, RunError
 
 # the machine may have fewer cores than a test starts workers
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -55,6 +55,12 @@ def colors(tmp_path_factory):
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory):
     return write_shards(tmp_path_factory.mktemp("photographs"), SIZES, image=one_photograph)
+
+
+@pytest.fixture(autouse=True)
+def _pixel_limit(monkeypatch):
+    """Restore it: it is a setting of PIL, not of a loader."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
 
 
 def as_process(monkeypatch, rank, world):
@@ -430,6 +436,18 @@ def test_load_batches__keys_that_come_again_and_groups_without_image(monkeypatch
             torch.equal(v, color[i].expand_as(v)) for v, i in zip(batch.views[0], batch.sample_ids.tolist(), strict=True)
         )
         assert batch.bad == []
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_load_batches__images_above_max_pixels_are_unusable(tmp_path, workers):
+    """By the flag, in every worker, and with a reason that names it."""
+    write_shards(tmp_path / "x", (5,), image=lambda number: one_color(number, (10, 10 + number)))
+    for limit, bad in ((120, [3, 4]), (99, range(5)), (140, [])):
+        index = load_index(str(tmp_path / "x"), max_pixels=limit)
+        (batch,) = load_batches(index, TEST, evaluation_plan(index, 5), 0, workers, CPU)
+        assert batch.sample_ids.tolist() == [number for number in range(5) if number not in bad]
+        assert [r["error"] for r in batch.bad] == [f"ValueError: more pixels than --max-pixels {limit}"] * len(bad)
+    assert index.max_pixels == 140 and load_index(str(tmp_path / "x")).max_pixels == MAX_PIXELS
 
 
 def junk_below(folder, count, total=130):

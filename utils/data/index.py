@@ -16,6 +16,7 @@ from tqdm import tqdm
 from utils.data.index_file import INDEX, Shard, describe, parse_index, place_in
 from utils.data.indexing import index_folder, warn
 from utils.data.remote import RemoteError, check_openable, copy, is_remote, place, tar_name
+from utils.run.flags import MAX_PIXELS
 from utils.run.text import brief, shown
 
 PLAN = "conversion.json"  # imagenet2wds.py writes it at its start, and the index at its end
@@ -33,6 +34,7 @@ class Index:
     classes: tuple[str, ...] | None
     cache_dir: str | None = None
     unlabelled: str = ""
+    max_pixels: int = MAX_PIXELS  # of an image that is decoded
 
     @cached_property
     def first(self) -> np.ndarray:
@@ -55,7 +57,12 @@ class Index:
 
 
 def load_index(
-    spec: str, flag: str = "--shards", cache_dir: str | None = None, allow_pipe: bool = False, verify_shards: bool = False
+    spec: str,
+    flag: str = "--shards",
+    cache_dir: str | None = None,
+    allow_pipe: bool = False,
+    verify_shards: bool = False,
+    max_pixels: int = MAX_PIXELS,
 ) -> Index:
     """The index of a folder of shards or its index.json, of one tar, or of a glob or brace pattern of tars.
 
@@ -65,7 +72,7 @@ def load_index(
     """
     remote = is_remote(spec) and not _exists(Path(spec))
     shards, classes, unlabelled = _remote(spec, flag, allow_pipe) if remote else _local(spec, flag)
-    index = Index(tuple(shards), classes, cache_dir, unlabelled)
+    index = Index(tuple(shards), classes, cache_dir, unlabelled, max_pixels)
     if not index.total:
         raise ValueError(f"{flag} {shown(spec)}: no images in these shards; pass others")
     if verify_shards:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from utils.data.batch import Batch
@@ -73,6 +74,7 @@ class Chunks(IterableDataset):
 
     def chunk(self, reader: Reader, epoch: int, planned: np.ndarray) -> Chunk:
         """The views of these sample ids, or of the samples that replace them."""
+        Image.MAX_IMAGE_PIXELS = self.index.max_pixels
         n, counts = len(planned), [spec.count for spec in self.specs]
         crops = [torch.empty(n, s.count, s.size, s.size, 3, dtype=torch.uint8).permute(0, 1, 4, 2, 3) for s in self.specs]
         drawn = np.empty((n, sum(counts), len(COLUMNS)), np.float32)

@@ -17,6 +17,7 @@ from torch.distributed import DistError
 
 from utils.run import dist, signals
 
+MAX_PIXELS = 89_478_485  # of an image: Pillow's limit
 AMP = ("auto", "bf16", "fp16", "fp32")  # of utils/learning/amp.py, which this room may not import
 
 
@@ -184,6 +185,7 @@ def add_shard_flags(parser: Parser) -> None:
     add("--cache-dir", metavar="DIR", help="keep a copy here of each remote shard that is read")
     add("--allow-pipe", action="store_true", help="allow pipe:COMMAND, the shard that a shell command prints")
     add("--verify-shards", action="store_true", help="compare the sha256 of every local shard with its index first")
+    add("--max-pixels", type=int, default=MAX_PIXELS, help="pixels of an image; a larger one counts as unusable")
 
 
 def add_lr_steps(group: Group) -> None:
@@ -203,8 +205,10 @@ def check_lr_steps(args: argparse.Namespace) -> None:
 
 
 def shard_flags(args: argparse.Namespace) -> dict:
-    """The values of the flags of add_shard_flags."""
-    return {"cache_dir": args.cache_dir, "allow_pipe": args.allow_pipe, "verify_shards": args.verify_shards}
+    """The values of the flags of add_shard_flags. Raises ValueError."""
+    positive(["--max-pixels"], args)
+    names = "cache_dir", "allow_pipe", "verify_shards", "max_pixels"
+    return {name: getattr(args, name) for name in names}
 
 
 def check_batch(args: argparse.Namespace, samples: int, bn_groups: int = 1) -> None:
