@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from methods import METHODS
 from utils.data.bad_samples import BadSamples
 from utils.data.index import Index, load_index
+from utils.data.limits import check_workers
 from utils.data.loader import load_batches
 from utils.data.shards import steps_per_epoch, training_plan
 from utils.data.views import ViewSpec
@@ -93,6 +94,8 @@ def check(args: Namespace, train: Index, val: Index) -> None:
     flags.in_range("--crop-min", args.crop_min, 1e-8, 1)
     flags.in_range("--resize", args.resize, args.size, math.inf)
     flags.check_batch(args, train.total)
+    both = [ViewSpec("train", args.size), ViewSpec("test", args.size, resize=args.resize)]  # their workers live side by side
+    check_workers(both, args.batch_size // dist.world(), args.workers)
     for flag, shards, index in (("--train-shards", args.train_shards, train), ("--val-shards", args.val_shards, val)):
         check_labels(flag, shards, index)
     classes, val_classes = train.classes or (), val.classes or ()

@@ -23,6 +23,7 @@ from methods import METHODS
 from utils.data.bad_samples import BadSamples
 from utils.data.batch import Batch
 from utils.data.index import load_index
+from utils.data.limits import check_workers
 from utils.data.loader import load_batches
 from utils.data.measure import worker_ms
 from utils.data.shards import lanes_of, steps_per_epoch, training_plan
@@ -110,6 +111,7 @@ def check(args: Flags, samples: int) -> None:
         in_range("--dry-run", args.dry_run, 1e-3, 1e9)
     flags.check_batch(args, samples, method.bn_groups(args))
     lanes_of(args.lanes, args.batch_size)
+    check_workers(method.views(args), args.batch_size // dist.world(), args.workers)
     method.check(args, samples)
 
 

@@ -1,9 +1,14 @@
 import contextlib
+import errno
 import itertools
 import multiprocessing
 import os
 import random
 import re
+import resource
+import shutil
+import subprocess
+import sys
 from collections import Counter
 
 import numpy as np
@@ -23,7 +28,7 @@ from shards_helpers import (
     write_shards,
 )
 
-from utils.data import loader, shards
+from utils.data import limits, loader, reader, shards
 from utils.data.batch import Batch
 from utils.data.index import load_index
 from utils.data.loader import load_batches
@@ -312,7 +317,7 @@ def test_evaluation_plan__few_samples_and_small_batches(monkeypatch, tmp_path, s
     index, seen, counts = write_shards(tmp_path / "x", (samples,)), [], set()
     for rank in range(world):
         as_process(monkeypatch, rank, world)
-        ((epoch, steps),) = evaluation_plan(index, batch).epochs()
+        ((epoch, steps),) = ((epoch, list(steps)) for epoch, steps in evaluation_plan(index, batch).epochs())
         assert epoch == 0
         counts.add(len(steps))
         seen += [number for numbers in steps for number in numbers.tolist()]
@@ -618,3 +623,125 @@ def test_load_batches__on_cuda_a_batch_is_made_beside_the_step(monkeypatch):
         Stream.events.append(("step in", Stream.now.name))
     one = [("made in", "side"), ("main", "waits for", "side"), *[("used in", "main")] * 3, ("step in", "main")]
     assert Stream.events == one * 2
+
+
+# shared memory and open files
+
+SCRIPT = """
+import resource, sys, time, torch
+torch.set_num_threads(1)
+from utils.data import limits, loader
+from utils.data.index import load_index
+from utils.data.shards import training_plan
+from utils.data.views import ViewSpec
+from utils.run.flags import one_line_errors
+
+def main():
+    shards, files, check, workers, size = sys.argv[1], *map(int, sys.argv[2:])
+    index, specs = load_index(shards), [ViewSpec("one", size), ViewSpec("two", size, count=2)]
+    if files:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
+    with one_line_errors("loader"):
+        if check:
+            limits.check_workers(specs, 12, workers)
+        else:
+            loader.open_shards = lambda specs, workers: 128
+        batches = loader.load_batches(index, specs, training_plan(index, 12, 0, range(20)), 0, workers, torch.device("cpu"))
+        for batch in batches:
+            time.sleep(0.01)  # meanwhile the workers fill what they may
+        print("done")
+
+if __name__ == "__main__":
+    main()
+"""
+BATCH = 12 * 3 * (3 * 100**2 + 4 * 10)  # bytes of views of 100 pixels and their parameters
+
+
+def run_loader(tmp_path, shared_memory=None, files=0, check=True, workers=2, size=100):
+    """(exit code, output, errors) of a process with so many bytes of shared memory and so many open files."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+    if not (tmp_path / "x").exists():
+        write_shards(tmp_path / "x", SIZES)
+    command = [sys.executable, tmp_path / "script.py", tmp_path / "x", files, int(check), workers, size]
+    if shared_memory:
+        mount = f'mount -t tmpfs -o size={shared_memory} tmpfs /dev/shm && exec "$@"'
+        command = ["unshare", "-rm", "bash", "-c", mount, "bash", *command]
+    environment = os.environ | {"PYTHONPATH": os.getcwd(), "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True, timeout=60)
+    return done.returncode, done.stdout, done.stderr
+
+
+def can_mount():
+    test = ["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", "/dev/shm"]
+    return shutil.which("unshare") is not None and subprocess.run(test, capture_output=True).returncode == 0
+
+
+@pytest.mark.skipif(not can_mount(), reason="only who may mount a file system can make a small one")
+def test_load_batches__small_shared_memory_is_one_line_at_the_start(tmp_path):
+    """What the check accepts, works; what it refuses is told with a flag and a value; without it nothing hangs."""
+    enough = f"{4 * BATCH // 1000}k"
+    assert run_loader(tmp_path, enough)[:2] == (0, "done\n")
+    code, _, errors = run_loader(tmp_path, "1m")
+    need = round(3 * BATCH / 1e6)
+    assert code == 2 and errors.splitlines()[-1].startswith(
+        f"loader: error: --workers 2: needs {need} MB of /dev/shm, which has 1 MB"
+    )
+    assert "--shm-size" in errors and "--workers 0" in errors
+    assert run_loader(tmp_path, "1m", workers=0)[:2] == (0, "done\n")
+    code, _, errors = run_loader(tmp_path, "500k", check=False)
+    assert code == 2 and errors.splitlines()[-1].startswith("loader: error: --workers 2: a batch could not be handed over")
+    assert "--shm-size" in errors and "Traceback" not in errors
+
+
+def test_load_batches__few_open_files_are_one_line_at_the_start(tmp_path):
+    """It does not blame the shards."""
+    assert run_loader(tmp_path, files=200)[:2] == (0, "done\n")
+    code, _, errors = run_loader(tmp_path, files=100)
+    assert code == 2 and re.search(r"^loader: error: --workers 2: needs more than \d+ open files, the limit is 100; pass "
+                                   r"--workers [01], or raise it with ulimit -n \d+$", errors.splitlines()[-1])  # fmt: skip
+    assert ".tar" not in errors
+    assert run_loader(tmp_path, files=100, workers=0)[:2] == (0, "done\n")
+
+
+def test_open_shards__raises_the_soft_limit_and_keeps_the_rest_for_workers(monkeypatch):
+    limits_set = []
+    monkeypatch.setattr(limits.os, "listdir", lambda _: range(20))
+    monkeypatch.setattr(limits.resource, "getrlimit", lambda _: (256, hard))
+    monkeypatch.setattr(limits.resource, "setrlimit", lambda _, values: limits_set.append(values))
+    for hard, workers, most in ((10**6, 8, 128), (300, 8, 127), (resource.RLIM_INFINITY, 64, 128)):
+        limits_set.clear()
+        found = limits.open_shards(MOCO, workers)
+        assert 1 <= found <= most and limits_set[0][0] <= (hard if hard > 0 else 10**6)
+    hard = 256
+    with pytest.raises(ValueError, match="--workers 8.*the limit is 256; pass --workers [1-7],"):
+        limits.open_shards(MOCO, 8)
+    assert limits.open_shards(MOCO, 0) >= 1
+
+
+def test_check_workers__counts_the_processes_of_the_machine(monkeypatch):
+    image = 3 * 16**2 + 2 * 3 * 8**2 + 3 * 4 * 10
+    monkeypatch.setattr(limits, "_free", lambda folder: 3 * 8 * 32 * image)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    limits.check_workers(MOCO, 32, 4)
+    for images, processes in ((33, 8), (32, 9)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+        with pytest.raises(ValueError, match="^--workers 4: needs 1 MB of /dev/shm, which has 1 MB free; .*--workers 0$"):
+            limits.check_workers(MOCO, images, 4)
+        limits.check_workers(MOCO, images, 0)
+
+
+def test_load_batches__a_lost_chunk_is_one_line(monkeypatch, colors):
+    """Not the message of a function of Python."""
+    lost = loader._until_a_worker_dies
+    monkeypatch.setattr(loader, "_until_a_worker_dies", lambda chunks: itertools.islice(lost(chunks), 3))
+    text = why_it_ends(monkeypatch, colors, 10, workers=2)
+    assert text.startswith("--workers 2: a batch could not be handed over (1 of 2 parts came); ") and "--shm-size" in text
+
+
+def test_load_batches__too_many_open_files_in_a_worker_are_no_fault_of_the_shards(monkeypatch, colors):
+    def refuse(*_):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(reader, "LocalShard", refuse)
+    text = why_it_ends(monkeypatch, colors, 10, workers=2)
+    assert "open files" in text and "ulimit -n" in text and "--workers" in text and ".tar" not in text

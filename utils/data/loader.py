@@ -1,5 +1,8 @@
 """Shards and views -> batches on the device."""
 
+import errno
+import gc
+import itertools
 import re
 import time
 from collections.abc import Iterator
@@ -12,6 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from utils.data.batch import Batch
 from utils.data.index import Index
+from utils.data.limits import MORE_MEMORY, SHARDS, open_shards
 from utils.data.photometric import COLUMNS, photometric
 from utils.data.reader import BadSample, Reader
 from utils.data.remote import is_remote
@@ -39,13 +43,16 @@ class Chunks(IterableDataset):
 
     def __init__(self, index: Index, specs: list[ViewSpec], plan: BatchPlan, seed: int, photometric_here: bool):
         self.index, self.specs, self.plan, self.seed, self.photometric_here = index, specs, plan, seed, photometric_here
+        self.open_shards = SHARDS
         self.streamed = not index.cache_dir and any(is_remote(shard.path) for shard in index.shards)
 
     def __iter__(self) -> Iterator[Chunk | RunError]:
         worker = get_worker_info()
         share, shares = (worker.id, worker.num_workers) if worker else (0, 1)
         keep_freed_memory()
-        reader = Reader(self.index)
+        if worker:
+            gc.freeze()  # a collection writes to every object that it looks at, and so copies the index of the parent
+        reader = Reader(self.index, self.open_shards)
         for epoch, steps in self.plan.epochs():
             if self.streamed:
                 self._expect(reader, steps, share, shares)
@@ -56,6 +63,8 @@ class Chunks(IterableDataset):
                 chunk: Chunk | RunError
                 try:
                     chunk = self.chunk(reader, epoch, sample_ids)
+                    if worker:
+                        _share_(chunk, shares)
                 except RunError as error:  # the training process raises it, without the worker's traceback
                     chunk = error
                 finally:
@@ -132,29 +141,53 @@ def load_batches(
         keep_freed_memory()  # of the batches too
     in_worker = photometric_on == "worker" or (photometric_on == "auto" and device.type == "cpu")
     pin, chunks = device.type == "cuda", Chunks(index, specs, plan, seed, in_worker)
+    chunks.open_shards = open_shards(specs, workers)
     loader = DataLoader(chunks, batch_size=None, num_workers=workers, pin_memory=pin, worker_init_fn=leave_to_parent)
     batches = _finished(_until_a_worker_dies(loader), specs, workers, device, in_worker)
     return _beside_the_step(batches, device) if device.type == "cuda" else batches
 
 
+def _share_(chunk, workers):
+    """Move the tensors to shared memory. The queue would do it too, but lose the chunk without a word if it fails."""
+    try:
+        for tensor in (*chunk.crops, *chunk.parameters, chunk.sample_ids, chunk.labels):
+            if tensor.numel():
+                tensor.share_memory_()
+    except RuntimeError as error:
+        raise _lost(workers, str(error).splitlines()[0]) from None
+
+
+def _lost(workers, why):
+    fix = "pass fewer --workers or raise ulimit -n" if "open files" in why else MORE_MEMORY
+    return RunError(f"--workers {workers}: a batch could not be handed over ({why}); {fix}")
+
+
 def _finished(stream, specs, workers, device, in_worker):
-    for parts in zip(*[stream] * max(workers, 1), strict=True):  # one chunk of every worker makes a batch
+    while parts := list(itertools.islice(stream, max(workers, 1))):  # one chunk of every worker makes a batch
         for part in parts:
             if isinstance(part, RunError):
                 raise RunError(str(part))  # the traceback of `part` holds this frame, which would keep the workers alive
-        views, flips = [], []
-        for i, spec in enumerate(specs):
-            # each chunk is pinned, their concatenation is not
-            view = torch.cat([part.crops[i].flatten(0, 1).to(device, non_blocking=True) for part in parts])
-            parameters = torch.cat([part.parameters[i] for part in parts])  # n x count x len(COLUMNS)
-            if not in_worker:
-                view = photometric(view, parameters.flatten(0, 1))
-            views.append(view if spec.count == 1 else view.unflatten(0, (-1, spec.count)))
-            flips.append(parameters[..., COLUMNS.index("flip")].bool())
-        sample_ids, labels = (
-            torch.cat(x).to(device, non_blocking=True) for x in zip(*[(p.sample_ids, p.labels) for p in parts], strict=True)
-        )
-        yield Batch(views, flips, sample_ids, labels, [record for part in parts for record in part.bad])
+        if len(parts) < workers:
+            raise _lost(workers, f"{len(parts)} of {workers} parts came")
+        batch = _joined(parts, specs, device, in_worker)
+        del parts, part  # their shared memory is free for the next chunks
+        yield batch
+
+
+def _joined(parts, specs, device, in_worker):
+    views, flips = [], []
+    for i, spec in enumerate(specs):
+        # each chunk is pinned, their concatenation is not
+        view = torch.cat([part.crops[i].flatten(0, 1).to(device, non_blocking=True) for part in parts])
+        parameters = torch.cat([part.parameters[i] for part in parts])  # n x count x len(COLUMNS)
+        if not in_worker:
+            view = photometric(view, parameters.flatten(0, 1))
+        views.append(view if spec.count == 1 else view.unflatten(0, (-1, spec.count)))
+        flips.append(parameters[..., COLUMNS.index("flip")].bool())
+    sample_ids, labels = (
+        torch.cat(x).to(device, non_blocking=True) for x in zip(*[(p.sample_ids, p.labels) for p in parts], strict=True)
+    )
+    return Batch(views, flips, sample_ids, labels, [record for part in parts for record in part.bad])
 
 
 def _beside_the_step(batches, device):
@@ -178,7 +211,9 @@ def _until_a_worker_dies(chunks):
     """The chunks. A worker that is killed during a transfer breaks its connection before torch notices its death."""
     try:
         yield from chunks
-    except (OSError, EOFError):
+    except (OSError, EOFError) as error:
+        if isinstance(error, OSError) and error.errno == errno.EMFILE:
+            raise _lost(chunks.num_workers, "too many open files") from None
         if chunks.num_workers:
             time.sleep(10)  # meanwhile torch's signal handler raises a RuntimeError that names the worker
         raise

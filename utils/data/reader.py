@@ -1,5 +1,6 @@
 """Samples by their ids. Local shards are read at any position, remote ones in one pass from start to end."""
 
+import errno
 import os
 import tarfile
 from collections import OrderedDict
@@ -125,7 +126,7 @@ class Reader:
             cache = self.index.cache_dir
             path = cached(shard, cache) if cache and is_remote(shard.path) else shard.path
             try:
-                self.local[n] = retried(lambda: LocalShard(shard, path), path, (OSError,))
+                self.local[n] = retried(lambda: _local_shard(shard, path), path, (OSError,))
             except OSError as error:
                 raise Lost(0, shard.samples, str(error)) from None
         self.local.move_to_end(n)
@@ -176,6 +177,15 @@ class LocalShard:
 
     def close(self) -> None:
         os.close(self.fd)
+
+
+def _local_shard(shard, path):
+    try:
+        return LocalShard(shard, path)
+    except OSError as error:
+        if error.errno == errno.EMFILE:  # which is no fault of the shard
+            raise RunError("too many open files; pass fewer --workers, or raise the limit with ulimit -n 4096") from None
+        raise
 
 
 def cached(shard: Shard, folder: str) -> str:
