@@ -75,7 +75,13 @@ def measure(args: argparse.Namespace, images: int, place: str, last: bool) -> tu
     plan = BatchPlan(partial(iter, [(0, Steps(blocks))]), True, of_place)
     before = private_memory()
     workers = args.workers if place == "remote" else min(2, args.workers)
-    chunks = DataLoader(NoImages(index, [], plan, 0, False), batch_size=None, num_workers=workers, prefetch_factor=1)
+    chunks = DataLoader(
+        NoImages(index, [], plan, 0, False),
+        batch_size=None,
+        num_workers=workers,
+        prefetch_factor=1,
+        multiprocessing_context="fork",
+    )
     used = [chunk.bad[0] for chunk in islice(chunks, workers)]
     return max(float(u["cpu_s"]) for u in used), before, max(int(u["memory"]) for u in used)
 
@@ -103,8 +109,8 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{'images':>14} {'shards':8}{'first step':>12}{'last step':>12}{'process':>10}{'worker':>10}{'node':>10}")
     for name, found in results.items():
         seconds, memory = list(found.values())[:2], list(found.values())[2:]
-        images, place = name.split()
-        print(f"{images:>14} {place:8}" + "".join(f"{s:12.2f}" for s in seconds) + "".join(f"{m:10.1f}" for m in memory))
+        size, place = name.split()
+        print(f"{size:>14} {place:8}" + "".join(f"{s:12.2f}" for s in seconds) + "".join(f"{m:10.1f}" for m in memory))
     print(json.dumps(results))
 
 

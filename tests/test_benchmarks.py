@@ -9,7 +9,7 @@ import pytest
 from helpers import forkserver
 from shards_helpers import one_photograph, write_shards
 
-from benchmarks import input_pipeline, step
+from benchmarks import input_pipeline, plan, step
 from benchmarks.input_pipeline import VIEWS, pil_chain
 from methods import METHODS
 from utils.run.cpu import peak_memory
@@ -37,6 +37,17 @@ def test_input_pipeline__bad_input_is_one_line(capsys, flags, named):
     with pytest.raises(SystemExit, match="2"):
         input_pipeline.main(flags)
     assert named in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_plan__ends_with_a_line_of_json(capsys, monkeypatch):
+    """No worker keeps an order: 2 M images take no MB more than few, beside what a remote shard announces."""
+    monkeypatch.setattr(step, "processes", forkserver)
+    plan.main(["--images", "2e6", "--places", "local", "remote", "--workers", "2", "--processes", "8"])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert set(result) == {"2000000 local", "2000000 remote"}
+    for found in result.values():
+        assert 0 < found["first_step_s"] < 60 and found["node_mib"] < 2048
+    assert result["2000000 local"]["worker_mib"] < 8
 
 
 def test_pil_chain__has_the_operations_of_a_view():

@@ -47,6 +47,7 @@ SIZES = (10, 10, 10, 7)
 CPU = torch.device("cpu")
 PLAIN = [ViewSpec("plain", 4)]
 TEST = [ViewSpec("test", 4, resize=5)]
+PIXEL = one_color(0, (1, 1))
 MOCO = [moco_v2_view("global", 16, (0.2, 1.0)), moco_v2_view("local", 8, (0.1, 0.6), count=2)]
 LAYOUTS = [(1, 0), (1, 2), (2, 1), (2, 2), (4, 1)]  # processes, workers of each
 
@@ -623,6 +624,28 @@ def test_load_batches__on_cuda_a_batch_is_made_beside_the_step(monkeypatch):
         Stream.events.append(("step in", Stream.now.name))
     one = [("made in", "side"), ("main", "waits for", "side"), *[("used in", "main")] * 3, ("step in", "main")]
     assert Stream.events == one * 2
+
+
+def test_load_batches__shards_that_their_lanes_have_left_are_closed(monkeypatch, tmp_path):
+    """An open shard keeps the places of its samples in memory: two of each lane stay, and none is opened again and again."""
+    monkeypatch.setattr(shards, "POOL", 64)
+    index, opened, alive = write_shards(tmp_path / "x", [100] * 24, image=lambda number: PIXEL), [], []
+
+    class Watched(reader.LocalShard):
+        def __init__(self, shard, path):
+            super().__init__(shard, path)
+            opened.append(path)
+
+    class WatchedReader(reader.Reader):
+        def __call__(self, *args):
+            alive.append(len(self.local))
+            return super().__call__(*args)
+
+    monkeypatch.setattr(reader, "LocalShard", Watched)
+    monkeypatch.setattr(loader, "Reader", WatchedReader)
+    train(monkeypatch, index, 8, specs=PLAIN, epochs=range(1))
+    assert max(alive) == 16 and set(opened) == {shard.path for shard in index.shards}
+    assert len(opened) <= 24 + 8 + 6  # lanes begin within a shard; few samples come late
 
 
 # shared memory and open files

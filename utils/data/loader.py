@@ -52,10 +52,12 @@ class Chunks(IterableDataset):
         keep_freed_memory()
         if worker:
             gc.freeze()  # a collection writes to every object that it looks at, and so copies the index of the parent
-        reader = Reader(self.index, self.open_shards)
+        mine = None if (lanes := self.plan.lane_of_place) is None else np.array_split(lanes, shares)[share]
+        count = 1 if mine is None else len(np.unique(mine))  # an open shard takes 600 bytes for each of its samples
+        reader = Reader(self.index, max(2, min(self.open_shards, count * self.plan.shards_of_lane)))
         for epoch, steps in self.plan.epochs():
             if self.streamed:
-                self._expect(reader, steps, share, shares)
+                self._expect(reader, steps, mine, share, shares)
             for step in steps:
                 sample_ids = np.array_split(step, shares)[share]
                 threads = torch.get_num_threads()
@@ -71,14 +73,11 @@ class Chunks(IterableDataset):
                     torch.set_num_threads(threads)  # without workers this is the training process
                 yield chunk
 
-    def _expect(self, reader, steps, share, shares):
+    def _expect(self, reader, steps, mine, share, shares):
         """Announce the samples of an epoch, in the smallest type: each worker of a node keeps its own."""
         kind = np.min_scalar_type(self.index.total)
         parts = [np.array_split(sample_ids, shares)[share].astype(kind) for sample_ids in steps]
-        lanes = self.plan.lane_of_place
-        if lanes is not None:
-            lanes = np.array_split(lanes, shares)[share]
-            lanes = np.tile(lanes.astype(np.min_scalar_type(lanes.max(initial=0))), len(parts))
+        lanes = None if mine is None else np.tile(mine.astype(np.min_scalar_type(mine.max(initial=0))), len(parts))
         reader.expect(np.concatenate([np.empty(0, kind), *parts]), lanes)
 
     def chunk(self, reader: Reader, epoch: int, planned: np.ndarray) -> Chunk:

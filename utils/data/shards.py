@@ -24,12 +24,13 @@ class BatchPlan:
 
     epochs() gives (epoch, the sample ids of each step), epoch after epoch. One can iterate over the steps more than once.
     replace: whether the next usable sample of the index replaces an unusable one; if not, the batch is smaller.
-    lane_of_place: the lane of each place of a batch, or None.
+    lane_of_place: the lane of each place of a batch, or None. shards_of_lane: how many shards a lane reads at a time.
     """
 
     epochs: Callable[[], Iterator[tuple[int, Iterable[np.ndarray]]]]
     replace: bool
     lane_of_place: np.ndarray | None = None
+    shards_of_lane: int = 2
 
 
 def steps_per_epoch(total: int, batch: int) -> int:
@@ -131,7 +132,9 @@ def training_plan(
     """This process's part of every global batch of these epochs, in order. The first epoch starts at `first_step`."""
     lanes, rank, world = lanes_of(lanes, batch), dist.rank(), dist.world()
     epochs_of = partial(_training_epochs, index, batch, seed, epochs, lanes, first_step, rank, world)
-    return BatchPlan(epochs_of, replace=True, lane_of_place=np.array_split(np.arange(batch) // (batch // lanes), world)[rank])
+    lane_of_place = np.array_split(np.arange(batch) // (batch // lanes), world)[rank]
+    late = 8 * (POOL // lanes) * len(index.shards) // index.total  # a sample leaves its buffer that late once in 3,000 times
+    return BatchPlan(epochs_of, replace=True, lane_of_place=lane_of_place, shards_of_lane=2 + late)
 
 
 def _training_epochs(index, batch, seed, epochs, lanes, first_step, rank, world):
