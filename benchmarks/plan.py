@@ -7,6 +7,7 @@ The shards do not exist, and no image is read. One process of the 8 is started w
 """
 
 import argparse
+import gc
 import json
 import platform
 import re
@@ -59,10 +60,7 @@ def private_memory() -> int:
 
 
 def measure(args: argparse.Namespace, images: int, place: str, last: bool) -> tuple[float, int, int]:
-    """CPU seconds of a worker until its first step, memory of the process, memory of a worker.
-
-    last: resume at the last step. Two local workers stand for all of them: each computes the order for its process.
-    """
+    """CPU seconds of a worker until its first step, memory of the process, memory of a worker. last: of the epoch, to resume."""
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", "This DataLoader will create")
     names = (f"train-{number:06d}.tar" for number in range(-(-images // args.per_shard)))
@@ -74,7 +72,6 @@ def measure(args: argparse.Namespace, images: int, place: str, last: bool) -> tu
     of_place = np.arange(rank * each, (rank + 1) * each) // (args.batch_size // lanes)
     plan = BatchPlan(partial(iter, [(0, Steps(blocks))]), True, of_place)
     before = private_memory()
-    workers = args.workers if place == "remote" else min(2, args.workers)
     chunks = DataLoader(
         NoImages(index, [], plan, 0, False),
         batch_size=None,
@@ -82,7 +79,8 @@ def measure(args: argparse.Namespace, images: int, place: str, last: bool) -> tu
         prefetch_factor=1,
         multiprocessing_context="fork",
     )
-    used = [chunk.bad[0] for chunk in islice(chunks, workers)]
+    gc.freeze()  # as load_batches does
+    used = [chunk.bad[0] for chunk in islice(chunks, args.workers)]
     return max(float(u["cpu_s"]) for u in used), before, max(int(u["memory"]) for u in used)
 
 

@@ -50,8 +50,6 @@ class Chunks(IterableDataset):
         worker = get_worker_info()
         share, shares = (worker.id, worker.num_workers) if worker else (0, 1)
         keep_freed_memory()
-        if worker:
-            gc.freeze()  # a collection writes to every object that it looks at, and so copies the index of the parent
         mine = None if (lanes := self.plan.lane_of_place) is None else np.array_split(lanes, shares)[share]
         count = 1 if mine is None else len(np.unique(mine))  # an open shard takes 600 bytes for each of its samples
         reader = Reader(self.index, max(2, min(self.open_shards, count * self.plan.shards_of_lane)))
@@ -209,7 +207,10 @@ def _beside_the_step(batches, device):
 def _until_a_worker_dies(chunks):
     """The chunks. A worker that is killed during a transfer breaks its connection before torch notices its death."""
     try:
-        yield from chunks
+        gc.freeze()  # in a worker, a collection would write to every object of this process, and so copy it
+        stream = iter(chunks)
+        gc.unfreeze()
+        yield from stream
     except (OSError, EOFError) as error:
         if isinstance(error, OSError) and error.errno == errno.EMFILE:
             raise _lost(chunks.num_workers, "too many open files") from None
