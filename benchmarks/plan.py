@@ -60,7 +60,10 @@ def private_memory() -> int:
 
 
 def measure(args: argparse.Namespace, images: int, place: str, last: bool) -> tuple[float, int, int]:
-    """CPU seconds of a worker until its first step, memory of the process, memory of a worker. last: of the epoch, to resume."""
+    """CPU seconds of a worker until its first step, memory of the process, memory of a worker. last: resume there.
+
+    Two workers stand for all those that read local shards. Each shares fewer pages than one of many, so the sum is a bound.
+    """
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", "This DataLoader will create")
     names = (f"train-{number:06d}.tar" for number in range(-(-images // args.per_shard)))
@@ -72,6 +75,7 @@ def measure(args: argparse.Namespace, images: int, place: str, last: bool) -> tu
     of_place = np.arange(rank * each, (rank + 1) * each) // (args.batch_size // lanes)
     plan = BatchPlan(partial(iter, [(0, Steps(blocks))]), True, of_place)
     before = private_memory()
+    workers = args.workers if place == "remote" else min(2, args.workers)
     chunks = DataLoader(
         NoImages(index, [], plan, 0, False),
         batch_size=None,
@@ -80,7 +84,7 @@ def measure(args: argparse.Namespace, images: int, place: str, last: bool) -> tu
         multiprocessing_context="fork",
     )
     gc.freeze()  # as load_batches does
-    used = [chunk.bad[0] for chunk in islice(chunks, args.workers)]
+    used = [chunk.bad[0] for chunk in islice(chunks, workers)]
     return max(float(u["cpu_s"]) for u in used), before, max(int(u["memory"]) for u in used)
 
 
