@@ -701,7 +701,7 @@ def can_mount():
 
 @pytest.mark.skipif(not can_mount(), reason="only who may mount a file system can make a small one")
 def test_load_batches__small_shared_memory_is_one_line_at_the_start(tmp_path):
-    """What the check accepts, works; what it refuses is told with a flag and a value; without it nothing hangs."""
+    """What the check accepts, works; what it refuses names a flag and a value; without it nothing hangs."""
     enough = f"{4 * BATCH // 1000}k"
     assert run_loader(tmp_path, enough)[:2] == (0, "done\n")
     code, _, errors = run_loader(tmp_path, "1m")
