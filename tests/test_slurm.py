@@ -21,9 +21,10 @@ COMMANDS = {
     """,
     "scancel": f"""#!{sys.executable}
 import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
-import os, signal, test_slurm
+import contextlib, os, signal, test_slurm
 assert sys.argv[1:] == ["--signal=USR1", os.environ["SLURM_JOB_ID"]]
-for pid in test_slurm.processes_of_steps(os.environ["FAKE"]): os.kill(pid, signal.SIGUSR1)
+for pid in test_slurm.processes_of_steps(os.environ["FAKE"]):
+    with contextlib.suppress(ProcessLookupError): os.kill(pid, signal.SIGUSR1)
     """,
     "scontrol": """#!/usr/bin/env bash
         if [[ $1 == show ]]; then echo 127.0.0.1; else echo "$@" >> "$FAKE/requeue"; fi
