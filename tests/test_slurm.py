@@ -17,7 +17,7 @@ COMMANDS = {
         [[ $1 == --cpus-per-task && $2 == 3 && $3 == --kill-on-bad-exit=1 ]] || exit 99
         shift 3
         for node in 0 1; do SLURM_NODEID=$node "$@" & done
-        code=0; for job in $(jobs -p); do wait "$job" || code=$?; done; exit "$code"
+        code=0; for node in 0 1; do wait -n || { code=$?; kill $(jobs -p); }; done; exit "$code"
     """,
     "scancel": f"""#!{sys.executable}
 import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
@@ -99,7 +99,7 @@ def test_slurm__a_job_that_is_asked_to_stop_saves_is_requeued_and_resumes(images
 
 
 def test_slurm__asked_to_stop_before_its_processes_listen_it_is_requeued(images, tmp_path, slurm):
-    """The shells of the nodes end with 138, or the agents with 0."""
+    """The shells of the nodes end with 138, or the agents with 0. srun ends the other node."""
     job = slurm(images)
     end = time.monotonic() + 60
     while len(processes_of_steps(tmp_path)) < 2:
