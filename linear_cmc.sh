@@ -6,12 +6,11 @@
 # Expected with ImageNet-100: top-1 75.8 after --loss softmax --space YCbCr; the authors' figure.
 # Any flag can be added or overridden. Settings by variable: SHARDS OUTPUT (the run's folder) CHECKPOINT NPROC.
 set -euo pipefail
-cd "$(dirname "$0")"
-source utils/run/env.sh
+source "$(dirname "$(realpath "$0")")/utils/run/env.sh"
 use_environment requirements.txt
-use_color_shards
-OUTPUT=${OUTPUT:-output/${SAMPLE:+sample-}cmc}
-use_checkpoint "$OUTPUT" pretrain_cmc.sh
+use_color_shards "$@"
+OUTPUT=${OUTPUT:-${PROJECT}output/${SAMPLE:+sample-}cmc}
+use_checkpoint "$OUTPUT" pretrain_cmc.sh "$@"
 
 if [[ $SAMPLE ]]; then
     # not the published protocol: a crop of 8 % of 64 pixels shows little, and 1,507 images give few steps
@@ -20,5 +19,5 @@ else
     recipe=(--size 224 --batch-size 256 --epochs 60)
 fi
 
-launch main_lincls.py --method cmc --pretrained "$CHECKPOINT" --resume auto \
-    --train-shards "$SHARDS/train" --val-shards "$SHARDS/val" "${recipe[@]}" "$@"
+launch "${PROJECT}"main_lincls.py --method cmc --pretrained "$CHECKPOINT" --resume auto \
+    --train-shards "$TRAIN" --val-shards "$VAL" "${recipe[@]}" "$@"

@@ -5,12 +5,11 @@
 # Expected with ImageNet: top-1 58.5 after --loss softmax; the authors' figure.
 # Any flag can be added or overridden. Settings by variable: SHARDS OUTPUT (the run's folder) CHECKPOINT NPROC.
 set -euo pipefail
-cd "$(dirname "$0")"
-source utils/run/env.sh
+source "$(dirname "$(realpath "$0")")/utils/run/env.sh"
 use_environment requirements.txt
-use_shards
-OUTPUT=${OUTPUT:-output/${SAMPLE:+sample-}insdis}
-use_checkpoint "$OUTPUT" pretrain_insdis.sh
+use_shards "$@"
+OUTPUT=${OUTPUT:-${PROJECT}output/${SAMPLE:+sample-}insdis}
+use_checkpoint "$OUTPUT" pretrain_insdis.sh "$@"
 
 if [[ $SAMPLE ]]; then
     # not the published protocol: a crop of 8 % of 28 pixels shows nothing, and 6,000 images give few steps
@@ -19,5 +18,5 @@ else
     recipe=(--size 224 --batch-size 256 --lr 30 --epochs 60)
 fi
 
-launch main_lincls.py --method insdis --pretrained "$CHECKPOINT" --resume auto \
-    --train-shards "$SHARDS/train" --val-shards "$SHARDS/val" "${recipe[@]}" "$@"
+launch "${PROJECT}"main_lincls.py --method insdis --pretrained "$CHECKPOINT" --resume auto \
+    --train-shards "$TRAIN" --val-shards "$VAL" "${recipe[@]}" "$@"

@@ -5,13 +5,12 @@
 # Expected with ImageNet: top-1 67.7, multi-crop 69.8; the authors' figures (MosRep, ICLR 2023).
 # Any flag can be added or overridden. Settings by variable: SHARDS OUTPUT (the run's folder) CHECKPOINT MULTI_CROP NPROC.
 set -euo pipefail
-cd "$(dirname "$0")"
-source utils/run/env.sh
+source "$(dirname "$(realpath "$0")")/utils/run/env.sh"
 use_environment requirements.txt
-use_shards
+use_shards "$@"
 if [[ ${MULTI_CROP:-0} == 1 ]]; then run=moco-multicrop; else run=moco; fi
-OUTPUT=${OUTPUT:-output/${SAMPLE:+sample-}$run}
-use_checkpoint "$OUTPUT" pretrain_moco.sh
+OUTPUT=${OUTPUT:-${PROJECT}output/${SAMPLE:+sample-}$run}
+use_checkpoint "$OUTPUT" pretrain_moco.sh "$@"
 
 if [[ $SAMPLE ]]; then
     # not the published protocol: a crop of 8 % of 28 pixels shows nothing, and 6,000 images give few steps
@@ -20,5 +19,5 @@ else
     recipe=(--size 224 --batch-size 4096 --lr 0.2 --epochs 90)
 fi
 
-launch main_lincls.py --method moco --pretrained "$CHECKPOINT" --resume auto \
-    --train-shards "$SHARDS/train" --val-shards "$SHARDS/val" "${recipe[@]}" "$@"
+launch "${PROJECT}"main_lincls.py --method moco --pretrained "$CHECKPOINT" --resume auto \
+    --train-shards "$TRAIN" --val-shards "$VAL" "${recipe[@]}" "$@"

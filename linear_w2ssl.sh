@@ -5,13 +5,12 @@
 # Expected with ImageNet: top-1 70.8, after BATCH=1024 72.8; the authors' figures.
 # Any flag can be added or overridden. Settings by variable: SHARDS OUTPUT (the run's folder) CHECKPOINT BATCH NPROC.
 set -euo pipefail
-cd "$(dirname "$0")"
-source utils/run/env.sh
+source "$(dirname "$(realpath "$0")")/utils/run/env.sh"
 use_environment requirements.txt
-use_shards
+use_shards "$@"
 run=w2ssl${BATCH:+-$BATCH}
-OUTPUT=${OUTPUT:-output/${SAMPLE:+sample-}$run}
-use_checkpoint "$OUTPUT" pretrain_w2ssl.sh
+OUTPUT=${OUTPUT:-${PROJECT}output/${SAMPLE:+sample-}$run}
+use_checkpoint "$OUTPUT" pretrain_w2ssl.sh "$@"
 
 if [[ $SAMPLE ]]; then
     # not the published protocol: a crop of 8 % of 28 pixels shows nothing, and 6,000 images give few steps
@@ -20,5 +19,5 @@ else
     recipe=(--size 224 --batch-size 256 --lr 0.1 --epochs 100)
 fi
 
-launch main_lincls.py --method w2ssl --pretrained "$CHECKPOINT" --resume auto \
-    --train-shards "$SHARDS/train" --val-shards "$SHARDS/val" "${recipe[@]}" "$@"
+launch "${PROJECT}"main_lincls.py --method w2ssl --pretrained "$CHECKPOINT" --resume auto \
+    --train-shards "$TRAIN" --val-shards "$VAL" "${recipe[@]}" "$@"

@@ -28,18 +28,20 @@ from utils.data.bad_samples import BadSamples
 from utils.data.index import Index, load_index
 from utils.data.limits import check_workers
 from utils.data.loader import load_batches
+from utils.data.measure import say_workers
 from utils.data.shards import steps_per_epoch, training_plan
 from utils.data.views import ViewSpec
 from utils.evaluation.classifiers import Classifiers, evaluate, largest_change
 from utils.evaluation.frozen import Frozen, Source, add_weights_flags, build_trunk, read_source
 from utils.learning import amp, optim
-from utils.run import checkpoint, dist, flags, resume, signals
+from utils.run import checkpoint, dist, flags, lock, resume, signals
 from utils.run.engine import Engine, StepInputs
 from utils.run.files import write_json
-from utils.run.log import Log, say, write_config
-from utils.run.text import shown
+from utils.run.log import Log, say
+from utils.run.text import shown, shown_flags
 
 PROG = "main_lincls.py"
+TYPES = {"best": dict, "state_dict": dict, "optimizer": dict, "epoch": int, "step": int}  # of a checkpoint
 
 
 def get_args(argv: list[str] | None = None, source: Source | None = None) -> flags.Flags:
@@ -104,6 +106,11 @@ def check(args: Namespace, train: Index, val: Index) -> None:
                          f"{shown(args.train_shards)}")  # fmt: skip
 
 
+def specs(args: Namespace) -> list[ViewSpec]:
+    """The views of a training image."""
+    return [ViewSpec("train", args.size, (args.crop_min, 1.0))]
+
+
 def rates(args: Namespace) -> list[float]:
     """The learning rate of each epoch."""
     lr = optim.scaled_lr(args.lr, args.batch_size)
@@ -118,11 +125,15 @@ def warn_if_slow(args: Namespace, steps: int) -> None:
             f"changes by at most {100 * math.expm1(change):.2g} %, too little to learn; pass --trust 0, plain SGD")  # fmt: skip
 
 
+@lock.released()
 def main(argv: list[str] | None = None) -> None:
     with flags.one_line_errors(PROG):
+        first = flags.Parser(prog=PROG, add_help=False)
+        flags.add_run_flags(first, None, "")
+        known = first.parse_known_args(argv)[0]
+        device = dist.setup(known.device, known.dist_timeout)
         source = read_source(PROG, METHODS, argv)
         args = get_args(argv, source)
-        device = dist.setup(args.device, args.dist_timeout)
         args.amp = amp.resolve(args.amp, device)
         opened = flags.shard_flags(args)
         train_index = dist.first_process_does(lambda: load_index(args.train_shards, "--train-shards", **opened))
@@ -132,33 +143,37 @@ def main(argv: list[str] | None = None) -> None:
         frozen = build_trunk(args, METHODS[args.method], source)
         args.layer = frozen.choose(args.layer, args.arch)
         fc = Classifiers(frozen.widths(args.size), len(train_index.classes or ()), args.seed).to(device)
-        resume_from = dist.first_process_does(lambda: resume.open_run(args.output_dir, args.resume))
+        dry = args.dry_run is not None
+        resume_from = dist.first_process_does(lambda: resume.open_run(args.output_dir, args.resume, dry))
         frozen.to(device).to(memory_format=torch.channels_last)
         lr = optim.scaled_lr(args.lr, args.batch_size)
         optimizer = optim.sgd(fc.parameters(), lr, args.momentum, args.weight_decay, args.trust)
-        weights = checkpoint.file_hash(source.path) if source.path else None
-        identity = flags.meaning(args) | {"weights": weights, "train": train_index.hash, "val": val_index.hash}
-        progress = {"epoch": 0, "step": 0, "best": {layer: {"top1": -1.0} for layer in args.layer}, "last": None}
+        identity = flags.meaning(args) | {"weights": source.sha256, "train": train_index.hash, "val": val_index.hash}
+        best = {layer: {"top1": -1.0} for layer in args.layer}
+        progress: dict[str, Any] = {"epoch": 0, "step": 0, "best": best, "last": None}
         if resume_from:
             progress |= restore(resume_from, args, identity, fc, optimizer)
-        trunk_hash, folder = checkpoint.weights_hash(frozen.trunk), Path(args.output_dir)
-        if dist.rank() == 0:
-            write_config(folder, args, train_index=train_index.hash, val_index=val_index.hash, device=str(device))
+        start, steps = (progress["epoch"], progress["step"]), steps_per_epoch(train_index.total, args.batch_size)
+        if dry:
+            return say_workers(args, train_index, specs(args), steps)
+        resumed, facts = resume_from if start > (0, 0) else None, {"train_index": train_index.hash, "val_index": val_index.hash}
+        dist.first_process_does(lambda: resume.begin(Path(args.output_dir), args, resumed, start, device=str(device), **facts))
+        trunk_hash = checkpoint.weights_hash(frozen.trunk)
     published = METHODS[args.method].probe(args.arch)
     other = " ".join(flags.typed(name, vars(args)[name]) for name, value in published.items() if vars(args)[name] != value)
     say(f"linear probe of {args.pretrained}: {source.facts}, protocol of {args.method}{other and f' except {other}'}")
     say(f"{train_index.total} training and {val_index.total} validation images, batch {args.batch_size}, learning rate "
         f"{args.lr} x {args.batch_size} / 256 = {lr:.4g}, epochs {progress['epoch']} to {args.epochs}")  # fmt: skip
-    warn_if_slow(args, steps_per_epoch(train_index.total, args.batch_size))
+    warn_if_slow(args, steps)
     with flags.one_line_ends(PROG, args.batch_size):
         stopped_by = train(args, train_index, val_index, frozen, fc, optimizer, progress, identity, device)
     if checkpoint.weights_hash(frozen.trunk) != trunk_hash:
         raise RuntimeError("the frozen trunk changed during the probe; its result would be wrong and is not written")
     if not stopped_by:
         with flags.one_line_errors(PROG, (OSError,)):
-            report(args, progress, {"checkpoint_sha256": weights, "trunk_sha256": trunk_hash})
+            report(args, progress, {"checkpoint_sha256": source.sha256, "trunk_sha256": trunk_hash})
         return dist.teardown()
-    say(signals.stopped(stopped_by))
+    say(signals.stopped(stopped_by, args.resume))
     dist.teardown()
     sys.exit(signals.exit_code(stopped_by))
 
@@ -170,9 +185,8 @@ def train(args: Namespace, train_index: Index, val_index: Index, frozen: Frozen,
     folder, start, lrs = Path(args.output_dir), (progress["epoch"], progress["step"]), rates(args)
     model = dist.data_parallel(fc, device)
     epochs = range(start[0], args.epochs)
-    specs = [ViewSpec("train", args.size, (args.crop_min, 1.0))]
     plan = training_plan(train_index, args.batch_size, args.seed, epochs, first_step=start[1])
-    batches = load_batches(train_index, specs, plan, args.seed, args.workers, device, args.photometric)
+    batches = load_batches(train_index, specs(args), plan, args.seed, args.workers, device, args.photometric)
     bad = BadSamples(folder, train_index.total + val_index.total, args.max_bad)
     ends = {layer: f"_layer{layer}" if len(args.layer) > 1 else "" for layer in args.layer}  # suffixes of the metrics' names
     chance = len(fc.fc) * math.log(len(train_index.classes or ()))  # the loss is a sum over the layers
@@ -219,7 +233,7 @@ def report(args: Namespace, progress: dict[str, Any], hashes: dict[str, str | No
     layers = {layer: {name: progress[name][layer] for name in ("best", "last")} for layer in args.layer}
     several = {"layers": layers} if len(layers) > 1 else {}
     if dist.rank() == 0:
-        write_json(path, {**layers[args.layer[-1]], **several, "protocol": vars(args), **hashes})
+        write_json(path, {**layers[args.layer[-1]], **several, "protocol": shown_flags(vars(args)), **hashes})
     say("")
     for layer, found in layers.items():
         best, last, at = found["best"], found["last"], f"Layer {layer}: top-1" if several else "Top-1"
@@ -233,15 +247,19 @@ def restore(path: Path, args: Namespace, identity: dict[str, Any], fc: Classifie
     Raises ValueError if it is of another probe and --resume names it.
     """
     saved = checkpoint.read(path, "--resume")
-    if saved.get("probe") != identity:
-        other = [name for name, value in identity.items() if saved.get("probe", {}).get(name) != value]
+    if (probe := saved.get("probe")) != identity:
+        other = [name for name, value in identity.items() if not isinstance(probe, dict) or probe.get(name) != value]
         if args.resume != "auto":
             raise ValueError(f"--resume {path}: is of another probe (different: {', '.join(other)}); pass another --output-dir")
         say(f"{path} is of another probe (different: {', '.join(other)}); starting this one from the beginning")
         return {}
-    fc.load_state_dict(checkpoint.unprefixed(saved["state_dict"]))
-    optimizer.load_state_dict(saved["optimizer"])
-    return {name: saved[name] for name in ("epoch", "step", "best", "last")}
+    checkpoint.check_types(saved, TYPES, f"--resume {path}: is not a checkpoint of main_lincls.py")
+    try:
+        fc.load_state_dict(checkpoint.unprefixed(saved["state_dict"]))
+        optimizer.load_state_dict(saved["optimizer"])
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
+        raise ValueError(f"--resume {path}: its weights or optimizer have other names; pass another --output-dir") from None
+    return {name: saved.get(name) for name in ("epoch", "step", "best", "last")}
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ if __name__ == "__main__":  # before the imports that take seconds
 
     signals.start()
 
-import math
 import sys
 from pathlib import Path
 
@@ -25,15 +24,16 @@ from utils.data.batch import Batch
 from utils.data.index import load_index
 from utils.data.limits import check_workers
 from utils.data.loader import load_batches
-from utils.data.measure import worker_ms
+from utils.data.measure import say_workers
 from utils.data.shards import lanes_of, steps_per_epoch, training_plan
 from utils.learning import amp, optim
 from utils.learning.method import Method, Step
-from utils.run import checkpoint, dist, flags, replay, resume
+from utils.run import checkpoint, dist, flags, lock, replay, resume
 from utils.run.engine import Engine, NotFinite, StepInputs
 from utils.run.flags import Flags, Parser, in_range, one_line_ends, one_line_errors, positive
-from utils.run.log import Log, say, write_config
+from utils.run.log import Log, say
 from utils.run.signals import exit_code, stopped
+from utils.run.text import shown_flags
 
 PROG = "main_pretrain.py"
 
@@ -69,8 +69,6 @@ def get_args(argv=None) -> Flags:
     add = parser.group("run", identity=False).add_argument
     add("--save-freq", type=int, default=10, help="epochs between two checkpoints that stay")
     add("--compile", action="store_true", help="compile the encoders with torch.compile")
-    add("--dry-run", nargs="?", type=float, const=1000.0, metavar="RATE",
-        help="check everything, say how many --workers feed a device that trains RATE (1000) images/s, and stop")  # fmt: skip
     if failed:  # one process computes it, with the processes of the run as groups of BatchNorm
         groups = failed["processes"] * failed["flags"].get("bn_splits", 1)
         parser.set_defaults(**(failed["flags"] | {"bn_splits": groups, "device": "auto", "replay": None}))
@@ -107,14 +105,13 @@ def check(args: Flags, samples: int) -> None:
     in_range("--trust", args.trust, 0, 1)
     if not 0 <= args.warmup_epochs < args.epochs:
         raise ValueError(f"--warmup-epochs {args.warmup_epochs:g}: must be at least 0 and less than --epochs {args.epochs}")
-    if args.dry_run is not None:
-        in_range("--dry-run", args.dry_run, 1e-3, 1e9)
     flags.check_batch(args, samples, method.bn_groups(args))
     lanes_of(args.lanes, args.batch_size)
     check_workers(method.views(args), args.batch_size // dist.world(), args.workers)
     method.check(args, samples)
 
 
+@lock.released()
 def main(argv=None):
     with one_line_errors(PROG):
         args = get_args(argv)
@@ -124,25 +121,26 @@ def main(argv=None):
             return compute_again(args, device)
         index = dist.first_process_does(lambda: load_index(args.shards, **flags.shard_flags(args)))
         check(args, index.total)
-        if args.dry_run is None:
-            resume_from = dist.first_process_does(lambda: resume.open_run(args.output_dir, args.resume))
+        dry = args.dry_run is not None
+        resume_from = dist.first_process_does(lambda: resume.open_run(args.output_dir, args.resume, dry))
         method = build(args, index.total, device)
         lr = optim.scaled_lr(args.lr, args.batch_size)
         optimizer = optim.sgd(method.parameters(), lr, args.momentum, args.weight_decay, args.trust, exclude=True)
         scaler = amp.scaler(args.amp)
-        if args.dry_run is not None:
-            return dry_run(args, index)
-        start = resume.restore(resume_from, args, index.hash, method, optimizer, scaler) if resume_from else (0, 0)
-        model, folder = dist.data_parallel(method, device), Path(args.output_dir)
-        if dist.rank() == 0:
-            write_config(folder, args, index=index.hash, samples=index.total, device=str(device))
+        steps = steps_per_epoch(index.total, args.batch_size)
+        start = resume.restore(resume_from, args, index.hash, steps, method, optimizer, scaler) if resume_from else (0, 0)
+        if dry:
+            return say_workers(args, index, method.views(args), steps)
+        folder, facts = Path(args.output_dir), {"index": index.hash, "samples": index.total, "device": str(device)}
+        dist.first_process_does(lambda: resume.begin(folder, args, resume_from, start, **facts))
+        model = dist.data_parallel(method, device)
     with one_line_ends(PROG, args.batch_size):
         try:
             stopped_by = train(args, index, method, model, optimizer, scaler, start, lr, device)
         except NotFinite as failure:
-            replay.write(failure, folder, args, method, scaler, steps_per_epoch(index.total, args.batch_size), index.total)
+            replay.write(failure, folder, args, method, scaler, steps, index.total)
     if stopped_by:
-        say(stopped(stopped_by))
+        say(stopped(stopped_by, args.resume))
     del model, method, optimizer  # before their process group: the other way round, torch 2.9 may wait for itself
     dist.teardown()
     if stopped_by:
@@ -177,7 +175,7 @@ def train(args, index, method, model, optimizer, scaler, start, lr, device) -> i
     schedule = args.warmup_epochs, args.lr_per == "step", args.lr_steps, args.lr_gamma
 
     def content(epoch, step_in_epoch):
-        facts = {"method": args.method, "arch": args.arch, "flags": vars(args), "index": index.hash}
+        facts = {"method": args.method, "arch": args.arch, "flags": shown_flags(vars(args)), "index": index.hash}
         states = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
         return {"epoch": epoch, "step": step_in_epoch, **facts, "state_dict": checkpoint.prefixed(model), **states}
 
@@ -204,15 +202,6 @@ def train(args, index, method, model, optimizer, scaler, start, lr, device) -> i
     say(f"\nResults: {folder}/ (checkpoints, metrics.jsonl, config.json; curves: tensorboard --logdir {folder})")
     say(f"Next:    bash linear_{args.method}.sh, with the variables of this run (SHARDS, OUTPUT ...) if any were set")
     return 0
-
-
-def dry_run(args, index):
-    """Measure how many images/s a worker makes of these shards and views on this machine (as benchmarks/input_pipeline.py)."""
-    specs, rate = METHODS[args.method].views(args), args.dry_run
-    ms = worker_ms(index, specs, args.seed)
-    say(f"dry run: all flags work; {index.total} images, {steps_per_epoch(index.total, args.batch_size)} steps an epoch")
-    say(f"a worker needs {ms:.2f} ms of a core for an image and feeds {1e3 / ms:.0f} images/s; a process that trains "
-        f"{rate:.0f} images/s needs --workers {math.ceil(rate * ms / 1e3)} (now: {args.workers})")  # fmt: skip
 
 
 def compute_again(args, device):

@@ -6,16 +6,15 @@
 # AlexNet: -a alexnet --crop-min 0.2.
 # Any flag can be added or overridden: bash pretrain_cmc.sh --epochs 1. Settings by variable: SHARDS OUTPUT NPROC.
 set -euo pipefail
-cd "$(dirname "$0")"
-source utils/run/env.sh
+source "$(dirname "$(realpath "$0")")/utils/run/env.sh"
 use_environment requirements.txt
-use_color_shards
+use_color_shards "$@"
 
 if [[ $SAMPLE ]]; then
     recipe=(-a resnet18v1 --size 64 --crop-min 0.2 --batch-size 32 --lr 0.48 --epochs 40 --nce-k 512 --loss softmax --lr-steps 30 36)
 else
     recipe=(-a resnet50v1 --size 224 --batch-size 128 --lr 0.06 --epochs 240 --nce-k 16384)
 fi
-OUTPUT=${OUTPUT:-output/${SAMPLE:+sample-}cmc}
+OUTPUT=${OUTPUT:-${PROJECT}output/${SAMPLE:+sample-}cmc}
 
-launch main_pretrain.py --method cmc --shards "$SHARDS/train" --output-dir "$OUTPUT" --resume auto "${recipe[@]}" "$@"
+launch "${PROJECT}"main_pretrain.py --method cmc --shards "$TRAIN" --output-dir "$OUTPUT" --resume auto "${recipe[@]}" "$@"

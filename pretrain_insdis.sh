@@ -5,16 +5,15 @@
 # Expected with ImageNet, linear probe (linear_insdis.sh): top-1 58.5 with --loss softmax; the authors' figure (of CMC's code).
 # Any flag can be added or overridden: bash pretrain_insdis.sh --epochs 1. Settings by variable: SHARDS OUTPUT NPROC.
 set -euo pipefail
-cd "$(dirname "$0")"
-source utils/run/env.sh
+source "$(dirname "$(realpath "$0")")/utils/run/env.sh"
 use_environment requirements.txt
-use_shards
+use_shards "$@"
 
 if [[ $SAMPLE ]]; then
     recipe=(-a resnet18 --size 64 --crop-min 0.2 --batch-size 64 --lr 0.24 --epochs 6 --nce-k 1024 --loss softmax --lr-steps 4 5)
 else
     recipe=(-a resnet50 --size 224 --batch-size 128 --lr 0.06 --epochs 240 --nce-k 16384)
 fi
-OUTPUT=${OUTPUT:-output/${SAMPLE:+sample-}insdis}
+OUTPUT=${OUTPUT:-${PROJECT}output/${SAMPLE:+sample-}insdis}
 
-launch main_pretrain.py --method insdis --shards "$SHARDS/train" --output-dir "$OUTPUT" --resume auto "${recipe[@]}" "$@"
+launch "${PROJECT}"main_pretrain.py --method insdis --shards "$TRAIN" --output-dir "$OUTPUT" --resume auto "${recipe[@]}" "$@"

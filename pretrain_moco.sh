@@ -5,10 +5,9 @@
 # Expected with ImageNet, linear probe (linear_moco.sh): top-1 67.7, multi-crop 69.8; the authors' figures (MosRep, ICLR 2023).
 # Any flag can be added or overridden: bash pretrain_moco.sh --epochs 1. Settings by variable: SHARDS OUTPUT MULTI_CROP NPROC.
 set -euo pipefail
-cd "$(dirname "$0")"
-source utils/run/env.sh
+source "$(dirname "$(realpath "$0")")/utils/run/env.sh"
 use_environment requirements.txt
-use_shards
+use_shards "$@"
 
 if [[ $SAMPLE ]]; then
     recipe=(-a resnet18 --size 64 --batch-size 64 --lr 0.24 --epochs 10 --moco-k 2048 --moco-m 0.99)
@@ -20,6 +19,6 @@ if [[ ${MULTI_CROP:-0} == 1 ]]; then
     recipe+=(--local-crops 4 --local-scale 0.1 0.6)
     run=moco-multicrop
 fi
-OUTPUT=${OUTPUT:-output/${SAMPLE:+sample-}$run}
+OUTPUT=${OUTPUT:-${PROJECT}output/${SAMPLE:+sample-}$run}
 
-launch main_pretrain.py --method moco --shards "$SHARDS/train" --output-dir "$OUTPUT" --resume auto "${recipe[@]}" "$@"
+launch "${PROJECT}"main_pretrain.py --method moco --shards "$TRAIN" --output-dir "$OUTPUT" --resume auto "${recipe[@]}" "$@"

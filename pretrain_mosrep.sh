@@ -5,16 +5,15 @@
 # Expected with ImageNet, linear probe (linear_mosrep.sh): top-1 72.3; the authors' figure.
 # Any flag can be added or overridden: bash pretrain_mosrep.sh --epochs 1. Settings by variable: SHARDS OUTPUT NPROC.
 set -euo pipefail
-cd "$(dirname "$0")"
-source utils/run/env.sh
+source "$(dirname "$(realpath "$0")")/utils/run/env.sh"
 use_environment requirements.txt
-use_shards
+use_shards "$@"
 
 if [[ $SAMPLE ]]; then
     recipe=(-a resnet18 --size 64 --batch-size 64 --lr 0.24 --epochs 10 --moco-k 2048 --moco-m 0.99 --shift-range 14)
 else
     recipe=(-a resnet50 --size 224 --batch-size 256 --lr 0.03 --epochs 200 --moco-k 65536 --moco-m 0.999 --shift-range 48)
 fi
-OUTPUT=${OUTPUT:-output/${SAMPLE:+sample-}mosrep}
+OUTPUT=${OUTPUT:-${PROJECT}output/${SAMPLE:+sample-}mosrep}
 
-launch main_pretrain.py --method mosrep --shards "$SHARDS/train" --output-dir "$OUTPUT" --resume auto "${recipe[@]}" "$@"
+launch "${PROJECT}"main_pretrain.py --method mosrep --shards "$TRAIN" --output-dir "$OUTPUT" --resume auto "${recipe[@]}" "$@"

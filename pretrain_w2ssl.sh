@@ -5,10 +5,9 @@
 # Expected with ImageNet, linear probe (linear_w2ssl.sh): top-1 70.8, with BATCH=1024 72.8; the authors' figures.
 # Any flag can be added or overridden: bash pretrain_w2ssl.sh --epochs 1. Settings by variable: SHARDS OUTPUT BATCH NPROC.
 set -euo pipefail
-cd "$(dirname "$0")"
-source utils/run/env.sh
+source "$(dirname "$(realpath "$0")")/utils/run/env.sh"
 use_environment requirements.txt
-use_shards
+use_shards "$@"
 
 if [[ $SAMPLE ]]; then
     recipe=(-a resnet18 --size 64 --batch-size 64 --lr 4.8 --epochs 10 --warmup-epochs 1)
@@ -16,6 +15,6 @@ else
     recipe=(-a resnet50 --size 224 --batch-size $((2 * ${BATCH:-256})) --lr 0.6 --epochs 200 --warmup-epochs 10)
 fi
 run=w2ssl${BATCH:+-$BATCH}
-OUTPUT=${OUTPUT:-output/${SAMPLE:+sample-}$run}
+OUTPUT=${OUTPUT:-${PROJECT}output/${SAMPLE:+sample-}$run}
 
-launch main_pretrain.py --method w2ssl --shards "$SHARDS/train" --output-dir "$OUTPUT" --resume auto "${recipe[@]}" "$@"
+launch "${PROJECT}"main_pretrain.py --method w2ssl --shards "$TRAIN" --output-dir "$OUTPUT" --resume auto "${recipe[@]}" "$@"

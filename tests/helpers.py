@@ -1,6 +1,7 @@
 """Helpers of several test files: a method built from real flags, its inputs, and functions run on several processes."""
 
 import functools
+import hashlib
 import multiprocessing
 import multiprocessing.forkserver
 import os
@@ -109,6 +110,10 @@ def opened(*argv):
     source = read_source("main_lincls.py", METHODS, [*map(str, argv)])
     args = main_lincls.get_args([*map(str, argv)], source)
     return build_trunk(args, METHODS[args.method], source), args
+
+
+def file_hash(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def random_views(n, size=64, local_crops=4, seed=1):

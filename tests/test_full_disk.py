@@ -106,5 +106,7 @@ def test_main_pretrain__stopped_while_the_disk_is_full_is_an_error(images, disk,
 
     monkeypatch.setattr(METHODS["moco"], "commit", asked)
     assert train(images, disk, "moco") == 2
-    assert f"error: --output-dir {disk}: the last checkpoint could not be written" in capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert f"error: --output-dir {disk}: the last checkpoint could not be written" in printed.err
+    assert "and start again: there is none before" in printed.err and "and saved" not in printed.out
     assert len(steps(disk)) == 3

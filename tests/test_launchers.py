@@ -58,13 +58,14 @@ def bash(*command, cwd=ROOT, **variables):
     return subprocess.run(["bash", *command], cwd=cwd, env=environment, capture_output=True, text=True, timeout=60)
 
 
-def dry_run(project, launcher, *flags, **variables):
-    """The flags that a launcher would pass, as the entry point itself understands them."""
-    done = bash(project / launcher, *flags, cwd="/", **variables)
+def dry_run(project, launcher, *flags, cwd=None, **variables):
+    """The flags that a launcher would pass, as the entry point itself understands them. cwd: default: the project's folder."""
+    done = bash(project / launcher, *flags, cwd=cwd or project, **variables)
     assert done.returncode == 0, done.stderr
     script, *argv = done.stdout.splitlines()
-    with contextlib.chdir(project):  # as the launcher, which passes relative paths
-        return ENTRY_POINTS[script].get_args(argv)
+    assert script == (f"{project}/" if cwd else "") + Path(script).name
+    with contextlib.chdir(cwd or project):  # as the launcher, which passes relative paths
+        return ENTRY_POINTS[Path(script).name].get_args(argv)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -133,11 +134,76 @@ def test_launchers__output_and_checkpoint_can_be_given(project):
     assert dry_run(project, "linear_mosrep.sh", CHECKPOINT="released/mosrep.pth.tar").output_dir == "released/linear-mosrep"
 
 
+@pytest.mark.parametrize("method", LAUNCHED)
+@pytest.mark.parametrize("flag", [["--shards", "my data"], ["--shards=my data"]])
+def test_launchers__a_flag_of_shards_chooses_the_recipe_as_the_variable_does(project, method, flag):
+    args, other = (dry_run(project, f"pretrain_{method}.sh", *x) for x in (flag, ["--shards", "y", "--epochs", "1"]))
+    assert vars(args) | {"shards": 0} == vars(dry_run(project, f"pretrain_{method}.sh", SHARDS="/x")) | {"shards": 0}
+    assert (args.shards, args.output_dir, other.epochs) == ("my data", f"output/{method}", 1)
+    given = ["--train-shards", "a", "--val_shards=b"]
+    probe = dry_run(project, f"linear_{method}.sh", *given)
+    assert (probe.train_shards, probe.val_shards, probe.pretrained) == ("a", "b", f"output/{method}")
+    assert dry_run(project, f"linear_{method}.sh", *given[:2]).val_shards == "MISSING"  # and not that of the sample
+
+
+SPECS = {  # SHARDS -> the shards of training and of validation
+    "both": ("both/train", "both/val"), "both/": ("both/train", "both/val"), "both/train": ("both/train", "both/val"),
+    "unlabelled": ("unlabelled/train", "unlabelled/val"), "flat": ("flat", "MISSING"), "indexed/": ("indexed/", "MISSING"),
+    "flat/{0..1}.tar": ("flat/{0..1}.tar", "MISSING"), "flat/*": ("flat/*", "MISSING"), "flat/0.tar": ("flat/0.tar", "MISSING"),
+    "https://host/x": ("https://host/x/train", "https://host/x/val"), "s3://b/train/": ("s3://b/train/", "s3://b/val"),
+    "https://host/x-{0..1}.tar": ("https://host/x-{0..1}.tar", "MISSING"),
+    "https://host/x/index.json": ("https://host/x/index.json", "MISSING"), "pipe:cat x.tar": ("pipe:cat x.tar", "MISSING"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("shards, expected", SPECS.items(), ids=SPECS)
+def test_launchers__the_variable_takes_all_that_the_flag_takes(project, shards, expected):
+    for path in ("both/train/0.tar", "both/val/0.tar", "unlabelled/train/0.tar", "flat/0.tar", "flat/1.tar",
+                 "indexed/index.json"):  # fmt: skip
+        write(project / path)
+    assert dry_run(project, "pretrain_moco.sh", SHARDS=shards).shards == expected[0]
+    probe = dry_run(project, "linear_moco.sh", SHARDS=shards)
+    assert (probe.train_shards, probe.val_shards) == expected
+
+
+@pytest.mark.parametrize("how", ["path", "link"])
+def test_launchers__from_another_folder_and_through_a_link(project, tmp_path, how):
+    """Relative paths are of the folder where the command is typed; the project's own files are found."""
+    here = tmp_path / "here"
+    write(here / "runs/moco/checkpoint_latest.pth.tar")
+    write(here / "mine/train/0.tar")
+    for name in ("pretrain_moco.sh", "linear_moco.sh"):
+        (here / name).symlink_to(project / name)
+    folder = project if how == "path" else here
+    args = dry_run(project, folder / "pretrain_moco.sh", cwd=here)
+    assert (args.shards, args.output_dir) == (f"{project}/output/sample-shards/train", f"{project}/output/sample-moco")
+    args = dry_run(project, folder / "pretrain_moco.sh", cwd=here, SHARDS="mine", OUTPUT="runs/moco")
+    assert (args.shards, args.output_dir) == ("mine/train", "runs/moco")
+    assert dry_run(project, folder / "linear_moco.sh", cwd=here, OUTPUT="runs/moco").output_dir == "runs/moco/linear"
+    assert dry_run(project, folder / "linear_moco.sh", cwd=here).pretrained == f"{project}/output/sample-moco"
+
+
+def test_launchers__modules_are_found_from_another_folder(tmp_path):
+    script = f'source "{ROOT}/utils/run/env.sh"; PYTHON="{sys.executable}"; cd /; launch -c "import utils.run.streams"'
+    assert bash("-c", script, cwd=tmp_path, NPROC="1").returncode == 0
+
+
+@pytest.mark.parametrize("name, value", [
+    ("NPROC", "abc"), ("NPROC", "0"), ("NPROC", "1.5"), ("NNODES", "two"), ("BATCH", "x"), ("MAX_RESTARTS", "-1"),
+    ("MULTI_CROP", "yes"),
+])  # fmt: skip
+def test_launchers__a_variable_that_is_no_number_is_one_line(project, name, value):
+    done = bash(project / "pretrain_w2ssl.sh", cwd=project, **{name: value})
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"error: {name}={value}: must be ") and done.stderr.count("\n") == 1
+
+
 def test_launchers__no_checkpoint_is_one_line(project):
     shutil.rmtree(project / "output/sample-mosrep")
-    done = bash(project / "linear_mosrep.sh")
+    done = bash(project / "linear_mosrep.sh", cwd=project)
     assert done.returncode == 1 and done.stdout == ""
     assert re.fullmatch(r"error: no checkpoint output/sample-mosrep: run bash pretrain_mosrep.sh first.*\n", done.stderr)
+    assert dry_run(project, "linear_mosrep.sh", "--pretrained", "a file").pretrained == "a file"  # asks for no other
 
 
 @pytest.mark.parametrize(

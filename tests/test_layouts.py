@@ -73,7 +73,7 @@ def test_build_trunk__published_layouts(resnets, tmp_path, layout, old_format):
     torch.save(LAYOUTS[layout](resnets), tmp_path / "c.pth.tar", _use_new_zipfile_serialization=not old_format)
     flags = ["--pretrained", str(tmp_path / "c.pth.tar"), "--arch", "tiny_resnet"]
     trunk, source = opened(*flags, *PROBE)[0].trunk, read_source("p", METHODS, flags)
-    assert source.method == METHOD_OF.get(layout, "mosrep") and len(checkpoint.file_hash(source.path)) == 64
+    assert source.method == METHOD_OF.get(layout, "mosrep") and len(source.sha256) == 64
     loaded = trunk.state_dict()
     assert loaded.keys() == resnets[0].keys() and all(torch.equal(v, resnets[0][n]) for n, v in loaded.items())
     assert not trunk.training and not any(p.requires_grad for p in trunk.parameters())

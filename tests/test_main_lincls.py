@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from helpers import TINY, method_args, method_of, opened, spawn
+from helpers import TINY, file_hash, method_args, method_of, opened, spawn
 from PIL import Image
 from shards_helpers import encode, write_members
 
@@ -48,7 +48,7 @@ def test_main_lincls__learns_and_reports(images, trained, tmp_path):
     assert result["last"]["top5"] == 100.0 and result["last"]["epoch"] == 3
     assert result["protocol"]["lr"] == 3.2 and result["protocol"]["arch"] == "tiny_resnet"
     path = trained / checkpoint.LATEST
-    assert result["checkpoint_sha256"] == checkpoint.file_hash(path)
+    assert result["checkpoint_sha256"] == file_hash(path)
     trunk = backbones.build("tiny_resnet", num_classes=0)
     layouts.load_trunk(trunk, layouts.trunk_state(checkpoint.read(path, "x")["state_dict"]), "fc", "x")
     assert result["trunk_sha256"] == checkpoint.weights_hash(trunk)  # BatchNorm statistics included

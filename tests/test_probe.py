@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import webdataset
-from helpers import TINY, opened, spawn
+from helpers import TINY, file_hash, opened, spawn
 from PIL import Image
 
 import main_lincls
@@ -205,7 +205,7 @@ def test_main_lincls__result_has_best_and_last(data, tmp_path, monkeypatch, caps
     assert result["last"] == {"epoch": 3, "top1": 30.0, "top5": 99.0}
     protocol = {"epochs": 4, "batch_size": 8, "lr": 0.2, "momentum": 0.9, "weight_decay": 0.0, "trust": 0.001, "crop_min": 0.08}
     assert {k: result["protocol"][k] for k in protocol} == protocol
-    assert result["checkpoint_sha256"] == checkpoint.file_hash(data / "run" / checkpoint.LATEST)
+    assert result["checkpoint_sha256"] == file_hash(data / "run" / checkpoint.LATEST)
     assert "0.2 x 8 / 256 = 0.00625" in capsys.readouterr().out
 
 

@@ -1,9 +1,11 @@
 """main_pretrain.py: the content of a checkpoint, several processes, corrupt data, and whether suggested fixes work."""
 
 import functools
+import hashlib
 import io
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -13,10 +15,11 @@ import numpy as np
 import pytest
 import torch
 import webdataset
-from helpers import build, in_two, opened, spawn, tiny
+from helpers import build, file_hash, in_two, opened, spawn, tiny
 from PIL import Image
 from runs import TWO, Run
 
+import main_lincls
 import main_pretrain
 from methods import METHODS
 from utils.learning import amp
@@ -293,6 +296,185 @@ def test_main_pretrain__resume_by_name_does_not_overwrite_another_run(tmp_path, 
     argv = ["--shards", f"{images}/train", "--epochs", "2", "--seed", "9", "--resume", tmp_path / "a" / checkpoint.LATEST]
     assert "--output-dir" in fails(capsys, *flags_of("moco"), *argv, "--output-dir", tmp_path / "b")
     assert (tmp_path / "b" / checkpoint.LATEST).read_bytes() == before
+
+
+# ---------------------------------------------------------------- resuming
+
+
+def again(images, folder, *flags, capsys=None, **options):
+    """Resume the run of a folder; with capsys: the line that refuses it."""
+    if capsys is None:
+        return run(images, folder, "--resume", "auto", *flags, **options)
+    argv = ["--shards", f"{images}/train", "--output-dir", folder, "--resume", "auto", "--epochs", "2", *flags]
+    return fails(capsys, *flags_of(options.get("method", "moco")), *argv)
+
+
+def test_main_pretrain__no_file_of_a_run_has_a_password(images, tmp_path, capsys):
+    main_pretrain.load_index(f"{images}/train")
+    spec = ["--allow-pipe", "--shards", f"pipe:cat {images}/train/train-{{000000..000002}}.tar # token=geheim"]
+    run(images, tmp_path, *spec, "--save-steps", "2")
+    again(images, tmp_path, *spec[:2], spec[2].replace("000002", "000001"), "--epochs", "2")  # other shards: a warning
+    assert not [path for path in tmp_path.iterdir() if b"geheim" in path.read_bytes()]
+    assert "geheim" not in "".join(capsys.readouterr())
+
+
+POWER_CUT = {
+    "zeros": bytes(4096), "zeros and a line": bytes(64) + b'{"epoch": 0, "step": 9}\n', "half a line": b'{"epoch": 0, "st',
+    "half a line and zeros": b'{"epo' + bytes(999), "no JSON": b"\xff\xfe\n[1]\n3\n",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", POWER_CUT.values(), ids=POWER_CUT)
+def test_main_pretrain__lines_that_a_power_cut_left_do_not_end_a_resume(images, tmp_path, one_epoch, damage):
+    copied(one_epoch("moco")[0], tmp_path)
+    before = metrics(tmp_path)
+    record = {"shard": "a.tar", "key": "x", "error": "why"}
+    (tmp_path / "bad_samples.jsonl").write_text(json.dumps(record) + "\n")
+    for name in ("metrics.jsonl", "bad_samples.jsonl"):
+        with open(tmp_path / name, "ab") as file:
+            file.write(damage)
+    again(images, tmp_path, "--epochs", "2")
+    lines = [line for line in metrics(tmp_path) if line["step"] != 9]
+    assert lines[:5] == before and [(m["epoch"], m["step"]) for m in lines[5:]] == [(1, step) for step in range(5)]
+    assert json.loads((tmp_path / "bad_samples.jsonl").read_bytes().splitlines()[0]) == record
+
+
+def test_main_pretrain__every_start_is_recorded_and_one_that_does_nothing_leaves_the_configuration(images, tmp_path, one_epoch):
+    copied(one_epoch("moco")[0], tmp_path)
+    before = (tmp_path / "config.json").read_bytes()
+    again(images, tmp_path, "--workers", "1")  # its epochs are done
+    assert (tmp_path / "config.json").read_bytes() == before
+    again(images, tmp_path, "--epochs", "2", "--lr", "0.2")
+    assert json.loads((tmp_path / "config.json").read_text())["flags"]["lr"] == 0.2
+    starts = [json.loads(line) for line in (tmp_path / "starts.jsonl").read_text().splitlines()]
+    assert [(x["epoch"], x["step"], x["flags"]["workers"], x["flags"]["lr"]) for x in starts] == [
+        (0, 0, 0, 0.03), (1, 0, 1, 0.03), (1, 0, 0, 0.2)
+    ]  # fmt: skip
+    assert [x["resumed"] for x in starts] == [None, *[str(tmp_path / "checkpoint_0000.pth.tar")] * 2]
+    assert all(x.keys() >= {"time", "versions", "commit", "processes", "index", "samples"} for x in starts)
+
+
+ABSURD = {
+    "flags": None, "epoch": "one", "step": -1, "optimizer": {}, "state_dict": {3: 4}, "scaler": None, "index": 7,
+    "method": ["moco"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name, value", [*ABSURD.items(), ("step", 99), ("optimizer", "gone")])
+def test_main_pretrain__a_checkpoint_with_absurd_contents_is_one_line(images, tmp_path, capsys, one_epoch, name, value):
+    saved = dict(one_epoch("moco")[1]) | {name: value}
+    if value == "gone":
+        del saved[name]
+    path = tmp_path / checkpoint.LATEST
+    torch.save(saved, path)
+    line = again(images, tmp_path, capsys=capsys)
+    assert f"error: --resume {path}: " in line and "pass " in line and len(line) < 400
+    assert {p.name for p in tmp_path.iterdir()} == {checkpoint.LATEST}
+
+
+@pytest.mark.parametrize("value", [None, 3, {"arch": 7}])
+def test_main_lincls__a_checkpoint_with_absurd_flags_is_probed_as_one_without(tmp_path, one_epoch, value):
+    torch.save(dict(one_epoch("moco")[1]) | {"flags": value}, tmp_path / "c.pth.tar")
+    opened("--pretrained", tmp_path / "c.pth.tar", "--arch", "tiny_resnet", "--train-shards", "x", "--val-shards", "x")
+
+
+@pytest.mark.parametrize("flag, value, before", [
+    ("weight_decay", 0.5, []), ("momentum", 0.25, []), ("trust", 0.5, ["--trust", "0.001"]),
+])  # fmt: skip
+def test_main_pretrain__settings_of_the_optimizer_change_on_resume(images, tmp_path, capsys, flag, value, before):
+    """They are announced, in config.json, and act: the update is another one."""
+    run(images, tmp_path / "a", *before)
+    copied(tmp_path / "a", tmp_path / "b")
+    new = [f"--{flag.replace('_', '-')}", str(value)]
+    changed = again(images, tmp_path / "a", "--epochs", "2", *before, *new)
+    assert f"warning: {new[0]} was " in capsys.readouterr().out
+    plain = again(images, tmp_path / "b", "--epochs", "2", *before)
+    assert changed["optimizer"]["param_groups"][0][flag] == value != plain["optimizer"]["param_groups"][0][flag]
+    name = next(name for name in changed["state_dict"] if name.startswith("module.encoder_q.") and name.endswith("weight"))
+    assert not torch.equal(changed["state_dict"][name], plain["state_dict"][name])
+
+
+@pytest.mark.parametrize("before, after", [("0", "0.001"), ("0.001", "0")])
+def test_main_pretrain__a_trust_of_none_is_another_optimizer(images, tmp_path, capsys, before, after):
+    run(images, tmp_path, "--trust", before)
+    assert f"error: --trust {after}: was {before} in " in again(images, tmp_path, "--trust", after, capsys=capsys)
+
+
+def test_main_pretrain__other_shards_inside_an_epoch_are_refused(images, tmp_path, capsys):
+    """At the end of an epoch they are taken, with a warning."""
+    run(images, tmp_path / "a", "--save-steps", "2")
+    (tmp_path / "other").mkdir()
+    for number, shard in enumerate(sorted((images / "train").glob("*.tar"), reverse=True)):
+        (tmp_path / f"other/{number}.tar").symlink_to(shard)
+    main_pretrain.load_index(str(tmp_path / "other"))
+    shards = ["--shards", tmp_path / "other", "--epochs", "2"]
+    inside = ["--resume", tmp_path / "a/checkpoint_0000_000002.pth.tar", "--output-dir", tmp_path / "b"]
+    line = fails(capsys, *flags_of("moco"), *shards, *inside)
+    assert f"error: --shards {tmp_path / 'other'}: " in line and "lies inside an epoch of other images" in line
+    assert again(images, tmp_path / "a", *shards)["epoch"] == 2
+    assert "are not the ones" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags, message", [
+    ([], "holds a run already; pass --resume auto"), (["--resume", "auto", "--arch", "resnet18"], "with --arch tiny_resnet"),
+    (["--resume", "auto", "--lr", "9"], "--lr 9.0: was --lr 0.03"), (["--resume", "/nowhere"], "which --resume /nowhere would"),
+    (["--resume", "auto", "--output-dir", "/proc/version/x"], "--output-dir /proc/version/x: "),
+])  # fmt: skip
+def test_main_pretrain__a_dry_run_checks_the_resume(images, tmp_path, capsys, one_epoch, flags, message):
+    copied(one_epoch("moco")[0], tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    argv = ["--shards", f"{images}/train", "--output-dir", tmp_path, "--epochs", "1", "--dry-run", *flags]
+    assert message in fails(capsys, *flags_of("moco"), *argv)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def probe(images, weights, out, *flags):
+    paths = ["--train-shards", images / "train", "--val-shards", images / "val", "--pretrained", weights, "--output-dir", out]
+    return [*map(str, [*paths, "--size", "32", "--batch-size", "20", "--epochs", "1", *COMMON, *flags])]
+
+
+def test_main_lincls__dry_run_checks_and_writes_nothing(images, tmp_path, capsys, one_epoch):
+    argv = probe(images, one_epoch("moco")[0], tmp_path / "probe", "--dry-run")
+    main_lincls.main(argv)
+    out = capsys.readouterr().out
+    assert "dry run: all flags work; 40 images, 2 steps an epoch" in out and "needs --workers" in out
+    assert not (tmp_path / "probe").exists()
+    for bad, message in ((["--batch-size", "64"], "--batch-size 64: "), (["--resume", "/nowhere"], "--resume /nowhere: ")):
+        assert message in fails(capsys, *argv, *bad, main=main_lincls)
+
+
+def probe_beside_a_training(images, folder, other):
+    """The second process reads no checkpoint; when the first has read one, a training writes another."""
+    real, read = torch.load, []
+
+    def load(file, **options):
+        if isinstance(file, io.BytesIO):  # of a message between the processes
+            return real(file, **options)
+        assert os.environ["RANK"] == "0"
+        content = real(file, **options)
+        if not options.get("mmap"):
+            read.append(1)
+            for path in folder.glob("checkpoint_*"):
+                shutil.copyfile(other, f"{path}.new")
+                Path(f"{path}.new").replace(path)
+        return content
+
+    torch.load = load
+    main_lincls.main(probe(images, folder, folder / "probe"))
+    assert len(read) == (os.environ["RANK"] == "0")
+    return hashlib.sha256(other.read_bytes()).hexdigest()
+
+
+def test_main_lincls__two_processes_probe_one_checkpoint_of_a_training(images, tmp_path, one_epoch):
+    """It is read once, by the first process; the hash in the result is that of the bytes that were probed."""
+    copied(one_epoch("moco")[0], tmp_path / "run")
+    run(images, tmp_path / "other", "--seed", "3")
+    expected = file_hash(tmp_path / "run" / checkpoint.LATEST)
+    new = spawn(probe_beside_a_training, images, tmp_path / "run", tmp_path / "other" / checkpoint.LATEST)[0]
+    result = json.loads((tmp_path / "run/probe/result.json").read_text())
+    assert result["checkpoint_sha256"] == expected != new
+    trunk = opened("--pretrained", one_epoch("moco")[0], "--train-shards", "x", "--val-shards", "x")[0].trunk
+    assert result["trunk_sha256"] == checkpoint.weights_hash(trunk)
 
 
 # ---------------------------------------------------------------- failure in the middle

@@ -1,6 +1,9 @@
 """Checkpoints in the background of training: whole or not at all, the newest kept, the newest whole one resumed."""
 
+import argparse
+import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -11,7 +14,7 @@ import pytest
 import torch
 from helpers import forkserver
 
-from utils.run import checkpoint, files, resume, saver
+from utils.run import checkpoint, files, lock, resume, saver
 from utils.run.saver import Saver, write
 
 LATEST = checkpoint.LATEST
@@ -27,6 +30,12 @@ def value(path):
 
 def names(folder):
     return sorted(p.name for p in Path(folder).iterdir())
+
+
+@pytest.fixture(autouse=True)
+def unlocked():
+    with lock.released():
+        yield
 
 
 @pytest.fixture
@@ -151,7 +160,8 @@ def test_write__killed_at_any_point_leaves_a_whole_newest(tmp_path, module, name
     process.start()
     process.join(60)
     assert process.exitcode == -signal.SIGKILL
-    newest = resume.open_run(tmp_path, "auto")
+    with lock.released():
+        newest = resume.open_run(tmp_path, "auto")
     replaced = name == "link" or (name == "replace" and after)
     assert value(newest) == (2 if replaced else 1) and value(tmp_path / LATEST) == 1
     assert not list(tmp_path.glob(".*"))
@@ -173,6 +183,7 @@ def test_second_name__is_a_link_or_a_copy(tmp_path, monkeypatch, links):
 
 def three(folder):
     """Three checkpoints, and the name of the newest."""
+    folder.mkdir(exist_ok=True)
     for step in (1, 2, 3):
         write(folder / checkpoint.name_of(0, step), content(0, step, float(step)))
     return [folder / checkpoint.name_of(0, step) for step in (1, 2, 3)]
@@ -221,25 +232,56 @@ def test_open_run__a_copy_named_latest_may_be_the_good_one(tmp_path, monkeypatch
 def test_newest__is_by_the_content_and_not_by_the_time_or_the_name(tmp_path):
     first, second, third = three(tmp_path)
     os.utime(third, (1, 1))  # LATEST is the same file
-    assert checkpoint.newest(tmp_path, "x") == third
+    assert checkpoint.newest(tmp_path, "x").path == third
     second.rename(tmp_path / "checkpoint_0099.pth.tar")
-    assert checkpoint.newest(tmp_path, "x") == third
+    assert checkpoint.newest(tmp_path, "x").path == third
     os.utime(first, (1e10, 1e10))
     first.rename(tmp_path / LATEST)
-    assert checkpoint.newest(tmp_path, "x") == third
+    assert checkpoint.newest(tmp_path, "x").path == third
     third.unlink()
-    assert value(checkpoint.newest(tmp_path, "x")) == 2
+    assert value(checkpoint.newest(tmp_path, "x").path) == 2
     assert checkpoint.newest(tmp_path / "nowhere", "x") is None
 
 
-def test_open_run__resumes_an_older_one_of_the_same_folder_and_then_the_second_try(tmp_path, capsys):
+def starts(folder):
+    return [json.loads(line) for line in (folder / "starts.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("saves", [False, True])
+def test_begin__an_older_one_of_the_same_folder_is_recorded_and_stays_the_newest(tmp_path, capsys, saves):
     """The checkpoints of the abandoned try are later: they must not be resumed, and not replace those of the second try."""
     first = three(tmp_path)[0]
-    assert resume.open_run(tmp_path, first) == first
-    keeper = Saver(tmp_path, 1, 0)
-    keeper.save(content(0, 2, 7.0))  # the second try
-    keeper.wait()
-    assert value(resume.open_run(tmp_path, "auto")) == 7 == value(tmp_path / LATEST)
-    abandoned = "abandoned_checkpoint_0000_000003.pth.tar"
-    assert names(tmp_path) == [abandoned, "checkpoint_0000_000002.pth.tar", LATEST]
-    assert f"renamed to {abandoned}" in capsys.readouterr().out
+    assert resume.open_run(tmp_path, str(first)) == first
+    resume.begin(tmp_path, argparse.Namespace(epochs=9), first, (0, 1), index="ab")
+    if saves:  # the second try
+        keeper = Saver(tmp_path, 1, 0)
+        keeper.save(content(0, 2, 7.0))
+        keeper.wait()
+    assert value(resume.open_run(tmp_path, "auto")) == (7 if saves else 1) == value(tmp_path / LATEST)
+    abandoned = [f"abandoned_checkpoint_0000_00000{step}.pth.tar" for step in (2, 3)]
+    left = f"checkpoint_0000_00000{2 if saves else 1}.pth.tar"
+    assert [name for name in names(tmp_path) if "checkpoint" in name] == [*abandoned, left, LATEST]
+    assert f"renamed to {abandoned[1]}" in capsys.readouterr().out
+    (start,) = starts(tmp_path)
+    assert (start["resumed"], start["epoch"], start["step"], start["index"]) == (str(first), 0, 1, "ab")
+
+
+def test_open_run__a_copied_folder_resumes_from_the_newest(tmp_path):
+    """A copy gives each file the time at which it was copied, here the oldest last."""
+    paths = three(tmp_path / "a")
+    (tmp_path / "b").mkdir()
+    for number, path in enumerate(reversed((*paths, tmp_path / "a" / LATEST))):
+        shutil.copyfile(path, tmp_path / "b" / path.name)
+        os.utime(tmp_path / "b" / path.name, (number, number))
+    assert value(resume.open_run(tmp_path / "b", "auto")) == 3
+
+
+def test_save__a_clock_set_back_deletes_no_new_checkpoint(tmp_path):
+    keeper = Saver(tmp_path, 2, 0)
+    for step in range(1, 6):
+        keeper.save(content(0, step, float(step)))
+        keeper.wait()
+        for path in tmp_path.glob("checkpoint_0*"):
+            os.utime(path, (1e9 - step, 1e9 - step))  # the newer, the older
+    assert names(tmp_path) == ["checkpoint_0000_000004.pth.tar", "checkpoint_0000_000005.pth.tar", LATEST]
+    assert value(tmp_path / LATEST) == 5

@@ -1,11 +1,9 @@
 """The unusable samples of a run: a record of each, their number, and its limit."""
 
-import contextlib
-import json
 from pathlib import Path
 
 from utils.run import dist
-from utils.run.files import Lines, whole_lines
+from utils.run.files import Lines, read_lines
 from utils.run.flags import RunError
 
 FILE = "bad_samples.jsonl"
@@ -22,7 +20,7 @@ class BadSamples:
         self.path, self.images, self.max_bad = folder / FILE, images, max_bad
         self.lines = Lines(self.path)
         self.met: set[tuple[str, str]] = set()
-        self.written = dist.first_process_does(lambda: _written(self.path))
+        self.written = dist.first_process_does(lambda: set(map(_identity, read_lines(self.path))))
 
     def add(self, records: list[dict[str, str]]) -> int:
         """Add the records of all processes, which call it together. Returns the number of samples that this start has met.
@@ -41,14 +39,5 @@ class BadSamples:
         return len(self.met)
 
 
-def _written(path):
-    """The identities of the records in a file. A power cut may leave a line that is none."""
-    found = set()
-    for line in whole_lines(path):
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            found.add(_identity(json.loads(line.strip(b"\0"))))
-    return found
-
-
 def _identity(record):
-    return record["shard"], record["key"]
+    return str(record.get("shard")), str(record.get("key"))

@@ -1,8 +1,10 @@
 """How fast the loader is on this machine."""
 
 import itertools
+import math
 import statistics
 import time
+from argparse import Namespace
 
 import numpy as np
 import torch
@@ -13,6 +15,7 @@ from utils.data.reader import Reader
 from utils.data.shards import training_plan
 from utils.data.views import ViewSpec
 from utils.run.cpu import cpu_ms, keep_freed_memory
+from utils.run.log import say
 
 
 def worker_ms(index: Index, specs: list[ViewSpec], seed: int, images: int = 256, rounds: int = 5) -> float:
@@ -32,6 +35,14 @@ def worker_ms(index: Index, specs: list[ViewSpec], seed: int, images: int = 256,
     finally:
         torch.set_num_threads(threads)
     return statistics.median(times[1:])
+
+
+def say_workers(args: Namespace, index: Index, specs: list[ViewSpec], steps: int) -> None:
+    """--dry-run: images/s that a worker makes of these shards and views on this machine (as benchmarks/input_pipeline.py)."""
+    ms, rate = worker_ms(index, specs, args.seed), args.dry_run
+    say(f"dry run: all flags work; {index.total} images, {steps} steps an epoch")
+    say(f"a worker needs {ms:.2f} ms of a core for an image and feeds {1e3 / ms:.0f} images/s; a process that trains "
+        f"{rate:.0f} images/s needs --workers {math.ceil(rate * ms / 1e3)} (now: {args.workers})")  # fmt: skip
 
 
 def images_per_second(index: Index, specs: list[ViewSpec], workers: int, batch: int = 64) -> float:

@@ -12,7 +12,7 @@ from torch import nn
 from utils.learning import amp, layouts
 from utils.learning.backbones import Probed
 from utils.learning.method import Method
-from utils.run import checkpoint
+from utils.run import checkpoint, dist
 from utils.run.flags import Parser, typed
 
 FLAG = "--pretrained"
@@ -29,6 +29,7 @@ class Source:
     path: Path | None  # None: the trunk is untrained
     state: dict[str, torch.Tensor]  # all weights of the checkpoint
     flags: dict[str, Any]  # of the run that saved it; empty if the checkpoint has none
+    sha256: str | None  # of the file
 
 
 def add_weights_flags(parser: Parser, methods: Methods, source: Source | None = None) -> None:
@@ -53,21 +54,15 @@ def add_weights_flags(parser: Parser, methods: Methods, source: Source | None = 
 def read_source(prog: str, methods: Methods, argv: list[str] | None = None, opened: bool = True) -> Source:
     """Find the weights of --pretrained, and decide method and arch. opened: whether to read the file.
 
+    The first process reads, once, and sends the others what it has read: a training may write more meanwhile.
     Raises ValueError or OSError that names the flag, also if --method contradicts the checkpoint.
     """
     parser = Parser(prog=prog, add_help=False)
     add_weights_flags(parser, methods)
     given = parser.parse_known_args(argv)[0]
-    path, saved, state = None, {}, {}
+    path, saved, state, sha256, found, sure = None, {}, {}, None, None, False
     if opened and given.pretrained not in (None, "random"):
-        path = Path(given.pretrained)
-        if path.is_dir():
-            path = checkpoint.newest(path, FLAG) or path / checkpoint.LATEST
-        saved = checkpoint.read(path, FLAG)
-        if "probe" in saved:
-            raise ValueError(f"{FLAG} {path}: is a checkpoint of a linear probe; pass the one that it probed")
-        state = layouts.weights_of(saved, f"{FLAG} {path}")
-    found, sure = layouts.recognize(saved, state)
+        path, saved, state, sha256, found, sure = dist.first_process_does(lambda: _weights(given.pretrained))
     if found and found not in methods:
         raise ValueError(f"{FLAG} {path}: is of method {found}, not one of {', '.join(methods)}; pass another file")
     if given.method and sure and given.method != found:
@@ -76,7 +71,18 @@ def read_source(prog: str, methods: Methods, argv: list[str] | None = None, open
     method, by = (given.method, "flag") if given.method else (method, by)
     named = saved.get("flags", {}).get("arch") or saved.get("arch")
     arch, arch_by = given.arch or named or methods[method].ARCH, "flag" if given.arch else "checkpoint" if named else "default"
-    return Source(method, arch, f"method {method} ({by}), arch {arch} ({arch_by})", path, state, saved.get("flags", {}))
+    return Source(method, arch, f"method {method} ({by}), arch {arch} ({arch_by})", path, state, saved.get("flags", {}), sha256)
+
+
+def _weights(pretrained):
+    """(path, method, arch and flags as far as it tells them, weights, sha256, *recognize()) of a checkpoint."""
+    path, saved, sha256 = checkpoint.find(pretrained, FLAG)
+    if "probe" in saved:
+        raise ValueError(f"{FLAG} {path}: is a checkpoint of a linear probe; pass the one that it probed")
+    told = {name: saved.pop(name) for name in ("method", "arch", "flags") if name in saved}
+    told = {name: value for name, value in told.items() if isinstance(value, dict if name == "flags" else str)}
+    state = layouts.weights_of(saved | told, f"{FLAG} {path}")
+    return path, told, state, sha256, *layouts.recognize(saved | told, state)
 
 
 class Frozen(nn.Module):

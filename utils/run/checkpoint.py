@@ -7,7 +7,7 @@ import pickle
 import re
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -35,7 +35,20 @@ def saved_in(folder: Path) -> list[Path]:
     return sorted(paths, key=place_of, reverse=True)
 
 
-def newest(folder: Path | str, flag: str) -> Path | None:
+class Checkpoint(NamedTuple):
+    """A file that was read once. sha256: of the bytes that were read, whatever has the name now."""
+
+    path: Path
+    content: dict
+    sha256: str
+
+
+def find(path: Path | str, flag: str) -> Checkpoint:
+    """A checkpoint, or the newest in a folder. Raises as `read` does."""
+    return (newest(path, flag) if Path(path).is_dir() else None) or _read(Path(path), flag)
+
+
+def newest(folder: Path | str, flag: str) -> Checkpoint | None:
     """The newest whole checkpoint in a folder, by the (epoch, step) in its content; None if the folder has no checkpoint.
 
     A corrupt one is named in a warning, and the one before it is taken. Raises ValueError if all are corrupt.
@@ -46,14 +59,16 @@ def newest(folder: Path | str, flag: str) -> Path | None:
         if any(path.samefile(other) for other in corrupt):
             continue
         try:
-            read(path, flag)
+            found = _read(path, flag)
+        except FileNotFoundError:  # a running training has deleted it
+            continue
         except ValueError as error:
             corrupt.append(path)
             reason = error
         else:
             for bad in corrupt:
                 print(f"warning: {bad} is corrupt; using {path}", flush=True)
-            return path
+            return found
     if corrupt:
         raise ValueError(f"{reason}; there is no other checkpoint in {folder}")
     return None
@@ -62,15 +77,15 @@ def newest(folder: Path | str, flag: str) -> Path | None:
 def _place_in(path: Path) -> tuple[float, float]:
     """(epoch, step) in a checkpoint; its name decides where the content cannot be read, and a corrupt LATEST comes first."""
     try:
-        content = _unpickled(path, mmap=True)  # reads no tensor
+        content = _unpickled(str(path), mmap=True)  # reads no tensor
         return int(content["epoch"]), int(content.get("step", 0))
     except Exception:  # whatever the unpickler meets: `read` will name it
         return place_of(path)
 
 
-def _unpickled(path: Path, **how):
+def _unpickled(file, **how):
     with torch.serialization.safe_globals(ALLOWED):
-        return torch.load(str(path), map_location="cpu", weights_only=True, **how)
+        return torch.load(file, map_location="cpu", weights_only=True, **how)
 
 
 def read(path: Path | str, flag: str) -> dict:
@@ -78,15 +93,24 @@ def read(path: Path | str, flag: str) -> dict:
 
     Raises FileNotFoundError or ValueError, in one line that names flag and path.
     """
-    path = Path(path)
+    return _read(Path(path), flag).content
+
+
+def _read(path, flag):
     if not path.is_file():
         raise FileNotFoundError(f"{flag} {path}: no such file; pass a checkpoint such as {LATEST}")
     try:
-        if zipfile.is_zipfile(path):  # torch before 1.6 wrote another format, without checksums
-            with zipfile.ZipFile(path) as file:
-                if broken := file.testzip():  # torch itself does not look at the checksums
-                    raise zipfile.BadZipFile(f"the checksum of {broken} is wrong")
-        content = _unpickled(path)
+        with open(path, "rb") as file:
+            if zipfile.is_zipfile(file):  # torch before 1.6 wrote another format, without checksums
+                with zipfile.ZipFile(file) as archive:
+                    if broken := archive.testzip():  # torch itself does not look at the checksums
+                        raise zipfile.BadZipFile(f"the checksum of {broken} is wrong")
+            file.seek(0)
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            file.seek(0)
+            content = _unpickled(file)
+    except FileNotFoundError:
+        raise
     except Exception as error:  # torch passes on whatever its unpickler meets in a file of another kind
         code = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
         reason = (f"it holds a {code[1]}, which is code and not data; save it again as plain tensors, numbers and strings"
@@ -94,7 +118,16 @@ def read(path: Path | str, flag: str) -> dict:
         raise ValueError(f"{flag} {path}: {reason}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{flag} {path}: holds a {type(content).__name__}, not a dictionary of weights")
-    return content
+    return Checkpoint(path, content, sha256)
+
+
+def check_types(saved: dict, types: dict[str, type], refusal: str) -> None:
+    """Raise ValueError unless a checkpoint has these entries, of these types, and no negative number among them."""
+    for name, kind in types.items():
+        value = saved.get(name)
+        if not isinstance(value, kind) or (isinstance(value, int) and value < 0):
+            found = f"{name} is {value!r:.40}" if name in saved else f"no {name}"
+            raise ValueError(f"{refusal} ({found}); pass one of the same run")
 
 
 def bare(model: nn.Module) -> Any:  # a Method, for example
@@ -118,9 +151,3 @@ def weights_hash(model: nn.Module) -> str:
     for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode() + value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def file_hash(path: Path) -> str:
-    """sha256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

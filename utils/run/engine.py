@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from utils.run import dist
+from utils.run.checkpoint import saved_in
 from utils.run.flags import RunError
 from utils.run.log import Log
 from utils.run.saver import Saver
@@ -136,9 +137,10 @@ class Engine:
     def finish(self) -> None:
         """Wait for the last checkpoint. Raises RunError if it could not be written."""
         if failure := self.saver.wait():
-            raise RunError(f"--output-dir {self.saver.folder}: the last checkpoint could not be written "
-                           f"({failure}); make room and run the same command again: it resumes from the one "
-                           "before")  # fmt: skip
+            there = saved_in(self.saver.folder)
+            then = f"resume from {there[0].name} with --resume auto" if there else "start again: there is none before"
+            folder = self.saver.folder
+            raise RunError(f"--output-dir {folder}: the last checkpoint could not be written ({failure}); make room and {then}")
 
     def _vote(self, inputs, bad):
         due = dist.rank() == 0 and self.saver.due()

@@ -1,5 +1,4 @@
 # Sourced by the launchers, tests/run.sh and .ci/run: which Python, which images, how many processes.
-# Source it in the project's folder; relative paths start there.
 # shellcheck shell=bash disable=SC2034
 
 die() {
@@ -7,17 +6,31 @@ die() {
     exit 1
 }
 
+# PROJECT: the project's folder with a slash at its end; empty if it is the working directory, where relative paths start.
+PROJECT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." >/dev/null && pwd -P)/
+if [[ $PROJECT == "$(pwd -P)/" ]]; then
+    PROJECT=
+else
+    export PYTHONPATH=$PROJECT${PYTHONPATH:+:$PYTHONPATH}
+fi
+
+for name in NPROC NNODES NODE_RANK MASTER_PORT MAX_RESTARTS BATCH; do
+    if [[ ${!name:-} == 0 && $name =~ ^(NODE_RANK|MAX_RESTARTS)$ ]]; then continue; fi
+    [[ ${!name:-1} =~ ^[1-9][0-9]*$ ]] || die "$name=${!name}: must be a whole number, such as $name=1"
+done
+[[ ${MULTI_CROP:-0} == [01] ]] || die "MULTI_CROP=$MULTI_CROP: must be 0 or 1"
+
 # use_environment FILE: set PYTHON to the interpreter of the active environment if it satisfies the requirements file. Otherwise
 # set it to that of .venv, which is created or completed first if needed. No other environment is changed.
 use_environment() {
-    for PYTHON in python python3 .venv/bin/python; do
+    for PYTHON in python python3 "$PROJECT.venv/bin/python"; do
         if satisfies "$PYTHON" "$1" >/dev/null; then return; fi
     done
     make_environment "$1"
 }
 
 satisfies() { # PYTHON FILE; prints what is missing
-    new_enough "$1" && "$1" utils/run/requirements.py "$2"
+    new_enough "$1" && "$1" "${PROJECT}utils/run/requirements.py" "$PROJECT$2"
 }
 
 new_enough() { # PYTHON
@@ -27,6 +40,8 @@ new_enough() { # PYTHON
 # make_environment FILE: install a requirements file into .venv. The file .venv/incomplete exists during the installation,
 # so that the next call sees an interrupted one, and starts again.
 make_environment() (
+    cd "${PROJECT:-.}" || exit
+    exec 9<.
     flock 9 2>/dev/null || true # a second launcher waits here for the first, if the file system has locks
     if satisfies .venv/bin/python "$1" >/dev/null; then exit; fi
 
@@ -44,29 +59,45 @@ make_environment() (
     .venv/bin/python -m ensurepip --default-pip >/dev/null
     .venv/bin/python -m pip install --disable-pip-version-check -r "$1"
     rm .venv/incomplete
-) 9<.
+)
 
-# use_shards: without SHARDS, use the embedded sample, converted once. SAMPLE is 1 then, and empty otherwise.
+# use_shards FLAGS...: set TRAIN and VAL from SHARDS, which is a folder or URL of train/ and val/, or of train/ alone, or all that
+# --shards takes; of a flat URL its index.json. If neither SHARDS nor a flag names shards, use the embedded sample, converted once.
+# SAMPLE is 1 then, and empty otherwise.
 use_shards() {
-    SAMPLE=
-    if [[ -n ${SHARDS:-} ]]; then return; fi
-    SAMPLE=1 SHARDS=output/sample-shards
-    if [[ ! -f $SHARDS/train/index.json || ! -f $SHARDS/val/index.json ]]; then # an index is written last
-        "$PYTHON" imagenet2wds.py -i data -o "$SHARDS" --dataset FashionMNIST
+    if chosen "$@"; then return; fi
+    SAMPLE=1 TRAIN=${PROJECT}output/sample-shards/train VAL=${PROJECT}output/sample-shards/val
+    if [[ ! -f $TRAIN/index.json || ! -f $VAL/index.json ]]; then # an index is written last
+        "$PYTHON" "${PROJECT}imagenet2wds.py" -i "${PROJECT}data" -o "${TRAIN%/train}" --dataset FashionMNIST
     fi
 }
 
-# use_color_shards: the same with the embedded colour pictures, which are shards already.
+# use_color_shards FLAGS...: the same with the embedded colour pictures, which are shards already.
 use_color_shards() {
-    SAMPLE=
-    if [[ -n ${SHARDS:-} ]]; then return; fi
-    SAMPLE=1 SHARDS=data/clipart
+    if chosen "$@"; then return; fi
+    SAMPLE=1 TRAIN=${PROJECT}data/clipart/train VAL=${PROJECT}data/clipart/val
 }
 
-# use_checkpoint FOLDER LAUNCHER: set CHECKPOINT, unless given, to the run folder that LAUNCHER writes; the probe finds its newest.
+chosen() { # FLAGS...; whether SHARDS or the flags name shards
+    SAMPLE='' TRAIN=${SHARDS:-MISSING} VAL=MISSING # flags come last and win
+    if [[ ! ${SHARDS:-} ]]; then
+        [[ " ${*//_/-}" =~ \ --(train-|val-)?shards(=|\ |$) ]]
+    elif [[ $SHARDS =~ ^(.*/)?train/?$ ]]; then
+        VAL=${BASH_REMATCH[1]}val
+    elif [[ ! $SHARDS =~ [\{*?]|\.tar|\.json$|^pipe: ]] && ! flat "$SHARDS"; then
+        TRAIN=${SHARDS%/}/train VAL=${SHARDS%/}/val
+    fi
+}
+
+flat() { # FOLDER; whether the shards lie in it, not in its train/
+    [[ ! -d $1/train ]] && { [[ -f $1/index.json ]] || compgen -G "$1/*.tar" >/dev/null; }
+}
+
+# use_checkpoint FOLDER LAUNCHER FLAGS...: set CHECKPOINT, unless given, to the run folder that LAUNCHER writes; the probe finds its
+# newest. The flag --pretrained comes last and wins.
 use_checkpoint() {
     CHECKPOINT=${CHECKPOINT:-$1}
-    if [[ $CHECKPOINT == random ]]; then return; fi
+    if [[ $CHECKPOINT == random || " ${*:3}" =~ \ --pretrained(=|\ |$) ]]; then return; fi
     [[ -f $CHECKPOINT ]] || compgen -G "$CHECKPOINT/checkpoint_*.pth.tar" >/dev/null ||
         die "no checkpoint $CHECKPOINT: run bash $2 first, or set CHECKPOINT to a file or run folder"
 }

@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -38,14 +38,30 @@ def second_name(path: Path, name: str) -> None:
         _rename(temporary, other)
 
 
-def whole_lines(path: Path) -> list[bytes]:
-    """The lines of a file, which may not exist. Half a line at its end, left by a killed run, is cut off."""
-    if not path.exists():
-        return []
-    data = path.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    os.truncate(path, len(whole))
-    return whole.splitlines(keepends=True)
+def read_lines(path: Path) -> list[dict]:
+    """The entries of a file of JSON lines, which may not exist.
+
+    A killed run leaves half a line at the end, and a power cut bytes of 0. They are removed from the file; a whole line that is
+    corrupt with a warning.
+    """
+    entries, lost = [], 0
+    *lines, rest = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    for line in lines:
+        try:
+            entries.append(dict(json.loads(line.strip(b"\0"))))
+        except (ValueError, TypeError):
+            lost += 1
+    if lost:
+        tqdm.write(f"warning: {path}: {lost} lines are corrupt and removed")
+    if lost or rest:
+        with atomic(path) as file:
+            file.write(encoded(entries))
+    return entries
+
+
+def encoded(entries: Iterable[dict]) -> bytes:
+    """JSON lines."""
+    return b"".join(json.dumps(entry).encode() + b"\n" for entry in entries)
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -62,7 +78,7 @@ class Lines:
 
     def put(self, *entries: dict) -> None:
         """Write the lines that wait, then these."""
-        self.waiting += b"".join(json.dumps(entry).encode() + b"\n" for entry in entries)
+        self.waiting += encoded(entries)
         try:
             with open(self.path, "ab", buffering=0) as file:
                 while self.waiting:

@@ -176,6 +176,8 @@ def add_run_flags(parser: Parser, output_dir: str | None, output_help: str) -> N
     add("--save-steps", type=int, default=0, help="steps between two checkpoints, besides that of every epoch; 0 for none")
     add("--save-minutes", type=float, default=15.0, help="minutes without a checkpoint after which one is due; 0 for never")
     add("--keep", type=int, default=3, help="newest checkpoints that stay; older ones are deleted")
+    add("--dry-run", nargs="?", type=float, const=1000.0, metavar="RATE",
+        help="check everything, say how many --workers feed a device that trains RATE (1000) images/s, and stop")  # fmt: skip
     add("--dist-timeout", type=float, default=dist.TIMEOUT, help="seconds that a process waits for another before all fail")
 
 
@@ -229,6 +231,8 @@ def check_run_flags(args: argparse.Namespace) -> None:
         in_range(flag, getattr(args, flag[2:].replace("-", "_")), 0, math.inf)
     in_range("--momentum", args.momentum, 0, 1)
     in_range("--max-bad", args.max_bad, 0, 0.5)
+    if args.dry_run is not None:
+        in_range("--dry-run", args.dry_run, 1e-3, 1e9)
     if args.workers == default_workers() == 0 and dist.rank() == 0:
         print("warning: --workers 0, as each process has less than a CPU core: it makes its views itself, between the steps; "
               "--workers 1 makes them at the same time", flush=True)  # fmt: skip

@@ -1,6 +1,5 @@
 """The output of a run: console, progress bar, metrics.jsonl, TensorBoard, config.json."""
 
-import json
 import math
 import os
 import platform
@@ -8,6 +7,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from utils.run import dist
-from utils.run.files import Lines, atomic, whole_lines, write_json
+from utils.run.files import Lines, atomic, encoded, read_lines, write_json
+from utils.run.text import shown_flags
 
 PACKAGES = ("torch", "torchvision", "timm", "webdataset", "numpy", "pillow")
 
@@ -32,11 +33,17 @@ def say(*words) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def write_config(folder: Path, args, **facts) -> None:
-    """config.json: every flag, the versions, the commit, and facts such as the hash of the data."""
+def write_config(folder: Path, args, start: tuple[int, int] = (0, 0), **facts) -> None:
+    """config.json: every flag, the versions, the commit, and facts such as the hash of the data; starts.jsonl: of each start.
+
+    start: (epoch, step). A start that has nothing left to train leaves config.json as it is.
+    """
     versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
-    config = {"flags": vars(args), "versions": versions, "commit": _commit(), "processes": dist.world(), **facts}
-    write_json(folder / "config.json", config)
+    config = {"flags": shown_flags(vars(args)), "versions": versions, "commit": _commit(), "processes": dist.world(), **facts}
+    when = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "epoch": start[0], "step": start[1]}
+    Lines(folder / "starts.jsonl").put(when | config)
+    if not (folder / "config.json").exists() or start[0] < args.epochs:
+        write_json(folder / "config.json", config)
 
 
 def _commit():
@@ -65,9 +72,9 @@ class Log:
         self.lines = self.writer = None
         if dist.rank() == 0:
             path = folder / "metrics.jsonl"
-            kept = [line for line in whole_lines(path) if _place(line) < start]
+            kept = [entry for entry in read_lines(path) if _place(entry) < start]
             with atomic(path) as file:
-                file.writelines(kept)
+                file.write(encoded(kept))
             self.lines = Lines(path)
             self.writer = SummaryWriter(folder, purge_step=start[0] * steps + start[1] + 1)
         self._reset()
@@ -157,7 +164,6 @@ class Log:
                 self.writer = None
 
 
-def _place(line):
-    """(epoch, step) that a line of metrics.jsonl is about; a line about a whole epoch comes after all its steps."""
-    entry = json.loads(line)
-    return entry["epoch"], entry.get("step", math.inf)
+def _place(entry):
+    """(epoch, step) of a line of metrics.jsonl; a line about a whole epoch comes after all its steps."""
+    return entry.get("epoch", math.inf), entry.get("step", math.inf)

@@ -12,6 +12,7 @@ from utils.run.engine import NotFinite
 from utils.run.files import atomic
 from utils.run.flags import RunError
 from utils.run.log import say
+from utils.run.text import shown_flags
 
 KEYS = {
     "flags", "processes", "views", "flips", "samples", "images", "epoch", "step", "steps", "state_dict", "scaler",
@@ -29,8 +30,8 @@ def write(failure: NotFinite, folder: Path, args, method: torch.nn.Module, scale
     ids = batch.sample_ids
     views, flips = ([dist.gather(x.to(ids.device)).cpu() for x in part] for part in (batch.views, batch.flips))
     content = {
-        "flags": vars(args), "processes": dist.world(), "epoch": inputs.epoch, "step": inputs.step_in_epoch, "steps": steps,
-        "views": views, "flips": flips, "samples": dist.gather(ids).cpu(), "images": images,
+        "flags": shown_flags(vars(args)), "processes": dist.world(), "epoch": inputs.epoch, "step": inputs.step_in_epoch,
+        "steps": steps, "views": views, "flips": flips, "samples": dist.gather(ids).cpu(), "images": images,
         "state_dict": checkpoint.prefixed(method), "scaler": scaler.state_dict(),
     }  # fmt: skip
     path = folder / f"failed_step_{inputs.epoch:04d}_{inputs.step_in_epoch:06d}.pth.tar"

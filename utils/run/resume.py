@@ -3,25 +3,32 @@
 import tempfile
 from pathlib import Path
 
-from utils.run import checkpoint
+from utils.run import checkpoint, lock
+from utils.run.files import second_name
 from utils.run.flags import Flags, meaning, typed
-from utils.run.log import say
+from utils.run.log import say, write_config
+from utils.run.text import shown
 
 ELSEWHERE = "pass that, or another --output-dir"
-KEYS = {"flags", "index", "method", "arch", "state_dict", "optimizer", "scaler", "epoch", "step"}
+OR_END = "pass that, or --resume the checkpoint of an epoch's end"
+TYPES = {"flags": dict, "index": str, "method": str, "arch": str, "state_dict": dict, "optimizer": dict, "scaler": dict,
+         "epoch": int, "step": int}  # fmt: skip
 ORDER = ("batch_size", "lanes", "seed")  # flags that decide the order of the images in an epoch
 
 
-def open_run(folder: Path | str, resume: str | None) -> Path | None:
-    """Make the output folder of a run and find the checkpoint to resume, None for a new run. Call on the first process.
+def open_run(folder: Path | str, resume: str | None, dry: bool = False) -> Path | None:
+    """Make and lock the output folder of a run, find the checkpoint to resume, None for a new run. Call on the first process.
 
-    resume: the value of --resume. Raises ValueError if the folder cannot be written, or holds another run.
+    resume: the value of --resume. dry: only check. Raises ValueError if the folder cannot be written, holds another run, or
+    another process runs in it.
     """
     folder = Path(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        if not dry:
+            folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=next(path for path in (folder, *folder.parents) if path.exists())):
             pass
+        (lock.check if dry else lock.take)(folder)
     except OSError as error:
         raise ValueError(f"--output-dir {folder}: {error.strerror}; pass a folder you may write to") from None
     used = bool(checkpoint.saved_in(folder)) or (folder / checkpoint.LATEST).exists()
@@ -29,53 +36,81 @@ def open_run(folder: Path | str, resume: str | None) -> Path | None:
         raise ValueError(f"--output-dir {folder}: holds a run already; pass --resume auto to resume it, or another folder")
     if resume not in (None, "auto") and used and Path(resume).resolve().parent != folder.resolve():
         raise ValueError(f"--output-dir {folder}: holds another run, which --resume {resume} would overwrite; pass another")
-    for left in folder.glob(".checkpoint_*.tmp"):  # of a save that was killed
+    for left in [] if dry else folder.glob(".checkpoint_*.tmp"):  # of a save that was killed
         left.unlink(missing_ok=True)
-    return checkpoint.newest(folder, "--resume auto") if resume == "auto" else Path(resume) if resume else None
+    if resume == "auto":
+        return found.path if (found := checkpoint.newest(folder, "--resume auto")) else None
+    return Path(resume) if resume else None
 
 
-def restore(path: Path, args: Flags, index_hash: str, method, optimizer, scaler) -> tuple[int, int]:
+def begin(folder: Path, args: Flags, resumed: Path | None, start: tuple[int, int], **facts) -> None:
+    """Record a start of a run in its folder, when all checks have passed. Call on the first process.
+
+    The checkpoints after `start` are renamed, so that the folder continues from the one that was resumed.
+    """
+    write_config(folder, args, start, resumed=str(resumed) if resumed else None, **facts)
+    later = [path for path in checkpoint.saved_in(folder) if checkpoint.place_of(path) > start]
+    if resumed and later and resumed.name != checkpoint.LATEST:
+        second_name(resumed, checkpoint.LATEST)
+    for path in later:
+        path.rename(path.with_name(f"abandoned_{path.name}"))
+        say(f"warning: {path} is later than the checkpoint that is resumed; renamed to abandoned_{path.name}")
+
+
+def restore(path: Path, args: Flags, index_hash: str, steps: int, method, optimizer, scaler) -> tuple[int, int]:
     """Load a checkpoint of the same run; returns the epoch and the step to resume at. method: a Method, not wrapped in DDP.
 
+    steps: of an epoch. Weights and moments are those of the checkpoint; the optimizer's settings are those of the flags.
     Raises ValueError for a checkpoint of another run.
     """
     saved = checkpoint.read(path, "--resume")
-    changed = _check_same_run(saved, path, args, index_hash, method)
+    changed = _check_same_run(saved, path, args, index_hash, steps, method)
     for name in changed:
         say(f"warning: --{name.replace('_', '-')} was {saved['flags'][name]} in {path.name}, is now {getattr(args, name)}")
     if saved["index"] != index_hash:
-        say(f"warning: --shards {args.shards} are not the ones {path.name} was trained on")
+        say(f"warning: --shards {shown(args.shards)} are not the ones {path.name} was trained on")
+    settings = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    part = "weights"
     try:
         method.load_state_dict(checkpoint.unprefixed(saved["state_dict"]))
-    except RuntimeError:
+        part = "optimizer or loss scaler"
+        optimizer.load_state_dict(saved["optimizer"])
+        if saved["scaler"]:  # empty unless the run was in fp16
+            scaler.load_state_dict(saved["scaler"])
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
         flags = ", ".join(typed(name, saved["flags"][name]) for name in changed) or "another version of this code"
-        wrong = f"its weights have other names or shapes, those of a run with {flags}"
+        wrong = f"its {part} have other names or shapes, those of a run with {flags}"
         raise ValueError(f"--resume {path}: {wrong}; {ELSEWHERE}") from None
-    optimizer.load_state_dict(saved["optimizer"])
-    if saved["scaler"]:  # empty unless the run was in fp16
-        scaler.load_state_dict(saved["scaler"])
+    for group, setting in zip(optimizer.param_groups, settings, strict=True):
+        group.update(setting)
     return saved["epoch"], saved["step"]
 
 
-def _check_same_run(saved, path, args, index_hash, method):
+def _check_same_run(saved, path, args, index_hash, steps, method):
     """Raise ValueError if flags and data would make another run of the checkpoint; returns the flags that have changed."""
-    if not saved.keys() >= KEYS:
-        raise ValueError(f"--resume {path}: is not a checkpoint of main_pretrain.py; pass one of the same run")
+    checkpoint.check_types(saved, TYPES, f"--resume {path}: is not a checkpoint of main_pretrain.py")
     for name in ("method", "arch"):
         if saved[name] != getattr(args, name):
             raise ValueError(f"--resume {path}: is a run with --{name} {saved[name]}, not {getattr(args, name)}; {ELSEWHERE}")
-    before, done = saved["flags"], saved["epoch"] >= args.epochs
+    before, done, inside = saved["flags"], saved["epoch"] >= args.epochs, saved["step"] > 0
     changed = [name for name, value in meaning(args).items() if before.get(name, value) != value]
     for name in changed:
         now, was = typed(name, getattr(args, name)), typed(name, before[name])
-        if saved["step"] and name in ORDER:
-            raise ValueError(f"{now}: was {before[name]}, and {path} lies inside an epoch, whose order depends on it; "
-                             "pass that, or --resume the checkpoint of an epoch's end")  # fmt: skip
+        if inside and name in ORDER:
+            raise ValueError(f"{now}: was {before[name]}, and {path} lies inside an epoch, whose order depends on it; {OR_END}")
         if done and name != "amp":  # auto is the machine's choice
             raise ValueError(f"{now}: was {was} in {path}, whose {saved['epoch']} epochs are done; {ELSEWHERE}")
         if name in method.IDENTITY:
             raise ValueError(f"{now}: {path} was trained with {was}; {ELSEWHERE}")
-    if saved["index"] != index_hash and (done or method.PER_IMAGE):
-        why = ", whose epochs are done, was trained on other images" if done else " holds features of other images"
-        raise ValueError(f"--shards {args.shards}: {path}{why}; pass those, or another --output-dir")
+    if "trust" in changed and not (args.trust and before["trust"]):
+        raise ValueError(f"--trust {args.trust:g}: was {before['trust']:g} in {path}, and 0 has another optimizer; {ELSEWHERE}")
+    if saved["index"] != index_hash and (done or inside or method.PER_IMAGE):
+        if inside:
+            why = f" lies inside an epoch of other images; {OR_END}"
+        else:
+            why = ", whose epochs are done, was trained on other images" if done else " holds features of other images"
+            why += "; pass those, or another --output-dir"
+        raise ValueError(f"--shards {shown(args.shards)}: {path}{why}")
+    if saved["step"] > steps:
+        raise ValueError(f"--resume {path}: is at step {saved['step']} of an epoch of {steps}; pass another checkpoint")
     return changed

@@ -48,20 +48,16 @@ class Saver:
         path = self.folder / checkpoint.name_of(content["epoch"], content["step"])
         try:
             write(path, content)
-            self._tidy(path)
+            self._tidy()
             self.failure = ""
         except (OSError, RuntimeError) as error:
             # torch's own error about a full disk hides the system's error, which gives the reason
             self.failure = str(error.__context__ if isinstance(error.__context__, OSError) else error).splitlines()[0]
             say(f"warning: {path} could not be written ({self.failure}); training continues, the next save tries again")
 
-    def _tidy(self, written):
-        """Delete all passing checkpoints but the newest. Rename those after `written`: the run has resumed before them."""
-        now, places = checkpoint.place_of(written), {p: checkpoint.place_of(p) for p in checkpoint.saved_in(self.folder)}
-        for path in [path for path, place in places.items() if place > now]:
-            path.rename(path.with_name(f"abandoned_{path.name}"))
-            say(f"warning: {path} is later than the checkpoint that was resumed; renamed to abandoned_{path.name}")
-            del places[path]
+    def _tidy(self):
+        """Delete all passing checkpoints but the newest."""
+        places = {path: checkpoint.place_of(path) for path in checkpoint.saved_in(self.folder)}
         passing = [path for path, (epoch, step) in places.items() if step or not self.keep_epochs or epoch % self.keep_epochs]
         for path in passing[self.keep :]:
             path.unlink()

@@ -103,9 +103,10 @@ def end_workers() -> None:
         signal.signal(signal.SIGCHLD, watch)
 
 
-def stopped(number: int) -> str:
-    """The last line of a run that a signal has stopped."""
-    return f"Stopped by {signal.Signals(number).name}, and saved. The same command resumes from here."
+def stopped(number: int, resume: str | None) -> str:
+    """The last line of a run that a signal has stopped. resume: the value of --resume."""
+    how = "The same command" if resume == "auto" else "--resume auto"
+    return f"Stopped by {signal.Signals(number).name}, and saved. {how} resumes from here."
 
 
 def not_saved(number: int) -> str:
