@@ -298,5 +298,5 @@ def test_main_pretrain__underscores_are_dashes():
 def test_main_pretrain__failure_on_two_processes_exits_non_zero(images, tmp_path, flags, message):
     command = ["pretrain", *tiny("moco"), *COMMON, "--shards", images / "train", "--output-dir", tmp_path / "run", *flags]
     with Run(tmp_path, command, TWO) as run:
-        assert run.end() == 1 and message in run.said(), run.said()
+        assert run.end() == 2 and message in run.said(), run.said()
     assert not (tmp_path / "run" / checkpoint.LATEST).exists()
