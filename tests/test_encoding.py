@@ -78,10 +78,11 @@ def test_encode__12_bits_are_scaled_to_white():
     np.testing.assert_array_equal(found, np.round(values / 4095 * 65535))
 
 
+@pytest.mark.parametrize("tag", [SMAX, 281])  # 281: MaxSampleValue, the same rule as in utils/data/decode.py
 @pytest.mark.parametrize("order", "<>")
-def test_encode__12_bits_within_16_use_the_declared_range(order):
+def test_encode__12_bits_within_16_use_the_declared_range(order, tag):
     values = np.array([[0, 1, 2048, 4095]], np.uint16)
-    found = decoded(tiff(values, order, extra={SMAX: 4095}), "tif")
+    found = decoded(tiff(values, order, extra={tag: 4095}), "tif")
     np.testing.assert_array_equal(found, np.round(values / 4095 * 65535))
 
 

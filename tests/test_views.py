@@ -610,7 +610,7 @@ def test_cut_views__the_middle_of_a_thin_image_is_that_of_the_whole(many, monkey
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
 
 
-@pytest.mark.parametrize("format", ["EPS", "PDF", "WMF", "XBM", "ICNS"])
+@pytest.mark.parametrize("format", ["EPS", "PDF", "WMF", "XBM", "ICNS", "TGA"])
 def test_open_image__knows_image_formats_only(monkeypatch, format):
     """A file named .jpg that is PostScript starts no other program."""
     started = []

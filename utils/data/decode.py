@@ -1,13 +1,14 @@
 """An encoded image -> its pixels.
 
-EXIF orientation is ignored in every format, as usual for ImageNet. A file says how its numbers become 8 bits: by its type, or
-by its tags. An image that does not say it is refused, because a guess would be black, white or too dark, without a word.
+EXIF orientation is ignored in every format, as usual for ImageNet. The type or the tags of a file declare the range of its
+numbers, which is scaled to 8 bits. An image without a declared range is refused: a guess could give black or white pixels.
 """
 
 import contextlib
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,13 +21,11 @@ except ImportError:
     decode_jpeg = None
 
 Image.init()
-# no others: PIL would run Ghostscript for PostScript, whatever the name of the file
-FORMATS: list[str] = [
-    f for f in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF", "AVIF", "JPEG2000", "TGA") if f in Image.OPEN
-]
+# No others: PIL would run Ghostscript for PostScript, and TGA has no signature, so damaged files could be read as TGA.
+FORMATS: list[str] = [f for f in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF", "AVIF", "JPEG2000") if f in Image.OPEN]
 WIDTH, HEIGHT = 256, 257  # tags of TIFF
 TAGS = BITS, WHITE_IS_ZERO, ORIENTATION, MOST, FORMAT, LOW, HIGH = 258, 262, 274, 281, 339, 340, 341
-UNDO = {  # what turns back the pixels of a TIFF, which PIL turns by its orientation
+UNDO = {  # orientation -> the transposition that undoes it, because PIL applies the orientation of a TIFF
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_270,
 }  # fmt: skip
@@ -36,7 +35,7 @@ UNDO = {  # what turns back the pixels of a TIFF, which PIL turns by its orienta
 def open_image(data: bytes) -> Iterator[Image.Image]:
     """An encoded image of FORMATS. Raises PIL's errors, of many types, and ValueError above Image.MAX_IMAGE_PIXELS."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # such as odd metadata, which no pixel depends on
+        warnings.simplefilter("ignore")  # such as odd metadata, which does not change the pixels
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
             image = Image.open(io.BytesIO(data), formats=FORMATS)
@@ -78,15 +77,18 @@ def decode(image: Image.Image, data: bytes, reduction: int = 1) -> torch.Tensor:
 
 
 def _declared(image, tags, bits):
-    """The range of the numbers of an image, by its file. Raises ValueError if it does not say it."""
+    """(black, white): the declared range of the numbers of an image. Raises ValueError if the file declares none."""
     if LOW in tags and HIGH in tags:  # of any type
         return tuple(float(np.atleast_1d(tags[name])[0]) for name in (LOW, HIGH))
     if image.mode == "F" or (tags and (bits > 16 or max(np.atleast_1d(tags.get(FORMAT, 1))) != 1)):
         raise ValueError("floats or wide integers, whose range the file does not say; convert it to 8 bits a color")
-    if not tags:  # PNG, and what PIL scales
-        return 0, 65535
-    most = max(np.atleast_1d(tags.get(MOST, 0)))  # the numbers use fewer bits than they have, if this is 2^n - 1
-    return 0, most if most > 255 and most & (most + 1) == 0 else 2**bits - 1
+    return (0, white_of(tags, bits)) if tags else (0, 65535)  # without tags: PNG, and formats that PIL scales
+
+
+def white_of(tags: Mapping[int, Any], bits: int) -> int:
+    """The white of unsigned integers. If MaxSampleValue is 2^n - 1, they use n of their bits; else it is only a statistic."""
+    most = int(max(np.atleast_1d(tags.get(MOST, 0))))
+    return most if most > 255 and most & (most + 1) == 0 else 2**bits - 1
 
 
 def _eight_bits(pixels, declared, inverted):

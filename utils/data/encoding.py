@@ -12,6 +12,8 @@ from typing import IO
 import numpy as np
 from PIL import ExifTags, Image, features
 
+from utils.data.decode import white_of
+
 EXTENSIONS = {
     "jpg": "JPEG", "jpeg": "JPEG", "jpe": "JPEG", "jfif": "JPEG", "mpo": "JPEG", "png": "PNG", "webp": "WEBP", "gif": "GIF",
     "ppm": "PPM", "pgm": "PPM", "pbm": "PPM", "pnm": "PPM", "bmp": "BMP", "tif": "TIFF", "tiff": "TIFF",
@@ -66,7 +68,7 @@ def deep_to_16_bits(image: Image.Image) -> Image.Image:
     """An image of more than 8 bits a sample -> mode I;16, where 65535 is white. Other images are returned as they are.
 
     SMinSampleValue and SMaxSampleValue of a TIFF are its range. Without them, unsigned integers of b <= 16 bits have the range
-    0 ... 2^b - 1. Raises ValueError for all others, such as floats, and for pixels outside of the range.
+    0 ... `white_of`. Raises ValueError for all others, such as floats, and for pixels outside of the range.
     """
     tags = getattr(image, "tag_v2", {})
     low, high = (None if tags.get(tag) is None else float(np.ravel(tags[tag])[0]) for tag in (340, 341))
@@ -78,7 +80,7 @@ def deep_to_16_bits(image: Image.Image) -> Image.Image:
     if sample_format not in SIGNED_OR_FLOAT and image.mode != "F":
         low = 0 if low is None else low
         if high is None and (image.mode.startswith("I;16") or image.format in ("PPM", "PNG")):
-            high = 2**bits - 1
+            high = white_of(tags, bits)
     if low is None or high is None:
         kind = "float" if image.mode == "F" else "32-bit or signed"
         raise ValueError(f"{kind} pixels without SMinSampleValue and SMaxSampleValue; save them with 8 or 16 unsigned bits")
