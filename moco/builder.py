@@ -38,6 +38,8 @@ class MoCo(KeyQueue):
             mixture.check_group(args, 2, f"--unmix-prob {args.unmix_prob} mixes two")
         if args.local_crops < 0:
             raise ValueError(f"--local-crops {args.local_crops}: must be 0 or more; 4 is the published multi-crop")
+        if not args.local_crops and args.local_scale != [0.1, 0.6]:
+            raise ValueError("--local-scale: does nothing without --local-crops; leave it out, or pass --local-crops 4")
         v1 = "v1" if args.aug == "v1" else None
         for flag, value in {"--aug": v1, "--im-type": args.im_type, "--unmix-prob": args.unmix_prob}.items():
             if args.local_crops and value is not None:

@@ -302,6 +302,7 @@ def test_flags__published_defaults(name):
         (["--moco-t", "0"], "--moco-t 0"),
         (["--local-scale", "0.6", "0.1"], "--local-scale 0.6 0.1: "),
         (["--local-crops", "-1"], "--local-crops -1: "),
+        (["--local-scale", "0.2", "0.4"], "--local-scale: does nothing without --local-crops"),
     ],
 )
 def test_check__names_the_flag_and_a_value_that_works(flags, message):
