@@ -138,6 +138,7 @@ def test_main_pretrain__a_signal_during_the_imports(tmp_path, name, code, agent)
     launch = ["-m", "utils.run.agent", *TWO] if agent else []
     command = [sys.executable, *launch, "main_pretrain.py", "--shards", "/nowhere"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    pipes["preexec_fn"] = lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)  # it is ignored if nohup started the tests
     with subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes) as process:
         while not listening(process.pid):
             time.sleep(0.005)
