@@ -193,14 +193,14 @@ LABELS = [None, b"", b"-1", b"1.0", b"cat", b"\xff\0", b"1000000", b"1" * 9999, 
 
 @pytest.mark.parametrize("label", LABELS, ids=range(len(LABELS)))
 def test_load_index__a_label_that_is_no_number_is_named(tmp_path, capsys, label):
-    """The first one, and how many there are. It is known at each start, and a probe says it."""
+    """The first one and their number. Each start knows them, and a probe prints them."""
     shard(tmp_path / "a.tar", 3)
     members = [("x.jpg", b"?"), ("x.cls", b"1"), ("d/y.jpg", b"?"), ("z.jpg", b"?")]
     write_tar(tmp_path / "b.tar", members + ([] if label is None else [("z.cls", label)]))
     index = load_index(str(tmp_path))
     assert index.classes is None and not index.labelled
     assert index.unlabelled == "2 of 6 have no .cls with a number from 0 to 999999, the first: d/y in b.tar"
-    assert f"indexed without labels, because of its images {index.unlabelled}" in capsys.readouterr().err
+    assert f"indexed without labels: of its images, {index.unlabelled}" in capsys.readouterr().err
     assert load_index(str(tmp_path)) == index and capsys.readouterr().err == ""
     with pytest.raises(ValueError, match="^--val-shards .*needs labels and of its images 2 of 6 have no .cls.*; pass labelled"):
         main_lincls.check_labels("--val-shards", "x", index)
@@ -224,7 +224,7 @@ def test_load_index__labels_with_gaps_are_counted(tmp_path, capsys):
 
 
 def header_of(path, number):
-    """Where the header of the member `number` begins."""
+    """The byte at which the header of the member `number` begins."""
     with tarfile.open(path) as tar:
         return tar.getmembers()[number].offset
 
@@ -295,7 +295,7 @@ def test_load_index__links_to_images_are_refused(tmp_path, kind, fix):
 
 
 def test_load_index__a_sparse_image_is_refused(tmp_path):
-    """Where holes are left out, the bytes of the tar are not those of the file."""
+    """If holes are left out, the bytes of the tar differ from those of the file."""
     with tarfile.open(tmp_path / "x.tar", "w", format=tarfile.PAX_FORMAT) as tar:
         info = tarfile.TarInfo("0.jpg")
         info.size, info.pax_headers = 5, {"GNU.sparse.map": "0,5", "GNU.sparse.size": "9000"}
@@ -331,7 +331,7 @@ def test_load_index__a_compressed_tar_beside_the_unpacked_one(tmp_path):
 
 
 def left_out(folder, members, capsys):
-    """The images of each sample, and what the index leaves out."""
+    """The images of each sample, and the left-out files."""
     path = write_tar(folder / "x.tar", members)
     load_index(str(folder))
     lines = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if "leaves out" in line]
@@ -340,7 +340,7 @@ def left_out(folder, members, capsys):
 
 
 def test_load_index__names_with_dots(tmp_path, capsys):
-    """The key ends at the first dot. An image whose extension has more dots is used where its key has no other."""
+    """The key ends at the first dot. An image with more dots in its extension is used if its key has no other image."""
     names = [
         "a.jpg",
         "s.input.jpg",
@@ -489,7 +489,7 @@ def test_load_index__bad_input_ends_a_run_with_code_2(folder, tmp_path, capsys, 
 
 @pytest.mark.parametrize("size", [700, 2048, 3000])
 def test_load_index__foreign_shard_cut_short(folder, size):
-    """In a payload, between two members, in the end of the archive; a shard that fits its headers is not the size it was."""
+    """In a payload, between two members, in the end of the archive; at last a whole shard of another size."""
     assert size < (folder / "s-1.tar").stat().st_size
     os.truncate(folder / "s-1.tar", size)
     with pytest.raises(ValueError, match="^--shards .*s-1.tar: not a whole tar .*; copy it again"):
@@ -548,5 +548,5 @@ def test_load_index__verify_shards_compares_every_byte(folder):
     (folder / "s-1.tar").write_bytes(data)
     assert load_index(str(folder)) == whole
     assert load_index(f"{folder}/s-{{0,2}}.tar", verify_shards=True).total == 8  # the others are good
-    with pytest.raises(ValueError, match="^--val-shards .*/s-1.tar: its sha256 is not the one in its index; copy it again"):
+    with pytest.raises(ValueError, match="^--val-shards .*/s-1.tar: its sha256 differs from its index; copy it again"):
         load_index(str(folder), "--val-shards", verify_shards=True)

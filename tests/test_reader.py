@@ -180,7 +180,7 @@ def test_reader__shard_cut_short(tmp_path, when, size):
 
 @pytest.mark.parametrize("number", [4, 8, 9])
 def test_reader__corrupt_header_costs_its_sample_alone(tmp_path, number):
-    """First, in the middle, last. The samples after it keep their numbers, which the end of the shard tells."""
+    """First, in the middle, last. The samples after it keep their numbers, which follow from the end of the shard."""
     index = write_shards(tmp_path / "x", (4, 6, 2))
     path = index.shards[1].path
     overwrite(path, member_at(path, f"{number:05d}.png")[0], b"\xa5" * 512)
@@ -196,7 +196,7 @@ def test_reader__corrupt_header_costs_its_sample_alone(tmp_path, number):
 
 
 def test_reader__two_corrupt_headers_cost_what_lies_between(tmp_path):
-    """Of these samples the numbers are not known. A wrong image is never given."""
+    """The numbers of these samples are not known. A wrong image is never given."""
     index = write_shards(tmp_path / "x", (9, 2))
     path = index.shards[0].path
     for offset in [member_at(path, f"{number:05d}.png")[0] for number in (2, 6)]:

@@ -84,10 +84,10 @@ class Stream(io.BytesIO):
 
 
 class Elsewhere:
-    """In place of webdataset's gopen: https://host.example/folder has the files of a folder.
+    """A replacement of webdataset's gopen: https://host.example/folder has the files of a folder.
 
-    cuts: file name -> what each of the next openings gives: so many bytes, None for all of them, or an error. always: the same
-    for all openings. breaks: whether a cut is an error and not just an end.
+    cuts: file name -> the results of the next openings: a number of bytes, None for all, or an error. always: the same for all
+    openings. breaks: whether a cut is an error and not just an end.
     """
 
     def __init__(self, folder, record):
@@ -417,7 +417,7 @@ def test_load_index__a_command_that_names_no_tar(tmp_path, command):
 @pytest.mark.parametrize("scheme", ["ftp2", "azure", "x-y+z"])
 def test_load_index__unknown_scheme(scheme):
     text = fails(f"{scheme}://host/folder")
-    assert text.startswith(f"--val-shards {scheme}://host/folder: nothing opens {scheme}:") and "https" in text
+    assert text.startswith(f"--val-shards {scheme}://host/folder: unknown scheme {scheme}:") and "https" in text
     assert "__default__" not in text
 
 
@@ -660,7 +660,7 @@ def test_reader__a_shard_that_is_forbidden_is_asked_for_once(local, server):
 
 
 def test_copy__more_than_is_expected_is_not_read_to_its_end(monkeypatch):
-    """A server may send without end."""
+    """A server may send forever."""
     monkeypatch.setattr(remote, "MOST", 10**6)
     with pytest.raises(RemoteError, match="has more than 1000000 bytes"):
         copy("pipe:yes", io.BytesIO())
@@ -834,7 +834,7 @@ def why_it_ends(index, workers):
         global_batches(index, 1, workers)
     except RunError as error:
         return str(error.with_traceback(None))  # the traceback would keep the loader alive
-    pytest.fail("it goes on")
+    pytest.fail("the run continues")
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -1000,7 +1000,7 @@ def test_cache_dir__a_copy_is_verified_when_asked(local, elsewhere, tmp_path, ca
     assert load_index(HOST, cache_dir=cache) == index and len(files_of(Path(cache))) == 2
     assert load_index(HOST, cache_dir=cache, verify_shards=True) == index
     assert files_of(Path(cache)) == [cache_path(index.shards[0], cache).name]
-    assert f"warning: {damaged}: its sha256 is not the one in its index" in capsys.readouterr().err
+    assert f"warning: {damaged}: its sha256 differs from its index" in capsys.readouterr().err
     assert taken(Reader(index), 8) == samples_of(local)[8]
 
 
@@ -1011,7 +1011,7 @@ HOSTILE = [("sha256", "../../../../x"), ("sha256", "0" * 63), ("sha256", "G" * 6
 
 @pytest.mark.parametrize("field, value", HOSTILE)
 def test_load_index__every_field_of_a_shard_is_checked(elsewhere, tmp_path, field, value):
-    """Above all sha256, which becomes a part of a path in --cache-dir. The message says which, and not the value."""
+    """Above all sha256, which becomes a part of a path in --cache-dir. The message names the field, not its value."""
     path = elsewhere.folder / "index.json"
     content = json.loads(path.read_text())
     content["shards"][2][field] = value
@@ -1054,25 +1054,25 @@ def test_cache_dir__changes_nothing_for_local_shards(folder, expected, tmp_path)
 def test_copy__is_whole_or_an_error(elsewhere, breaks):
     elsewhere.breaks = breaks
     data = (elsewhere.folder / "000.tar").read_bytes()
-    told = len(data), hashlib.sha256(data).hexdigest()
+    expected = len(data), hashlib.sha256(data).hexdigest()
     for cuts in ([], [100], [5000, 0, OSError("x"), 9000]):
         elsewhere.cuts, file = {"000.tar": list(cuts)}, io.BytesIO(b"what was there before" * 2000)
-        copy(f"{HOST}/000.tar", file, told)
+        copy(f"{HOST}/000.tar", file, expected)
         assert file.getvalue() == data
     elsewhere.always = {"000.tar": 5000}
     with pytest.raises(RemoteError):
-        copy(f"{HOST}/000.tar", io.BytesIO(), told)
+        copy(f"{HOST}/000.tar", io.BytesIO(), expected)
     elsewhere.always = {}
-    with pytest.raises(RemoteError, match=f"^ends after {told[0]} of {told[0] + 1} bytes"):
-        copy(f"{HOST}/000.tar", io.BytesIO(), (told[0] + 1, told[1]))
-    for wrong in ((told[0] - 1, told[1]), (told[0], "0" * 64)):
+    with pytest.raises(RemoteError, match=f"^ends after {expected[0]} of {expected[0] + 1} bytes"):
+        copy(f"{HOST}/000.tar", io.BytesIO(), (expected[0] + 1, expected[1]))
+    for wrong in ((expected[0] - 1, expected[1]), (expected[0], "0" * 64)):
         with pytest.raises(RunError, match=f"{HOST}/000.tar differs from its index"):
             copy(f"{HOST}/000.tar", io.BytesIO(), wrong)
 
 
 @pytest.mark.parametrize("code", [1, 22, 255])
 def test_copy__a_command_that_fails_at_its_end_has_failed(folder, code):
-    """However much it has given: it may be incomplete."""
+    """Even after much output: it may be incomplete."""
     with pytest.raises(RemoteError, match=f"exit {code}"):
         copy(f"pipe:cat {folder}/000.tar; exit {code}", io.BytesIO())
 

@@ -53,7 +53,7 @@ def test_epoch_plan__exactly_once_with_any_lanes(lanes):
 
 @pytest.mark.parametrize("lanes, batch, fix", [(3, 8, 8), (5, 12, 4), (-4, 8, 8), (16, 8, 8)])
 def test_lanes_of__must_divide_the_batch(lanes, batch, fix):
-    with pytest.raises(ValueError, match=f"^--lanes {lanes}: must divide --batch-size {batch}; {fix} would do$"):
+    with pytest.raises(ValueError, match=f"^--lanes {lanes}: must divide --batch-size {batch}; pass {fix}$"):
         lanes_of(lanes, batch)
     assert lanes_of(fix, batch) == fix
 

@@ -23,7 +23,7 @@ class BadSamples:
         self.written = dist.first_process_does(lambda: set(map(_identity, read_lines(self.path))))
 
     def add(self, records: list[dict[str, str]]) -> int:
-        """Add the records of all processes, which call it together. Returns the number of samples that this start has met.
+        """Add the records of all processes; all call it together. Returns the number of samples that this start has met.
 
         Raises RunError, on every process, if there are too many.
         """

@@ -16,7 +16,7 @@ class Batch:
     views: list[torch.Tensor]
     flips: list[torch.Tensor]  # for each view, whether it was mirrored: n x count bool, on the CPU
     sample_ids: torch.Tensor  # n, the numbers of the samples in the index
-    labels: torch.Tensor  # n, -1 where there is none
+    labels: torch.Tensor  # n, -1 for an image without a label
     bad: list[dict[str, str]]  # the unusable samples of this batch: shard, key, error
 
     def __len__(self) -> int:

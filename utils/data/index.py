@@ -1,4 +1,4 @@
-"""The shards of a split, from an index.json that exists or is written now."""
+"""The shards of a split, from an existing index.json or a new one."""
 
 import glob
 import hashlib
@@ -26,15 +26,15 @@ PLAN = "conversion.json"  # imagenet2wds.py writes it at its start, and the inde
 class Index:
     """The shards of a split, in order.
 
-    classes: names by label, or None. cache_dir: the folder of copies of remote shards. unlabelled: the images whose labels
-    made classes None; "" if there is no label at all.
+    classes: names by label, or None. cache_dir: the folder of copies of remote shards. unlabelled: text about the
+    images without a class number, if they made classes None; "" if there is no label at all.
     """
 
     shards: tuple[Shard, ...]
     classes: tuple[str, ...] | None
     cache_dir: str | None = None
     unlabelled: str = ""
-    max_pixels: int = MAX_PIXELS  # of an image that is decoded
+    max_pixels: int = MAX_PIXELS  # the largest image that is decoded
 
     @cached_property
     def first(self) -> np.ndarray:
@@ -51,7 +51,7 @@ class Index:
 
     @property
     def hash(self) -> str:
-        """sha256 of the content of the shards, in whatever place they are."""
+        """sha256 of the content of the shards; it does not depend on their path."""
         content = [self.classes, [(s.name, s.samples, s.sha256) for s in self.shards]]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
@@ -87,8 +87,8 @@ def _remote(spec, flag, allow_pipe):
     try:
         copy(url, content)
     except RemoteError as error:
-        raise ValueError(f"{flag} {shown(spec)}: no {INDEX} can be read there ({error}); copy one there: imagenet2wds.py "
-                         "writes it, and so does the first use of a local folder") from None  # fmt: skip
+        raise ValueError(f"{flag} {shown(spec)}: no {INDEX} can be read there ({error}); copy the file there: "
+                         "imagenet2wds.py writes it, or the first use of a local folder") from None  # fmt: skip
     known, *labels = parse_index(content.getvalue(), partial(place, spec), flag, shown(url))
     named = _expanded(tar_name(spec), spec, flag) if tar_name(spec) else list(known)
     if strangers := [name for name in named if name not in known]:
@@ -100,7 +100,7 @@ def _remote(spec, flag, allow_pipe):
 def _exists(path):
     try:
         return path.exists()
-    except OSError:  # a name too long, which a URL may be
+    except OSError:  # a URL may be too long for a file name
         return False
 
 
@@ -132,7 +132,7 @@ def cache_path(shard: Shard, folder: str) -> Path:
 def verify(index: Index, flag: str) -> None:
     """Raise ValueError unless every local shard has the sha256 of its index. Remote shards are verified while they are read.
 
-    A copy in the cache that has another one is removed, so that its shard is read again.
+    A copy in the cache with another sha256 is removed, and its shard is read again.
     """
     places = [(shard, Path(shard.path)) for shard in index.shards if not is_remote(shard.path)]
     if cache := index.cache_dir:
@@ -142,10 +142,10 @@ def verify(index: Index, flag: str) -> None:
         if describe(path, shard.samples)["sha256"] == shard.sha256:
             continue
         if not is_remote(shard.path):
-            raise ValueError(f"{flag} {path}: its sha256 is not the one in its index; copy it again, or delete the "
+            raise ValueError(f"{flag} {path}: its sha256 differs from its index; copy it again, or delete the "
                              f"{INDEX} beside it to index the folder again")  # fmt: skip
         path.unlink(missing_ok=True)
-        warn(f"{path}: its sha256 is not the one in its index; this copy is removed, and its shard is copied again")
+        warn(f"{path}: its sha256 differs from its index; this copy is removed, and its shard is copied again")
 
 
 def _folder(spec, flag):

@@ -28,9 +28,9 @@ class Shard:
 def parse_index(
     data: bytes, place_of: Callable[[str], str], flag: str, source: object
 ) -> tuple[dict[str, Shard], tuple[str, ...] | None, str]:
-    """The shards by name, the classes, and why there are none, of an index.json. place_of: name -> path or URL.
+    """(shards by name, classes, Index.unlabelled) from the content of an index.json. place_of: name -> path or URL.
 
-    It may come from a server, so that nothing in it is believed, and a message has none of its content.
+    It may come from a server. So every field is checked, and messages do not contain its text.
     """
     try:
         content = json.loads(data)
@@ -41,7 +41,7 @@ def parse_index(
         classes, unlabelled = content.get("classes", 0), content.get("unlabelled", "")
         names = isinstance(classes, list) and len(classes) <= LARGEST_LABEL + 1 and all(isinstance(c, str) for c in classes)
         _require(classes is None or names, "classes are neither null nor a list of names")
-        _require(isinstance(unlabelled, str), "unlabelled is no text")
+        _require(isinstance(unlabelled, str), "unlabelled is not a text")
     except (ValueError, RecursionError) as error:
         why = error if type(error) is ValueError else "it is not JSON"
         raise ValueError(f"{flag} {source}: not a readable index ({why}); delete it to index the folder again") from None
@@ -54,12 +54,12 @@ def _require(holds, text):
 
 
 def shard_of(place_of: Callable[[str], str], entry: Any, which: str) -> Shard:
-    """The shard of an entry, which a ValueError calls `which`."""
-    _require(isinstance(entry, dict), f"{which} is no object")
+    """The shard of an entry. which: the name of the entry in a ValueError."""
+    _require(isinstance(entry, dict), f"{which} is not an object")
     name, samples, size, digest = (entry.get(key) for key in ("name", "samples", "bytes", "sha256"))
     plain = isinstance(name, str) and name.isprintable() and len(name.encode()) < 256 and Path(name).name == name
     _require(plain, f"the name of {which} is not that of a file beside it")
-    # it becomes a part of a shell command
+    # the name becomes a part of a shell command
     _require(not is_remote(place_of(name)) or re.fullmatch(r"\w[\w.+@=-]*", name), f"{which} has no plain name")
     _require(type(size) is int and 0 <= size < 1 << 50, f"bytes of {which} is not a whole number below 2^50")
     most = size // 512  # a sample has one header or more

@@ -16,15 +16,15 @@ KINDS = 5  # kinds of left-out files that get a line
 
 
 def index_folder(folder: Path, flag: str) -> tuple[dict[str, Shard], tuple[str, ...] | None, str]:
-    """Index a local folder: its shards by name, its classes, and Index.unlabelled. What is left out is counted and named.
+    """Index a local folder: its shards by name, its classes, and Index.unlabelled. Left-out files are counted and named.
 
-    Labels that are numbers give classes with these names. If a sample has none, or another, classes are None.
+    Labels that are numbers give classes with these names. If a sample has no label or another kind of label, classes are None.
     """
     shards: dict[str, Shard] = {}
     entries: list[dict] = []
     numbers: set[int] = set()
     without, some, first = 0, False, ""  # samples without a class number; whether any has a label; the first of these
-    left_out: dict[str, tuple[int, str]] = {}  # why: (how many, the first)
+    left_out: dict[str, tuple[int, str]] = {}  # reason: (number of files, the first one)
     for path in tqdm(sorted(p for p in folder.glob("*.tar") if p.is_file()), desc=f"indexing {folder}", unit="shard"):
 
         def note(why, name, path=path):
@@ -58,7 +58,7 @@ def index_folder(folder: Path, flag: str) -> tuple[dict[str, Shard], tuple[str, 
     unlabelled = ""
     if classes is None and some:
         unlabelled = f"{without} of {total} have no .cls with a number from 0 to {LARGEST_LABEL}, the first: {first}"
-        warn(f"{flag} {folder}: indexed without labels, because of its images {unlabelled}")
+        warn(f"{flag} {folder}: indexed without labels: of its images, {unlabelled}")
     elif classes and len(numbers) < len(classes):
         warn(f"{flag} {folder}: {len(numbers)} labels from {min(numbers)} to {max(numbers)}: of the {len(classes)} classes, "
               f"{len(classes) - len(numbers)} have no image here")  # fmt: skip
@@ -76,7 +76,7 @@ def class_number(text: bytes | None) -> int | None:
 
 
 def _labels(path: Path, samples: list[TarSample]) -> Iterator[tuple[str, bytes | None]]:
-    """Key and label of these samples, None for a sample without one."""
+    """Key and label of these samples; the label is None if a sample has none."""
     with open(path, "rb") as file:
         for sample in samples:
             offset, size = sample.members.get(LABEL_EXTENSION, (0, -1))
@@ -85,5 +85,5 @@ def _labels(path: Path, samples: list[TarSample]) -> Iterator[tuple[str, bytes |
 
 
 def warn(text: str) -> None:
-    """A line on stderr that does not tear a progress bar."""
+    """Print a line on stderr without breaking a progress bar."""
     tqdm.write(f"warning: {text}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""What loader workers need of this machine, compared with what it has: shared memory and open files."""
+"""Compare the needs of loader workers with the limits of this machine: shared memory and open files."""
 
 import os
 import resource
@@ -7,8 +7,8 @@ from utils.data.photometric import COLUMNS
 from utils.data.views import ViewSpec
 
 SHARED_MEMORY = "/dev/shm"
-PREFETCH = 2  # chunks that torch lets a worker make ahead
-BATCHES = PREFETCH + 1  # batches in shared memory: those, and the one whose chunks are being joined
+PREFETCH = 2  # chunks that a worker makes ahead; torch's default
+BATCHES = PREFETCH + 1  # batches in shared memory: the prefetched ones, and the one that is being joined
 SPARE, SHARDS = 64, 128  # open files that the process may need for other things; shards that a worker keeps open
 MORE_MEMORY = "start the container with --shm-size 8g (docker) or more, or pass --workers 0"
 
@@ -16,7 +16,7 @@ MORE_MEMORY = "start the container with --shm-size 8g (docker) or more, or pass 
 def check_workers(specs: list[ViewSpec], images: int, workers: int) -> None:
     """Raise ValueError if the workers of all processes on this machine need more than it has.
 
-    images: of a process in a batch. Shared memory holds whole batches, so only --workers 0 needs less of it.
+    images: number of images of one process in a batch. Shared memory holds whole batches, so only --workers 0 needs less of it.
     """
     if not workers:
         return
@@ -30,14 +30,14 @@ def check_workers(specs: list[ViewSpec], images: int, workers: int) -> None:
 
 
 def open_shards(specs: list[ViewSpec], workers: int) -> int:
-    """How many shards a worker may keep open. Raises this process's limit of open files as far as it needs and may.
+    """The number of shards that a worker may keep open. Increases this process's soft limit of open files if needed.
 
     A chunk has a file for each of its tensors, in the worker and in the training process. Raises ValueError.
     """
     opened = len(os.listdir("/proc/self/fd")) if os.path.exists("/proc/self/fd") else SPARE
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     soft, hard = (2**30 if limit == resource.RLIM_INFINITY else limit for limit in (soft, hard))
-    each = 4 + BATCHES * (2 * len(specs) + 2)  # of a worker: pipes, and its tensors
+    each = 4 + BATCHES * (2 * len(specs) + 2)  # for each worker: pipes, and its tensors
     need = opened + SPARE + workers * each
     if workers and hard <= need:
         fit = max(0, (hard - opened - SPARE - 1) // each)

@@ -25,7 +25,7 @@ from utils.run.cpu import keep_freed_memory
 from utils.run.flags import RunError
 from utils.run.signals import leave_to_parent
 
-NEIGHBOURS = 100  # samples that are tried in place of an unusable one
+NEIGHBOURS = 100  # number of samples that are tried instead of an unusable one
 
 
 class Chunk(NamedTuple):
@@ -135,7 +135,7 @@ def load_batches(
     photometric_on: "device", "worker", or "auto": the device if it is an accelerator. All give the same views. Raises RunError.
     """
     if device.type == "cpu":
-        keep_freed_memory()  # of the batches too
+        keep_freed_memory()  # also the memory of the batches
     in_worker = photometric_on == "worker" or (photometric_on == "auto" and device.type == "cpu")
     pin, chunks = device.type == "cuda", Chunks(index, specs, plan, seed, in_worker)
     chunks.open_shards = open_shards(specs, workers)
@@ -145,7 +145,7 @@ def load_batches(
 
 
 def _share_(chunk, workers):
-    """Move the tensors to shared memory. The queue would do it too, but lose the chunk without a word if it fails."""
+    """Move the tensors to shared memory. The queue does it too, but a failure there loses the chunk without a message."""
     try:
         for tensor in (*chunk.crops, *chunk.parameters, chunk.sample_ids, chunk.labels):
             if tensor.numel():
@@ -188,8 +188,8 @@ def _joined(parts, specs, device, in_worker):
 
 
 def _beside_the_step(batches, device):
-    """Prepare batches on a CUDA stream of their own. A step is launched without waiting for it, so the device computes the
-    step and prepares the next batch at once.
+    """Prepare batches on a separate CUDA stream. A step is launched without waiting for its end, so the device computes the
+    step and prepares the next batch at the same time.
     """
     side = torch.cuda.Stream(device)
     while True:

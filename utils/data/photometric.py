@@ -1,4 +1,4 @@
-"""The pixels of all augmentations but the crop: OPERATIONS, for a whole batch on any device, with parameters of each view.
+"""All augmentations except the crop: OPERATIONS, for a whole batch on any device, with parameters of each view.
 
 The formulas are PIL's, which torchvision uses too. They are computed in float32 and rounded once, at the end. Pixels are in
 [0, 255]. An operation changes n x 3 x H x W in place and takes a list of n values.
@@ -19,7 +19,7 @@ LUMA = (0.299, 0.587, 0.114)  # ITU-R 601-2, as in PIL
 
 
 def photometric(views: torch.Tensor, parameters: torch.Tensor) -> torch.Tensor:
-    """Apply to each view the operations that its parameters ask for.
+    """Apply to each view the operations that its parameters select.
 
     views: ... x 3 x H x W uint8, on any device; parameters: ... x len(COLUMNS) float32, on the CPU. Returns a new uint8 tensor
     of the shape of `views`. The parameters stay on the CPU, so no operation waits for the device. A view's result does not
@@ -34,7 +34,7 @@ def photometric(views: torch.Tensor, parameters: torch.Tensor) -> torch.Tensor:
         part = out[i : i + together]
         pixels = torch.empty_like(part, dtype=torch.float32).copy_(x[i : i + together])
         _apply_(pixels, [step[:-1] for step in steps[i : i + together]])
-        part.copy_(pixels.round_().to(torch.int16))  # on the way to uint8: CPUs have no fast step there from float32
+        part.copy_(pixels.round_().to(torch.int16))  # via int16: CPUs have no fast conversion from float32 to uint8
         _apply_(part, [step[-1:] for step in steps[i : i + together]])  # the flip, which is faster on bytes than on floats
     return out.view(views.shape)
 
@@ -100,10 +100,10 @@ def saturation_(x: torch.Tensor, factors: list[float]) -> None:
 
 
 def hue_(x: torch.Tensor, shifts: list[float]) -> None:
-    """Shift the hue of HSV (PIL's hexcone model) by `shifts` turns, without divisions and without cases.
+    """Shift the hue of HSV (PIL's hexcone model) by `shifts` turns, without divisions and branches.
 
     With v = max, m = min, c = v - m, hues lie on a ring of length 6c: green at 0, blue at 2c, red at -2c. A pixel lies at
-    p = sign(b - r) (r + b - g + v - 2m). A channel whose own hue lies at o c is v up to a distance of c and m from 2c on. It
+    p = sign(b - r) (r + b - g + v - 2m). A channel with its hue at o c is v up to a distance of c, and m from 2c on. It
     falls linearly in between: clamp(v + c - d, m, v). Around the ring, the shifted pixel has the distance
     d = | |p + a c| - 3c | from that hue, with a = 6 shift - o + 3 wrapped into [-3, 3).
     """
@@ -162,7 +162,7 @@ OPERATIONS: dict[str, tuple[Callable[[torch.Tensor, list[float]], None], float]]
     "gray": (gray_, 0),
     "sigma": (blur_, 0),  # pixels
     "solarize": (solarize_, 0),
-    "flip": (flip_, 0),  # stays the last
+    "flip": (flip_, 0),  # must be the last
 }
 JITTER = slice(1, 5)
 COLUMNS = ("order", *OPERATIONS)  # of a view's parameters; order: an index of ORDERS, or -1 for no color jitter

@@ -42,7 +42,7 @@ class Sample:
     sample_id: int  # its number in the index
     key: str
     image: bytes  # encoded
-    label: int  # -1 where there is none
+    label: int  # -1 if the sample has no label
 
 
 class Reader:
@@ -97,7 +97,7 @@ class Reader:
 
     def _remote(self, n, sample_id, planned):
         shard = self.index.shards[n]
-        if not planned:  # its own pass: the planned one does not keep this sample
+        if not planned:  # a separate pass, because the planned pass does not keep this sample
             return RemoteShard(shard, np.arange(shard.samples) == sample_id - self.first[n])
         lane = int(self.expected[np.searchsorted(self.expected, sample_id * self.lanes)]) % self.lanes
         if (n, lane) not in self.passes:
@@ -109,7 +109,7 @@ class Reader:
         return self.passes[n, lane]
 
     def _read_local(self, n, shard, position):
-        """A sample. A file that cannot be read, such as one that its server has replaced, is opened once more."""
+        """A sample. An unreadable file is opened once more: its server may have replaced it."""
         for again in (True, False):
             try:
                 return self._open_local(n, shard).read(position)
@@ -142,8 +142,8 @@ class Reader:
 
 
 class LocalShard:
-    """A shard in a local file. Damaged parts cost the samples in them: of one part both ends are known, from the two ends of
-    the shard; of several, also what lies between them, unless no sample is missing.
+    """A shard in a local file. A damaged part loses its samples. The two ends of the shard show both ends of one part. If there
+    are several parts, the samples between them are lost too, unless no sample is missing.
     """
 
     def __init__(self, shard: Shard, path: str):
@@ -183,7 +183,7 @@ def _local_shard(shard, path):
     try:
         return LocalShard(shard, path)
     except OSError as error:
-        if error.errno == errno.EMFILE:  # which is no fault of the shard
+        if error.errno == errno.EMFILE:  # not a fault of the shard
             raise RunError("too many open files; pass fewer --workers, or raise the limit with ulimit -n 4096") from None
         raise
 
@@ -200,12 +200,12 @@ def cached(shard: Shard, folder: str) -> str:
     except RemoteError as error:
         raise Lost(0, shard.samples, str(error)) from None
     except OSError as error:
-        raise RunError(f"--cache-dir {folder}: cannot store {shard.name} ({error}); free some space, or leave it out") from None
+        raise RunError(f"--cache-dir {folder}: cannot store {shard.name} ({error}); free space, or omit --cache-dir") from None
     return str(path)
 
 
 class RemoteShard:
-    """One pass over a remote shard. Holds the samples that are wanted and have been passed, until they are read.
+    """One pass over a remote shard. Holds each wanted sample from its reading until its use.
 
     wanted: bool, for each sample of the shard.
     """
@@ -230,7 +230,7 @@ class RemoteShard:
         return self.held.pop(position)
 
     def _next(self):
-        """The next sample. A stream that breaks off is opened again."""
+        """The next sample. A broken stream is opened again."""
         try:
             return retried(self._try_next, self.shard.path, (RemoteError, tarfile.TarError))
         except (RemoteError, tarfile.TarError) as error:

@@ -19,8 +19,8 @@ from utils.run.flags import RunError
 from utils.run.text import brief, shown
 
 TRIES, WAIT = 5, 1.0  # tries in all; seconds before the first retry, doubled for each later one
-PATIENCE = 3.0  # seconds of waiting without a word
-STALL, PROGRESS = 60.0, 1 << 16  # a stream that gives fewer bytes than PROGRESS while it is waited for STALL seconds is broken
+PATIENCE = 3.0  # seconds of waiting before the first message
+STALL, PROGRESS = 60.0, 1 << 16  # a stream is broken if it gives fewer bytes than PROGRESS in STALL seconds of waiting
 BLOCK = 1 << 18  # bytes of a read
 MOST = 1 << 28  # bytes of a file whose size is not known
 NEVER = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)  # errors that no retry changes
@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 
 def _command(command: str | list[str], **options: Any) -> Pipe:
-    """The output of a command, in a process group of its own, so that all of it can be ended."""
+    """The output of a command. The command has its own process group, so that all its processes can be ended."""
     return Pipe(command, mode="rb", bufsize=0, process_group=0, **options)
 
 
@@ -37,8 +37,8 @@ def _open_command(url: str, mode: str = "rb", bufsize: int = 0) -> Pipe:
 
 
 def _open_curl(url: str, mode: str = "rb", bufsize: int = 0) -> Pipe:
-    # webdataset's own retries for a minute without a word, and does not tell the status; the lowest speed ends it where the
-    # process that reads it was killed
+    # webdataset's own command retries for a minute without a message, and hides the status. The lowest speed ends curl if the
+    # process that reads from it was killed
     limits = ["--connect-timeout", "20", "--speed-limit", "1", "--speed-time", "120"]
     return _command(["curl", *limits, "--fail", "--silent", "--show-error", "--location", url],
                     ignore_status=[141, 23], stderr=subprocess.PIPE)  # fmt: skip
@@ -59,7 +59,7 @@ def is_remote(spec: str) -> bool:
 
 
 def place(spec: str, name: str) -> str:
-    """The place of the file `name` beside spec, which is a folder, its index.json, or a URL or command that names a tar."""
+    """The URL or command of file `name` beside spec. spec: a folder, its index.json, or a URL or command that names a tar."""
     if tar := _named(spec):
         return spec[: tar.start()] + name + spec[tar.end() :]
     return re.sub(r"/(index\.json)?$", "", spec) + "/" + name
@@ -75,16 +75,16 @@ def _named(spec):
 
 
 def check_openable(spec: str, flag: str, allow_pipe: bool) -> None:
-    """Raise ValueError for a scheme that nothing opens, and for a command without --allow-pipe or without a tar."""
+    """Raise ValueError for an unknown scheme, and for a command without --allow-pipe or without a tar."""
     scheme = spec.partition(":")[0]
     if scheme not in gopen_schemes:
         known = ", ".join(k for k in gopen_schemes if k[0] != "_")
-        raise ValueError(f"{flag} {shown(spec)}: nothing opens {scheme}:; use one of {known}")
+        raise ValueError(f"{flag} {shown(spec)}: unknown scheme {scheme}:; use one of {known}")
     if scheme == "pipe" and not allow_pipe:
         raise ValueError(f"{flag} {shown(spec)}: is a shell command; pass --allow-pipe to run it")
     if scheme == "pipe" and not _named(spec):
         raise ValueError(
-            f"{flag} {shown(spec)}: names no tar; a good one is pipe:ssh host cat /data/train-{{000000..000009}}.tar"
+            f"{flag} {shown(spec)}: names no tar; pass a command such as pipe:ssh host cat /data/train-{{000000..000009}}.tar"
         )
 
 
@@ -99,7 +99,7 @@ class RemoteError(Exception):
 def retried(work: Callable[[], T], where: str, errors: tuple[type[Exception], ...]) -> T:
     """work(), called up to TRIES times while it raises one of these errors. The last error is raised.
 
-    The wait before a retry doubles each time; after PATIENCE seconds in all a line says so. where: a path or URL.
+    The wait before a retry doubles each time; after PATIENCE seconds in all, it prints a line. where: a path or URL.
     """
     start = time.monotonic()
     for n in range(1, TRIES):
@@ -118,11 +118,11 @@ def retried(work: Callable[[], T], where: str, errors: tuple[type[Exception], ..
 
 
 def _say(line):
-    print(line, file=sys.stderr, flush=True)  # not tqdm: a worker may have inherited its lock, held
+    print(line, file=sys.stderr, flush=True)  # not tqdm: a worker may have inherited its lock in the locked state
 
 
 def check_descriptors(error: OSError) -> None:
-    """Raise RunError if the reason is that this process has too few file descriptors: no shard is bad."""
+    """Raise RunError if this process has too few file descriptors: then no shard is bad."""
     if error.errno in (errno.EMFILE, errno.ENFILE):
         raise RunError("too many open files; raise the limit with ulimit -n 4096, or pass fewer --lanes or --workers") from None
 
@@ -137,7 +137,7 @@ class Source:
 
     def __init__(self, url: str):
         self.url, self.size, self.hash = url, 0, hashlib.sha256()
-        self.waited, self.since, self.silent = 0.0, 0, True  # seconds of waiting since so many bytes; whether no line says so
+        self.waited, self.since, self.silent = 0.0, 0, True  # seconds of waiting, since this byte; no message yet
         try:
             self.stream = gopen(url)
         except (OSError, ValueError) as error:
@@ -156,7 +156,7 @@ class Source:
         return data
 
     def _output(self, size):
-        """What a command writes next. Time counts only here: a reader may leave a stream alone for minutes."""
+        """The next bytes of a command. Only this waiting counts: a reader may leave a stream alone for minutes."""
         if self.size - self.since >= PROGRESS:
             self.waited, self.since = 0.0, self.size
         ready = None
@@ -174,13 +174,13 @@ class Source:
         try:
             status = self.stream.proc.wait(STALL)
         except subprocess.TimeoutExpired:
-            raise RemoteError("its command does not end") from None
+            raise RemoteError("the command does not end") from None
         if status not in self.stream.ignore_status:
             raise self._failed(status)
         return data
 
     def _failed(self, status):
-        """The error of a command with this exit status. HTTP's 4xx are final, but for 408 and 429."""
+        """The error of a command with this exit status. HTTP 4xx is final, except 408 and 429."""
         errors = self.stream.proc.stderr  # None unless it is curl
         said = errors.read(4096).decode(errors="replace").strip() if errors else ""
         if http := re.search(r"returned error: (\d{3})", said):
@@ -188,7 +188,7 @@ class Source:
         return RemoteError(f"exit {status}{': ' * bool(said)}{brief(shown(said))}")
 
     def close(self) -> None:
-        """Close it. A command that still runs is ended: it may wait for its server without end."""
+        """Close the stream. A running command is ended, because it may wait for its server forever."""
         if isinstance(self.stream, Pipe):
             if self.stream.proc.returncode is None:
                 with contextlib.suppress(OSError):  # some commands of webdataset have no group
@@ -204,7 +204,7 @@ class Source:
 def copy(url: str, file: BinaryIO, expected: tuple[int, str] | None = None) -> None:
     """Write the content of a URL to a file. expected: its size in bytes and sha256.
 
-    Raises RemoteError if it cannot be read in TRIES tries, and RunError if the content is another.
+    Raises RemoteError if it cannot be read in TRIES tries, and RunError if the content differs.
     """
     retried(lambda: _copy(url, file, expected), url, (RemoteError, RunError))
 

@@ -1,7 +1,7 @@
 """The order of the samples: the plan of an epoch, and each process's part of it.
 
-Every process and worker computes the plan for itself from (seed, epoch), block by block. So it cannot depend on their number,
-a run can resume at any step without reading the samples before it, and no process holds the order of an epoch.
+Every process and worker computes the plan for itself from (seed, epoch), block by block. So the plan does not depend on
+their number, and no process holds the order of an epoch. A run resumes at any step without reading the samples before it.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -20,7 +20,7 @@ BLOCK = 1 << 15  # draws of a block: few enough to stay small in every worker
 
 @dataclass
 class BatchPlan:
-    """The samples that a process takes.
+    """The plan of one process: its samples of each step.
 
     epochs() gives (epoch, the sample ids of each step), epoch after epoch. One can iterate over the steps more than once.
     replace: whether the next usable sample of the index replaces an unusable one; if not, the batch is smaller.
@@ -43,7 +43,7 @@ def lanes_of(lanes: int | None, batch: int) -> int:
     default = min(batch & -batch, 64)
     lanes = lanes or default
     if lanes < 1 or batch % lanes:
-        raise ValueError(f"--lanes {lanes}: must divide --batch-size {batch}; {default} would do")
+        raise ValueError(f"--lanes {lanes}: must divide --batch-size {batch}; pass {default}")
     return lanes
 
 
@@ -63,7 +63,7 @@ def epoch_blocks(
 
     Shards are put in random order and joined into one ring of samples, which starts at a random sample. The ring is cut into
     `lanes` contiguous ranges, and each is shuffled by a buffer of POOL / lanes samples. Every global batch takes batch / lanes
-    samples of each lane, lane after lane. So shards are read almost in sequence, and any place in the epoch is equally likely.
+    samples of each lane, lane after lane. So shards are read almost in sequence, and a sample is equally likely at every step.
     With `places` of the batch, only these columns. The steps before `first_step` are left out.
     """
     each, steps, rng = batch // lanes, steps_per_epoch(index.total, batch), streams.epoch_order(seed, epoch)
@@ -92,7 +92,7 @@ def shuffle_buffer(
 ) -> Iterator[np.ndarray]:
     """Pass 0, 1, ... length - 1 through a shuffle buffer of `places` items, once for each lane: lanes x turns, block by block.
 
-    Each turn emits a random item of the lane's buffer, and the next item takes its place. At the end the buffer is emptied in
+    Each turn emits a random item of the lane's buffer, and the next item replaces it. At the end the buffer is emptied in
     random order. Only the lanes `mine` are computed; the draws are those of all lanes.
     """
     places = min(places, length)
@@ -117,7 +117,7 @@ def shuffle_buffer(
 
 
 class Steps:
-    """The sample ids of each step of an epoch. Nothing of them is kept: each iteration computes them again, block by block."""
+    """The sample ids of each step of an epoch. They are not kept: each iteration computes them again, block by block."""
 
     def __init__(self, blocks: Callable[[], Iterator[Iterable[np.ndarray]]]):
         self.blocks = blocks
@@ -133,7 +133,7 @@ def training_plan(
     lanes, rank, world = lanes_of(lanes, batch), dist.rank(), dist.world()
     epochs_of = partial(_training_epochs, index, batch, seed, epochs, lanes, first_step, rank, world)
     lane_of_place = np.array_split(np.arange(batch) // (batch // lanes), world)[rank]
-    late = 8 * (POOL // lanes) * len(index.shards) // index.total  # a sample leaves its buffer that late once in 3,000 times
+    late = 8 * (POOL // lanes) * len(index.shards) // index.total  # one sample in 3,000 leaves its buffer later
     return BatchPlan(epochs_of, replace=True, lane_of_place=lane_of_place, shards_of_lane=2 + late)
 
 

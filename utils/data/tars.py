@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 FIRST_EXTENSIONS = ("jpg", "jpeg", "png", "ppm", "bmp", "webp", "tif", "tiff", "gif")
-IMAGE_EXTENSIONS = (*FIRST_EXTENSIONS, "jpe", "jfif", "pgm", "pbm", "pnm")  # the rest: only where there is none of the first
+IMAGE_EXTENSIONS = (*FIRST_EXTENSIONS, "jpe", "jfif", "pgm", "pbm", "pnm")  # the others: only if none of the first occurs
 LABEL_EXTENSION = "cls"
 HEADER = 1 << 20  # bytes of the longest header
-DAMAGES = 100  # damaged parts of a tar, after which the rest of it is given up
+DAMAGES = 100  # number of damaged parts in a tar; after them the rest is skipped
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
-# what tarfile raises for headers that are not right, beside its own errors
+# errors of tarfile for bad headers, besides its own classes
 MALFORMED = (ValueError, ArithmeticError, LookupError, TypeError, AttributeError, RecursionError)
 
 
@@ -22,7 +22,7 @@ class UnsupportedTar(tarfile.TarError):
 
 
 class _Header(tarfile.TarInfo):
-    """A header whose size can be right. tarfile follows a negative one back, and reads any size into memory."""
+    """A header with a plausible size. tarfile moves back for a negative size, and reads any size into memory."""
 
     @classmethod
     def frombuf(cls, buf, encoding, errors):
@@ -41,7 +41,7 @@ class TarSample:
 
     @property
     def image(self) -> str | None:
-        """The extension of its image: the first one of FIRST_EXTENSIONS, or else the first that ends as an image's."""
+        """The extension of the image: the first one in FIRST_EXTENSIONS, or else the first one that is an image's."""
         first = next((e for e in self.members if e in FIRST_EXTENSIONS), None)
         return first or next((e for e in self.members if _is_image(e)), None)
 
@@ -51,7 +51,7 @@ def _is_image(extension):
 
 
 def open_tar(file: Any, mode: str, **options: Any) -> tarfile.TarFile:
-    """A tar in an open file or stream, from where it stands. Raises tarfile.TarError."""
+    """A tar in an open file or stream, from its current position. Raises tarfile.TarError."""
     try:
         return tarfile.open(fileobj=file, mode=mode, tarinfo=_Header, **options)  # type: ignore[call-overload] # mode: any str
     except MALFORMED:
@@ -59,7 +59,7 @@ def open_tar(file: Any, mode: str, **options: Any) -> tarfile.TarFile:
 
 
 def read_members(tar: tarfile.TarFile, end: int) -> Iterator[tarfile.TarInfo]:
-    """The members of an open tar, which ends at byte `end`. Raises tarfile.TarError for a header that cannot be right."""
+    """The members of an open tar, which ends at byte `end`. Raises tarfile.TarError for an impossible header."""
     while True:
         at = tar.offset
         try:
@@ -70,7 +70,7 @@ def read_members(tar: tarfile.TarFile, end: int) -> Iterator[tarfile.TarInfo]:
             return
         padding = -member.size % tarfile.BLOCKSIZE if member.isreg() else 0
         if member.size < 0 or not member.offset_data <= tar.offset <= end + padding:
-            raise tarfile.ReadError(f"no room for the member at byte {member.offset}")
+            raise tarfile.ReadError(f"impossible size of the member at byte {member.offset}")
         if member.issparse():
             raise UnsupportedTar("has a sparse file; pack it again without --sparse")
         tar.members.clear()  # type: ignore[attr-defined] # else it keeps every header; mypy does not know it
@@ -87,10 +87,10 @@ def tar_samples(
     """The samples of a tar with these members, in order. count: their number, or 0 if it is not known.
 
     As in WebDataset, a key is the member's path up to the first dot of its name. The rest, in lower case, is the extension.
-    Consecutive members with one key are a sample; an extension that comes again starts the next one. A group without an image
+    Consecutive members with one key are a sample; a repeated extension starts the next sample. A group without an image
     is no sample. take(member, position of the sample) is called for images and labels; nothing else is read.
-    note(why, name) is called for what is left out. Raises tarfile.TarError for a tar that is corrupt or has another number
-    of samples; with `damages`, an error among the members is added there instead, after the number of samples before it.
+    note(why, name) is called for each left-out key or file. Raises tarfile.TarError if the tar is corrupt or has another
+    number of samples. With `damages`, an error among the members is added there: (number of samples before it, its text).
     """
     sample, position = TarSample("", {}), 0
     for member in members:
@@ -140,8 +140,8 @@ def local_samples(
 ) -> Iterator[TarSample]:
     """The samples of a local tar, from its headers alone: extension -> (offset of the data, size), in bytes.
 
-    For a tar that is corrupt or cut short, it raises tarfile.TarError after the last whole sample before the damage; with
-    `damages`, which tar_samples explains, it continues after the damage.
+    If the tar is corrupt or cut short, raises tarfile.TarError after the last whole sample before the damage. With `damages`
+    (see tar_samples) it continues after the damage.
     """
     with open(path, "rb") as file:
         yield from tar_samples(_local_members(file), lambda m, _: (m.offset_data, m.size), note=note, damages=damages)
@@ -159,7 +159,7 @@ def _local_members(file: BinaryIO) -> Iterator[tarfile.TarInfo | tarfile.TarErro
                 yield member
             file.seek(at)
             if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:  # which tarfile accepts as the end
-                raise tarfile.ReadError(f"no valid header and no end at byte {at}")
+                raise tarfile.ReadError(f"neither a valid header nor the end of the tar at byte {at}")
             if not any(rest.strip(tarfile.NUL) for rest in iter(lambda: file.read(1 << 20), b"")):
                 return
             raise UnsupportedTar(f"has data after its end at byte {at}, such as a second tar; pack its files again as one tar")

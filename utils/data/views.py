@@ -1,6 +1,6 @@
 """The views of an image: their specification, their random draws, and their crops.
 
-Everything random about a view is a function of (seed, epoch, sample id, number of the view) alone. A worker decodes an image
+The random numbers of a view are a function of (seed, epoch, sample id, number of the view) only. A worker decodes an image
 once, crops each view as uint8, and draws the parameters of the operations in photometric.py.
 """
 
@@ -16,16 +16,16 @@ from utils.data.decode import decode, open_image, stored_size
 from utils.data.photometric import COLUMNS
 from utils.run import streams
 
-NUMBERS = 40  # uniform random numbers of a view: 0 to 21 are its crop's, 22 to 39 those of DRAWS
-TRIES = 10  # of a random resized crop, as in torchvision
+NUMBERS = 40  # uniform random numbers of a view: 0 to 21 for its crop, 22 to 39 for DRAWS
+TRIES = 10  # number of tries of a random resized crop, as in torchvision
 AREA, RATIO, TOP, LEFT = slice(0, TRIES), slice(TRIES, 2 * TRIES), 20, 21
 LONGEST = 32  # longer side / shorter side up to which a test view resizes the whole image
-SPARE = 2  # pixels of a crop for a pixel of its view, along a side, that a JPEG decoded at a reduced size must leave
+SPARE = 2  # a JPEG is decoded at a reduced size only if each crop keeps SPARE times the pixels of its view along a side
 
 
 @dataclass(frozen=True)
 class ViewSpec:
-    """A kind of view, of which `count` are cropped from every image. Sizes in pixels, probabilities in [0, 1].
+    """A kind of view; `count` of them are cropped from every image. Sizes in pixels, probabilities in [0, 1].
 
     With `resize` the view is not random: the shorter side of the image is resized to `resize`, and the centre is cropped.
     """
@@ -44,7 +44,7 @@ class ViewSpec:
     solarize_p: float = 0.0
     flip_p: float = 0.5
     resize: int | None = None
-    part: tuple[float, float] = (0.0, 1.0)  # of the image's width, in which the crop lies
+    part: tuple[float, float] = (0.0, 1.0)  # the crop lies in this part of the image's width
 
 
 def moco_v2_view(name: str, size: int, scale: tuple[float, float], count: int = 1) -> ViewSpec:
@@ -69,7 +69,7 @@ def _factor(strength, u):
 
 DRAWS: dict[str, tuple[tuple[int, ...], Callable[..., float]]] = {
     # parameter of photometric: (its numbers of `draw`, its value by the spec and these numbers). 33 to 39 are free. A number
-    # never changes its use: a seed would mean other views.
+    # never changes its use; otherwise a seed would give other views.
     "order": ((23, 28), lambda spec, chance, u: math.floor(24 * u) if chance < spec.jitter_p else -1),
     "gray_first": ((29,), lambda spec, chance: spec.gray_first and chance < spec.gray_p),
     "brightness": ((24,), lambda spec, u: _factor(spec.jitter[0], u)),
