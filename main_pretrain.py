@@ -49,25 +49,25 @@ def get_args(argv=None) -> Flags:
                     description=__doc__.rpartition("\n\n")[0])  # fmt: skip
     add = parser.group("data", identity=False).add_argument
     add("--shards", required=not failed, metavar="DIR", help="folder of training shards, a glob, or a brace pattern of tars")
-    add("--lanes", type=int, identity=True, help="ranges of an epoch; default: the largest of 64, 32, .. 1 that fits the batch")
+    add("--lanes", type=int, identity=True, help="ranges of an epoch; default: largest of 64, 32, .. 1 that divides the batch")
     optimization = parser.group("optimization")
     add = optimization.add_argument
-    add("--epochs", type=int, default=200, help="times every image is shown")
-    add("--batch-size", type=int, default=256, help="images in a step, over all processes together")
+    add("--epochs", type=int, default=200, help="number of epochs")
+    add("--batch-size", type=int, default=256, help="global batch: images of a step over all processes")
     add("--lr", type=float, default=0.03, help="learning rate for a batch of 256; scaled once by batch size / 256")
-    add("--momentum", type=float, default=0.9, help="of SGD and LARS")
-    add("--weight-decay", type=float, default=1e-4, help="of SGD, on every parameter; of LARS, not on biases and BatchNorm")
+    add("--momentum", type=float, default=0.9, help="momentum of SGD and LARS")
+    add("--weight-decay", type=float, default=1e-4, help="weight decay; with LARS not for biases and BatchNorm")
     add("--trust", type=float, default=0.0, help="trust coefficient of LARS, layer-wise adaptive rates; 0 is plain SGD")
-    add("--warmup-epochs", type=float, default=0.0, help="epochs in which the learning rate rises from 0, linearly, each step")
-    add("--lr-per", choices=["epoch", "step"], default="epoch", help="how often the cosine changes the learning rate")
+    add("--warmup-epochs", type=float, default=0.0, help="epochs of linear warm-up from 0, updated at each step")
+    add("--lr-per", choices=["epoch", "step"], default="epoch", help="update the cosine at each epoch or each step")
     flags.add_lr_steps(optimization)
     add_first_flags(parser)
     method = parser.group("method")
-    method.add_argument("-a", "--arch", default="resnet50", help="trunk: a timm model with feature maps, or CMC's, v1 to v3")
+    method.add_argument("-a", "--arch", default="resnet50", help="timm model with feature maps; CMC: alexnet, resnetNNv1 to v3")
     METHODS[name].add_flags(method)
     flags.add_run_flags(parser, output_dir="output/run", output_help="folder of checkpoints, metrics and configuration")
     add = parser.group("run", identity=False).add_argument
-    add("--save-freq", type=int, default=10, help="epochs between two checkpoints that stay")
+    add("--save-freq", type=int, default=10, help="keep the checkpoint of every so many epochs")
     add("--compile", action="store_true", help="compile the encoders with torch.compile")
     if failed:  # one process computes it, with the processes of the run as groups of BatchNorm
         groups = failed["processes"] * failed["flags"].get("bn_splits", 1)
@@ -76,7 +76,7 @@ def get_args(argv=None) -> Flags:
 
 
 def add_first_flags(parser: Parser) -> None:
-    """The flags that decide which other flags there are."""
+    """Add --method and --replay, which decide the other flags."""
     parser.group("method").add_argument("--method", choices=METHODS, default="mosrep",
         help="method to train; --method NAME --help shows its flags")  # fmt: skip
     parser.group("run").add_argument("--replay", metavar="FILE", identity=False,
@@ -84,7 +84,7 @@ def add_first_flags(parser: Parser) -> None:
 
 
 def other_method(flag: str, method: str) -> str | None:
-    """The method that has a flag which `method` lacks."""
+    """`--method NAME` of another method that has this flag, or None."""
     for name in METHODS:
         METHODS[name].add_flags((parser := Parser(add_help=False)).group("method"))
         if name != method and flag in parser.format_help().replace(",", " ").split():
@@ -93,7 +93,7 @@ def other_method(flag: str, method: str) -> str | None:
 
 
 def check(args: Flags, samples: int) -> None:
-    """Raise ValueError for flags that cannot work, naming flag, value and a value that works, before anything slow."""
+    """Raise ValueError for flags that cannot work, before anything slow. It names flag, value and a value that works."""
     method = METHODS[args.method]
     flags.check_run_flags(args)
     flags.check_lr_steps(args)
@@ -141,14 +141,14 @@ def main(argv=None):
             replay.write(failure, folder, args, method, scaler, steps, index.total)
     if stopped_by:
         say(stopped(stopped_by, args.resume))
-    del model, method, optimizer  # before their process group: the other way round, torch 2.9 may wait for itself
+    del model, method, optimizer  # before their process group; in the other order torch 2.9 may hang
     dist.teardown()
     if stopped_by:
         sys.exit(exit_code(stopped_by))
 
 
 def build(args, samples: int, device: torch.device) -> Method:
-    """The method with its first weights, which depend on --seed alone."""
+    """The method with its initial weights, which depend on --seed only."""
     torch.manual_seed(args.seed)
     method = METHODS[args.method](args, samples).to(device).to(memory_format=torch.channels_last)
     if args.compile:
@@ -163,7 +163,7 @@ def train(args, index, method, model, optimizer, scaler, start, lr, device) -> i
     first_epoch, first_step = start
     position = f" (from its step {first_step})" if first_step else ""
     say(f"{args.method} {args.arch} on {dist.world()} x {device.type} {args.amp}: {index.total} images, "
-        f"batch {args.batch_size}, {steps} steps an epoch, epochs {first_epoch}{position} to {args.epochs}, learning rate "
+        f"batch {args.batch_size}, {steps} steps per epoch, epochs {first_epoch}{position} to {args.epochs}, learning rate "
         f"{args.lr} x {args.batch_size} / 256 = {lr:.4g}")  # fmt: skip
     if first_epoch >= args.epochs:
         say("This run has ended; a larger --epochs continues it.")

@@ -1,4 +1,4 @@
-"""Every way out ends all processes, within seconds, with a defined exit code and one line."""
+"""Every end of a run ends all its processes within seconds, with a defined exit code and one line."""
 
 import os
 import re
@@ -227,7 +227,7 @@ def test_check__one_process_without_bn_splits_is_said(images, capsys, method, wo
 def test_check__no_worker_by_default_is_said(images, capsys, monkeypatch, cores, words, told):
     monkeypatch.setattr(flags, "default_workers", lambda: cores)
     check(images, *words)
-    assert ("--workers 0, as each process has less than a CPU core" in capsys.readouterr().out) == told
+    assert ("--workers 0, because each process has less than a CPU core" in capsys.readouterr().out) == told
 
 
 def test_stop__has_the_signals_of_schedulers_and_terminals():

@@ -115,7 +115,7 @@ def test_main_pretrain__dry_run_measures_and_writes_nothing(images, tmp_path, ca
     out = capsys.readouterr().out
     found = re.search(r"needs (\S+) ms of a core .* trains (\S+) images/s needs --workers (\d+) \(now: ", out)
     needed = int(found[3])
-    assert float(found[1]) > 0 and (rate or found[2] == "1000") and "5 steps an epoch" in out
+    assert float(found[1]) > 0 and (rate or found[2] == "1000") and "5 steps per epoch" in out
     assert needed == 1 if workers == 1 else needed > (workers or 0)
     assert not (tmp_path / "run").exists()
 

@@ -103,7 +103,7 @@ def test_take__a_dead_process_does_not_keep_it_without_locks(tmp_path, no_locks,
     """Nor does one of another host, or of this host before it started again."""
     written(tmp_path, boot=lock._boot() if boot == "this" else boot)
     lock.take(tmp_path)
-    assert "process 4711 on node7; looking for 1 s whether it still runs" in capsys.readouterr().out
+    assert "process 4711 on node7; checking for 1 s whether it still runs" in capsys.readouterr().out
     assert json.loads((tmp_path / lock.NAME).read_text())["pid"] == os.getpid()
 
 
@@ -124,7 +124,7 @@ def test_main_pretrain__a_second_start_in_one_folder_is_refused(images, tmp_path
         with Run(tmp_path, pretrain(images, out, "--epochs", "1000")) as second:
             assert second.end() == 2
             assert second.said().count(": error: ") == 1 and f"error: --output-dir {out}: process " in second.said()
-            assert "Traceback" not in second.said() and "5 steps an epoch" not in second.said()
+            assert "Traceback" not in second.said() and "5 steps per epoch" not in second.said()
         with pytest.raises(ValueError, match="is running in it"):
             resume.open_run(out, "auto", dry=True)
         assert json.loads((out / "config.json").read_text()) == before

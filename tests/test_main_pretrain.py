@@ -159,7 +159,7 @@ BAD = {
     "queue and batch": (["--moco-k", "30"], "--moco-k 30: .*pass 24 or 32"),
     "small queue": (["--moco-k", "5"], "--moco-k 5: .*pass 8"),
     "small views": (["--size", "16"], "--size 16: .*stride of 32"),
-    "batch and groups": (["--bn-splits", "3"], "--batch-size 8: .*6 would do"),
+    "batch and groups": (["--bn-splits", "3"], "--batch-size 8: .*pass 6"),
     "large batch": (["--batch-size", "64", "--moco-k", "64"], "--batch-size 64: larger than the data set of 40"),
     "lanes": (["--lanes", "3"], "--lanes 3: must divide --batch-size 8"),
     "zero epochs": (["--epochs", "0"], "--epochs 0: must be above 0"),
@@ -210,7 +210,7 @@ def test_main_pretrain__inside_an_epoch_the_order_must_stay(images, tmp_path, ca
     inside = ["--resume", folder / "checkpoint_0000_000002.pth.tar"]
     argv = ["--method", "moco", "--shards", images / "train", *FLAGS, "--output-dir", tmp_path / "b", flag, value]
     capsys.readouterr()
-    assert f"error: {flag} {value}: was {before}, and" in fails(capsys, *argv, *inside)
+    assert f"error: {flag} {value}: was {before} in " in fails(capsys, *argv, *inside)
     end = ["--resume", folder / "checkpoint_0000.pth.tar"]
     assert run(images, tmp_path / "c", *end, "--epochs", 2, flag, value)["epoch"] == 2
 
@@ -246,7 +246,7 @@ def test_main_pretrain__foreign_checkpoint_is_one_line(images, tmp_path, capsys,
 
 
 @pytest.mark.parametrize("method, flags, message", [
-    ("insdis", ["--nce-k", "12"], "--nce-k 12: was --nce-k 24 in .*, whose 1 epochs are done; pass that, or another"),
+    ("insdis", ["--nce-k", "12"], "--nce-k 12: was --nce-k 24 in .*, and its 1 epochs are done; pass that, or another"),
     ("moco", ["--unmix-prob", "0.5"], "--unmix-prob 0.5: was no --unmix-prob in .* 1 epochs are done"),
     ("cmc", ["--epochs", "2", "--space", "HSV"], "--space HSV: .* was trained with --space Lab; pass that, or another"),
     ("insdis", ["--lr-steps"], "--lr-steps: was --lr-steps 1 in .* 1 epochs are done"),
@@ -273,7 +273,7 @@ def test_main_pretrain__a_bank_is_of_its_images(images, tmp_path, capsys, one_ep
     assert f"error: --shards {tmp_path / 'other'}: {tmp_path}/checkpoint" in line and "holds features of other images" in line
     with pytest.raises(SystemExit, match="2"):
         run(images, tmp_path, "--epochs", "1", "--resume", "auto", "--shards", tmp_path / "other", method="insdis")
-    assert "whose epochs are done, was trained on other images; pass those" in capsys.readouterr().err
+    assert "was trained on other images, and its epochs are done; pass these images" in capsys.readouterr().err
 
 
 def test_main_pretrain__not_finite_loss_stops(images, tmp_path, capsys):

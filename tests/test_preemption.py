@@ -119,7 +119,7 @@ def test_main_pretrain__torchrun_starts_all_again_when_one_is_killed(images, tmp
         run.until(lambda: len(steps(out)) >= 4)
         os.kill(run.workers()[1], signal.SIGKILL)
         assert run.end() == 0, run.said()
-        assert run.said().count("5 steps an epoch") == 2
+        assert run.said().count("5 steps per epoch") == 2
     assert same(state(out), state(unbroken("moco") / "run"))
     assert without_clock(metrics(out)) == without_clock(metrics(unbroken("moco") / "run"))
 
@@ -137,7 +137,7 @@ def test_main_pretrain__two_nodes_start_again_when_one_loses_a_process(images, t
         one.until(lambda: len(steps(out)) >= 4)
         os.kill(two.workers()[0], signal.SIGKILL)
         assert one.end() == two.end() == 0, one.said() + two.said()
-        assert one.said().count("5 steps an epoch") == 2
+        assert one.said().count("5 steps per epoch") == 2
     assert same(state(out), state(unbroken("moco") / "run"))
 
 

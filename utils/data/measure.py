@@ -1,4 +1,4 @@
-"""How fast the loader is on this machine."""
+"""Measure the speed of the loader on this machine."""
 
 import itertools
 import math
@@ -19,12 +19,12 @@ from utils.run.log import say
 
 
 def worker_ms(index: Index, specs: list[ViewSpec], seed: int, images: int = 256, rounds: int = 5) -> float:
-    """CPU time of a worker for an image, in ms: the median of some rounds, after one that warms up."""
+    """CPU time of a worker per image, in ms: median of some rounds, after one warm-up round."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     chunks, reader = Chunks(index, specs, training_plan(index, 1, seed, range(1)), seed, False), Reader(index)
     keep_freed_memory()
-    epoch = itertools.count()  # other views each time
+    epoch = itertools.count()  # new views in each round
 
     def work(sample_ids):
         reader.expect(sample_ids)
@@ -38,9 +38,9 @@ def worker_ms(index: Index, specs: list[ViewSpec], seed: int, images: int = 256,
 
 
 def say_workers(args: Namespace, index: Index, specs: list[ViewSpec], steps: int) -> None:
-    """--dry-run: images/s that a worker makes of these shards and views on this machine (as benchmarks/input_pipeline.py)."""
+    """--dry-run: print images/s of a worker for these shards and views on this machine (as benchmarks/input_pipeline.py)."""
     ms, rate = worker_ms(index, specs, args.seed), args.dry_run
-    say(f"dry run: all flags work; {index.total} images, {steps} steps an epoch")
+    say(f"dry run: all flags work; {index.total} images, {steps} steps per epoch")
     say(f"a worker needs {ms:.2f} ms of a core for an image and feeds {1e3 / ms:.0f} images/s; a process that trains "
         f"{rate:.0f} images/s needs --workers {math.ceil(rate * ms / 1e3)} (now: {args.workers})")  # fmt: skip
 
@@ -50,7 +50,7 @@ def images_per_second(index: Index, specs: list[ViewSpec], workers: int, batch: 
     plan = training_plan(index, min(batch, index.total), 0, range(1 + 4096 // index.total))
     batches = load_batches(index, specs, plan, 0, workers, torch.device("cpu"))
     for _ in range(2 * workers):
-        next(batches)  # what the workers have ready when the clock starts
+        next(batches)  # batches that the workers have prepared before the measurement
     start = time.perf_counter()
     images = sum(len(batch.sample_ids) for batch in itertools.islice(batches, 16))
     return images / (time.perf_counter() - start)

@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> None:
         failure, code = other_thread.submit(run.main, argv).exception(), 0
     if isinstance(failure, ChildFailedError):
         codes = {rank: lost.exitcode for rank, lost in failure.failures.items()}
-        # one that was killed comes first, because others fail when they miss it; torchrun's SIGTERM to the others comes last
+        # a killed process comes first, because the others fail without it; torchrun's SIGTERM to the others comes last
         rank, code = min(codes.items(), key=lambda item: (item[1] == -signal.SIGTERM, item[1]))
         code = code if code > 0 else 128 - code
     elif failure:
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
 def _pass_on(number, frame):
     global asked
     now = time.monotonic()
-    if now - asked > TOGETHER:  # the second
+    if now - asked > TOGETHER:  # the second signal
         number = signal.SIGKILL
     else:
         os.environ[ASKED] = str(int(number))  # for processes that torchrun starts from now on

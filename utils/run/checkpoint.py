@@ -36,7 +36,7 @@ def saved_in(folder: Path) -> list[Path]:
 
 
 class Checkpoint(NamedTuple):
-    """A file that was read once. sha256: of the bytes that were read, whatever has the name now."""
+    """A file that was read once. sha256: of the bytes that were read; another file may have the name now."""
 
     path: Path
     content: dict
@@ -75,11 +75,11 @@ def newest(folder: Path | str, flag: str) -> Checkpoint | None:
 
 
 def _place_in(path: Path) -> tuple[float, float]:
-    """(epoch, step) in a checkpoint; its name decides where the content cannot be read, and a corrupt LATEST comes first."""
+    """(epoch, step) in a checkpoint. If its content cannot be read, its name decides; a corrupt LATEST comes first."""
     try:
         content = _unpickled(str(path), mmap=True)  # reads no tensor
         return int(content["epoch"]), int(content.get("step", 0))
-    except Exception:  # whatever the unpickler meets: `read` will name it
+    except Exception:  # any error of the unpickler: `read` reports it
         return place_of(path)
 
 
@@ -89,7 +89,7 @@ def _unpickled(file, **how):
 
 
 def read(path: Path | str, flag: str) -> dict:
-    """A checkpoint, on the CPU, its checksums verified. No code in it is executed: more than plain data and tensors is refused.
+    """A checkpoint, on the CPU, with verified checksums. Executes no code in it: refuses all but plain data and tensors.
 
     Raises FileNotFoundError or ValueError, in one line that names flag and path.
     """
@@ -111,7 +111,7 @@ def _read(path, flag):
             content = _unpickled(file)
     except FileNotFoundError:
         raise
-    except Exception as error:  # torch passes on whatever its unpickler meets in a file of another kind
+    except Exception as error:  # torch raises errors of many types for a file of another kind
         code = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
         reason = (f"it holds a {code[1]}, which is code and not data; save it again as plain tensors, numbers and strings"
                   if code else f"not a readable checkpoint ({type(error).__name__}); pass a complete one")  # fmt: skip

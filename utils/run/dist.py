@@ -1,4 +1,4 @@
-"""The few distributed helpers the code needs. All of them also work in a single process without a process group."""
+"""Helpers for several processes. All of them also work in a single process without a process group."""
 
 import os
 from datetime import timedelta
@@ -16,7 +16,7 @@ TIMEOUT = 1800.0  # seconds
 def setup(device_flag: str, timeout: float = TIMEOUT) -> torch.device:
     """Join the process group that torchrun describes, if any, and choose this process's device.
 
-    device_flag: auto prefers cuda, then mps. timeout: of waiting for another process, in seconds. Raises ValueError.
+    device_flag: auto prefers cuda, then mps. timeout: seconds that a process waits for another one. Raises ValueError.
     """
     if device_flag == "auto":
         device_flag = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -136,7 +136,7 @@ def permute(x: torch.Tensor, permutation: np.ndarray) -> torch.Tensor:
     if world() == 1:
         return x[on_device(permutation, x.device)]
     owner, row = permutation // n, permutation % n
-    slices = owner.reshape(world(), n)  # who sends each row that process p will hold
+    slices = owner.reshape(world(), n)  # the sender of each row that process p will hold
     mine = slices == rank()
     outgoing = row.reshape(world(), n)[mine]  # grouped by receiver, in the receiver's order
     sends = mine.sum(1).tolist()

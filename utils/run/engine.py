@@ -1,4 +1,4 @@
-"""The same in every training loop: a guarded update, agreement between the processes, checkpoints, signals."""
+"""Common parts of all training loops: guarded update, votes of the processes, checkpoints, signals."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +15,7 @@ from utils.run.signals import Signals
 
 
 class StepInputs(NamedTuple):
-    """A step, and the batch that it is computed from, which a failure writes down."""
+    """The position of a step, and its batch; a failed step saves them."""
 
     epoch: int
     step_in_epoch: int

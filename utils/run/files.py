@@ -26,7 +26,7 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
 
 
 def second_name(path: Path, name: str) -> None:
-    """Give a file one more name in its folder: a hard link, or a copy where the file system has no links."""
+    """Give a file one more name in its folder: a hard link, or a copy if the file system has no links."""
     other, temporary = path.with_name(name), _temporary(path.with_name(name))
     try:
         temporary.unlink(missing_ok=True)
@@ -41,8 +41,8 @@ def second_name(path: Path, name: str) -> None:
 def read_lines(path: Path) -> list[dict]:
     """The entries of a file of JSON lines, which may not exist.
 
-    A killed run leaves half a line at the end, and a power cut bytes of 0. They are removed from the file; a whole line that is
-    corrupt with a warning.
+    A killed run leaves an incomplete last line, and a power failure bytes of 0. They are removed from the file. A corrupt
+    whole line is removed with a warning.
     """
     entries, lost = [], 0
     *lines, rest = path.read_bytes().split(b"\n") if path.exists() else [b""]

@@ -34,7 +34,7 @@ class Flags(argparse.Namespace):
 class Parser(argparse.ArgumentParser):
     """argparse without abbreviations, with defaults in the help, `-` and `_` alike inside a flag name, errors in one line.
 
-    elsewhere: (flag) -> who has it, or None; asked for a flag that this parser does not know.
+    elsewhere: flag -> the command or method that has it, or None; called for an unknown flag.
     """
 
     def __init__(self, elsewhere: Callable[[str], str | None] = lambda flag: None, **options):
@@ -145,7 +145,7 @@ def _reason(error: Exception, batch: int | None) -> str | None:
 
 
 def positive(flag_names: list[str], args: argparse.Namespace) -> None:
-    """Raise ValueError for the first of these flags whose value is not above zero."""
+    """Raise ValueError for the first of these flags with a value of 0 or less."""
     for name in flag_names:
         value = getattr(args, name.removeprefix("--").replace("-", "_"))
         if not value > 0:  # nan too
@@ -159,33 +159,33 @@ def in_range(flag: str, value: float, low: float, high: float) -> None:
 
 
 def add_run_flags(parser: Parser, output_dir: str | None, output_help: str) -> None:
-    """The flags of where and how to run, the same for every entry point: in the groups "data" and "run"."""
+    """Add the flags of every entry point, in the groups "data" and "run"."""
     add = parser.group("data", identity=False).add_argument
-    add("--workers", type=int, default=default_workers(), help="loader processes for each process; changes no result")
+    add("--workers", type=int, default=default_workers(), help="loader workers of each process; changes no result")
     add("--photometric", default="auto", choices=["auto", "device", "worker"],
         help="where to compute colours and blur; auto: on an accelerator, else in the workers; changes no result")  # fmt: skip
-    add("--max-bad", type=float, default=0.01, help="share of the images that may be unusable before the run stops")
+    add("--max-bad", type=float, default=0.01, help="stop the run if a larger share of the images is unusable")
     add_shard_flags(parser)
     add = parser.group("run", identity=False).add_argument
     add("--output-dir", default=output_dir, metavar="DIR", help=output_help)
     add("--resume", metavar="auto|PATH", help="resume a run: auto takes the newest checkpoint of --output-dir, if any")
-    add("--seed", type=int, default=0, identity=True, help="decides weights, order and views")
-    add("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"], help="where to compute")
+    add("--seed", type=int, default=0, identity=True, help="seed of the weights, the order and the views")
+    add("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"], help="device to compute on")
     add("--amp", default="auto", choices=AMP, identity=True, help="dtype of the encoders; losses are always fp32")
     add("--print-freq", type=int, default=50, help="steps between two log lines")
-    add("--save-steps", type=int, default=0, help="steps between two checkpoints, besides that of every epoch; 0 for none")
-    add("--save-minutes", type=float, default=15.0, help="minutes without a checkpoint after which one is due; 0 for never")
-    add("--keep", type=int, default=3, help="newest checkpoints that stay; older ones are deleted")
+    add("--save-steps", type=int, default=0, help="save every so many steps, in addition to every epoch; 0: never")
+    add("--save-minutes", type=float, default=15.0, help="save if so many minutes have passed since the last save; 0: never")
+    add("--keep", type=int, default=3, help="number of newest checkpoints to keep; older ones are deleted")
     add("--dry-run", nargs="?", type=float, const=1000.0, metavar="RATE",
-        help="check everything, say how many --workers feed a device that trains RATE (1000) images/s, and stop")  # fmt: skip
-    add("--dist-timeout", type=float, default=dist.TIMEOUT, help="seconds that a process waits for another before all fail")
+        help="check all flags, print the --workers for a device that trains RATE (1000) images/s, then stop")  # fmt: skip
+    add("--dist-timeout", type=float, default=dist.TIMEOUT, help="seconds that a process waits for another; then all end")
 
 
 def add_shard_flags(parser: Parser) -> None:
-    """How to open shards, the same for every command that reads them."""
+    """Add the flags of every command that reads shards."""
     add = parser.group("data", identity=False).add_argument
-    add("--cache-dir", metavar="DIR", help="keep a copy here of each remote shard that is read")
-    add("--allow-pipe", action="store_true", help="allow pipe:COMMAND, the shard that a shell command prints")
+    add("--cache-dir", metavar="DIR", help="folder for copies of remote shards")
+    add("--allow-pipe", action="store_true", help="allow pipe:COMMAND as shards, which runs this shell command")
     add("--verify-shards", action="store_true", help="compare the sha256 of every local shard with its index first")
     add("--max-pixels", type=int, default=MAX_PIXELS, help="pixels of an image; a larger one counts as unusable")
 
@@ -193,8 +193,8 @@ def add_shard_flags(parser: Parser) -> None:
 def add_lr_steps(group: Group) -> None:
     """Steps of the learning rate, in training and probe."""
     group.add_argument("--lr-steps", type=int, nargs="*", default=[], metavar="EPOCH",
-        help="epochs after which the learning rate is multiplied by --lr-gamma; none: it follows a cosine")  # fmt: skip
-    group.add_argument("--lr-gamma", type=float, default=0.1, help="factor of --lr-steps")
+        help="multiply the learning rate by --lr-gamma after these epochs; default: cosine")  # fmt: skip
+    group.add_argument("--lr-gamma", type=float, default=0.1, help="factor of the learning rate at each of --lr-steps")
 
 
 def check_lr_steps(args: argparse.Namespace) -> None:
@@ -218,14 +218,14 @@ def check_batch(args: argparse.Namespace, samples: int, bn_groups: int = 1) -> N
     groups = dist.world() * bn_groups
     if args.batch_size % groups:
         over = f"{dist.world()} processes" + (f" x {bn_groups} BatchNorm groups" if bn_groups > 1 else "")
-        raise ValueError(f"--batch-size {args.batch_size}: must divide evenly over {over}; "
-                         f"{max(1, args.batch_size // groups) * groups} would do")  # fmt: skip
+        raise ValueError(f"--batch-size {args.batch_size}: must divide evenly over {over}; pass "
+                         f"{max(1, args.batch_size // groups) * groups}")  # fmt: skip
     if args.batch_size > samples:
-        raise ValueError(f"--batch-size {args.batch_size}: larger than the data set of {samples} images; pass at most that")
+        raise ValueError(f"--batch-size {args.batch_size}: larger than the data set of {samples} images; pass {samples}")
 
 
 def check_run_flags(args: argparse.Namespace) -> None:
-    """The checks of add_run_flags, and of the optimizer's --momentum and --weight-decay."""
+    """Check the values of add_run_flags, --momentum and --weight-decay. Raises ValueError."""
     positive(["--print-freq", "--keep", "--dist-timeout"], args)
     for flag in ("--workers", "--seed", "--weight-decay", "--save-steps", "--save-minutes"):
         in_range(flag, getattr(args, flag[2:].replace("-", "_")), 0, math.inf)
@@ -234,7 +234,7 @@ def check_run_flags(args: argparse.Namespace) -> None:
     if args.dry_run is not None:
         in_range("--dry-run", args.dry_run, 1e-3, 1e9)
     if args.workers == default_workers() == 0 and dist.rank() == 0:
-        print("warning: --workers 0, as each process has less than a CPU core: it makes its views itself, between the steps; "
+        print("warning: --workers 0, because each process has less than a CPU core: it makes its views between the steps; "
               "--workers 1 makes them at the same time", flush=True)  # fmt: skip
 
 
@@ -244,7 +244,7 @@ def meaning(args: Flags) -> dict:
 
 
 def typed(name: str, value) -> str:
-    """A flag with its value, as one types it."""
+    """A flag with its value, as on a command line."""
     flag = f"--{name.replace('_', '-')}"
     if value is None or value is False:
         return f"no {flag}"

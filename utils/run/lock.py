@@ -15,7 +15,7 @@ from typing import IO
 from utils.run.log import say
 
 NAME = ".lock"
-BEAT, SILENCE = 5.0, 30.0  # seconds between two signs of life of a holder; without one for so long it is taken for dead
+BEAT, SILENCE = 5.0, 30.0  # seconds between two signs of life of a holder; seconds without one, after which it counts as dead
 ENDING = 5.0  # seconds that a killed process may take to free its lock
 _held: list[tuple[Path, IO[str], threading.Event]] = []
 
@@ -23,14 +23,14 @@ _held: list[tuple[Path, IO[str], threading.Event]] = []
 def take(folder: Path) -> None:
     """Lock a folder until `released` or this process ends. Raises ValueError that names the process that has the lock.
 
-    The system frees the lock of a process that ends in any way. It also frees it when this process opens and closes the file
-    again: nothing else may read it. Some file servers have no locks, or one for each machine: there a live holder is known by
-    the time of the file, which it changes.
+    The system frees the lock when its process ends in any way, or opens and closes the file again. So no other code may read
+    the file. Some file servers have no locks, or one for each machine. There a live holder shows itself by the time of the
+    file, which it changes.
     """
     file, locked = _open(folder)
     record, own = _record(file), {"host": socket.gethostname(), "pid": os.getpid(), "boot": _boot()}
     if record and not (locked and record["boot"] == own["boot"]):
-        say(f"{folder / NAME} is of {_named(record)}; looking for {SILENCE:.0f} s whether it still runs")
+        say(f"{folder / NAME} is of {_named(record)}; checking for {SILENCE:.0f} s whether it still runs")
         if _beats(file):
             _refuse(folder, file)
     file.truncate(0)
@@ -42,7 +42,7 @@ def take(folder: Path) -> None:
 
 
 def check(folder: Path) -> None:
-    """Raise ValueError if another process has the lock, as far as the file system knows. Changes nothing."""
+    """Raise ValueError if the file system shows that another process has the lock. Changes nothing."""
     if (folder / NAME).exists():
         _open(folder)[0].close()
 
@@ -62,7 +62,7 @@ def released() -> Iterator[None]:
 
 
 def _open(folder: Path) -> tuple[IO[str], bool]:
-    """The file, and whether its lock is ours: False where the file system has none. Raises ValueError if another has it.
+    """The file, and whether its lock is ours: False if the file system has no locks. Raises ValueError if another has it.
 
     A process that was killed may need some seconds to end, and to free its lock.
     """
@@ -86,7 +86,7 @@ def _open(folder: Path) -> tuple[IO[str], bool]:
 
 
 def _record(file):
-    """Who has written the file; empty if nobody has yet."""
+    """The process that wrote the file: host, pid and boot; empty if there is none."""
     file.seek(0)
     try:
         return {name: json.loads(text)[name] for name in ("host", "pid", "boot")} if (text := file.read()) else {}
@@ -105,7 +105,7 @@ def _refuse(folder, file):
 
 
 def _boot():
-    """This start of this machine, the same in all its containers."""
+    """The id of this machine's current boot, the same in all its containers."""
     path = Path("/proc/sys/kernel/random/boot_id")
     return path.read_text().strip() if path.exists() else socket.gethostname()
 

@@ -24,7 +24,7 @@ PACKAGES = ("torch", "torchvision", "timm", "webdataset", "numpy", "pillow")
 
 
 def say(*words) -> None:
-    """Print on the first process only, without tearing its progress bar."""
+    """Print on the first process only, without breaking its progress bar."""
     if dist.rank() == 0:
         try:
             tqdm.write(" ".join(str(w) for w in words))
@@ -34,9 +34,9 @@ def say(*words) -> None:
 
 
 def write_config(folder: Path, args, start: tuple[int, int] = (0, 0), **facts) -> None:
-    """config.json: every flag, the versions, the commit, and facts such as the hash of the data; starts.jsonl: of each start.
+    """config.json: flags, versions, commit, and facts such as the hash of the data. starts.jsonl: the same for each start.
 
-    start: (epoch, step). A start that has nothing left to train leaves config.json as it is.
+    start: (epoch, step). A start with nothing left to train does not change config.json.
     """
     versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
     config = {"flags": shown_flags(vars(args)), "versions": versions, "commit": _commit(), "processes": dist.world(), **facts}
@@ -165,5 +165,5 @@ class Log:
 
 
 def _place(entry):
-    """(epoch, step) of a line of metrics.jsonl; a line about a whole epoch comes after all its steps."""
+    """(epoch, step) of a line of metrics.jsonl; the line of a whole epoch comes after all its steps."""
     return entry.get("epoch", math.inf), entry.get("step", math.inf)

@@ -1,4 +1,4 @@
-"""A step whose loss or gradient was not finite: saved with all its inputs, and computed again by --replay."""
+"""A failed step, with a loss or gradient that was not finite: saved with all its inputs, and computed again by --replay."""
 
 from collections.abc import Callable
 from functools import partial
@@ -53,7 +53,7 @@ def read_failed_step(path: str) -> dict:
 
 
 def run(method: torch.nn.Module, saved: dict, loss_of: Callable[[dict], torch.Tensor], scaler: torch.amp.GradScaler) -> bool:
-    """Compute the step in one process, with the run's processes as BatchNorm groups; say where numbers are not finite.
+    """Compute the step in one process, with the run's processes as BatchNorm groups; print where numbers are not finite.
 
     method: has `bn_splits` times as many groups as the run. loss_of: computes the loss of `saved` by `method`. Returns whether
     the step failed again.
@@ -79,8 +79,8 @@ def run(method: torch.nn.Module, saved: dict, loss_of: Callable[[dict], torch.Te
     say(f"epoch {saved['epoch']}, step {saved['step']}, {len(saved['samples'])} images of {saved['processes']} processes: "
         f"loss {loss.item()}")  # fmt: skip
     say(f"weights that are not finite: {_list(weights)}")
-    say(f"modules whose output is not finite, in the order of their calls: {_list(list(dict.fromkeys(strange)))}")
-    say(f"parameters whose gradient is not finite: {len(bad)} of {len(gradients)}")
+    say(f"modules with an output that is not finite, in the order of their calls: {_list(list(dict.fromkeys(strange)))}")
+    say(f"parameters with a gradient that is not finite: {len(bad)} of {len(gradients)}")
     say("the step fails again" if again else "the step does not fail here; try the run's --device and --amp")
     return again
 

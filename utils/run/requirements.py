@@ -1,4 +1,4 @@
-"""Does this Python satisfy a requirements file? Exit code 0, or 1 and one line that lists what is missing.
+"""Does this Python satisfy a requirements file? Exit code 0, or 1 and one line that lists the missing packages.
 
     python utils/run/requirements.py requirements.txt
 

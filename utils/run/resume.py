@@ -17,7 +17,7 @@ ORDER = ("batch_size", "lanes", "seed")  # flags that decide the order of the im
 
 
 def open_run(folder: Path | str, resume: str | None, dry: bool = False) -> Path | None:
-    """Make and lock the output folder of a run, find the checkpoint to resume, None for a new run. Call on the first process.
+    """Make and lock the output folder of a run. Returns the checkpoint to resume, None for a new run. Call on process 0.
 
     resume: the value of --resume. dry: only check. Raises ValueError if the folder cannot be written, holds another run, or
     another process runs in it.
@@ -68,7 +68,7 @@ def restore(path: Path, args: Flags, index_hash: str, steps: int, method, optimi
     for name in changed:
         say(f"warning: --{name.replace('_', '-')} was {saved['flags'][name]} in {path.name}, is now {getattr(args, name)}")
     if saved["index"] != index_hash:
-        say(f"warning: --shards {shown(args.shards)} are not the ones {path.name} was trained on")
+        say(f"warning: --shards {shown(args.shards)} differ from the shards of {path.name}")
     settings = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
     part = "weights"
     try:
@@ -97,19 +97,19 @@ def _check_same_run(saved, path, args, index_hash, steps, method):
     for name in changed:
         now, was = typed(name, getattr(args, name)), typed(name, before[name])
         if inside and name in ORDER:
-            raise ValueError(f"{now}: was {before[name]}, and {path} lies inside an epoch, whose order depends on it; {OR_END}")
+            raise ValueError(f"{now}: was {before[name]} in {path}, inside an epoch; the flag decides its order; {OR_END}")
         if done and name != "amp":  # auto is the machine's choice
-            raise ValueError(f"{now}: was {was} in {path}, whose {saved['epoch']} epochs are done; {ELSEWHERE}")
+            raise ValueError(f"{now}: was {was} in {path}, and its {saved['epoch']} epochs are done; {ELSEWHERE}")
         if name in method.IDENTITY:
             raise ValueError(f"{now}: {path} was trained with {was}; {ELSEWHERE}")
     if "trust" in changed and not (args.trust and before["trust"]):
         raise ValueError(f"--trust {args.trust:g}: was {before['trust']:g} in {path}, and 0 has another optimizer; {ELSEWHERE}")
     if saved["index"] != index_hash and (done or inside or method.PER_IMAGE):
         if inside:
-            why = f" lies inside an epoch of other images; {OR_END}"
+            why = f" is inside an epoch of other images; {OR_END}"
         else:
-            why = ", whose epochs are done, was trained on other images" if done else " holds features of other images"
-            why += "; pass those, or another --output-dir"
+            why = " was trained on other images, and its epochs are done" if done else " holds features of other images"
+            why += "; pass these images, or another --output-dir"
         raise ValueError(f"--shards {shown(args.shards)}: {path}{why}")
     if saved["step"] > steps:
         raise ValueError(f"--resume {path}: is at step {saved['step']} of an epoch of {steps}; pass another checkpoint")

@@ -15,7 +15,7 @@ class Saver:
     """Writes the checkpoints of a run, on the first process, one at a time.
 
     keep: number of newest checkpoints that stay, besides those of every `keep_epochs`-th epoch (0: none). minutes: one is due
-    after so many without a checkpoint (0: never). If a save fails, on a full disk say, earlier ones stay and the run continues.
+    after so many minutes (0: never). If a save fails, for example on a full disk, earlier ones stay and the run continues.
     """
 
     thread: threading.Thread | None = None
@@ -56,7 +56,7 @@ class Saver:
             say(f"warning: {path} could not be written ({self.failure}); training continues, the next save tries again")
 
     def _tidy(self):
-        """Delete all passing checkpoints but the newest."""
+        """Delete old checkpoints: all except the newest `keep` and those of every `keep_epochs`-th epoch."""
         places = {path: checkpoint.place_of(path) for path in checkpoint.saved_in(self.folder)}
         passing = [path for path, (epoch, step) in places.items() if step or not self.keep_epochs or epoch % self.keep_epochs]
         for path in passing[self.keep :]:
@@ -71,7 +71,7 @@ def write(path: Path, content: dict) -> None:
 
 
 def _copied(x):
-    """A copy whose tensors are on the CPU."""
+    """A copy with all tensors on the CPU."""
     if isinstance(x, torch.Tensor):
         return x.detach().to("cpu", copy=True)
     if isinstance(x, dict):

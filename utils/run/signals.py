@@ -18,13 +18,13 @@ early: list[int] = []  # SIGUSR1 before the first step
 def start() -> None:
     """Listen for signals, and end with torchrun's agent. For the first line of an entry point.
 
-    Until the first step a signal ends the process at once. But SIGUSR1 may come to one process of many: the first step tells
-    the others.
+    Until the first step a signal ends the process at once. But SIGUSR1 may come to one process of many: it waits for
+    the first step, where all processes learn of it.
     """
     if ASKED in os.environ:
         _end(int(os.environ[ASKED]))
-    atexit.register(signal.alarm, 30)  # the end of the interpreter may wait for a device or another process, but not for ever
-    listen(signal.SIG_DFL if under_torchrun() else _end)  # by default it ends also where it waits for others
+    atexit.register(signal.alarm, 30)  # the end of the interpreter may wait for a device or another process, but not forever
+    listen(signal.SIG_DFL if under_torchrun() else _end)  # the default ends it even while it waits for others
     if under_torchrun():
         signal.signal(signal.SIGUSR1, lambda number, frame: early.append(number))
         end_with_parent(int(os.environ.get(AGENT, os.getppid())), signal.SIGTERM)
@@ -117,6 +117,6 @@ def not_saved(number: int) -> str:
 def exit_code(number: int) -> int:
     """The exit code of a run that has saved: 128 + 2, as the shell's, after Ctrl-C; 0 after a scheduler's signal.
 
-    Under torchrun 0: it would start processes again that end with another code.
+    Under torchrun always 0: torchrun restarts processes that end with another code.
     """
     return 128 + number if number == signal.SIGINT and not under_torchrun() else 0

@@ -1,6 +1,6 @@
-"""The random streams of a run. Each is a function of the numbers that it is given, so a resumed run draws the same.
+"""The random streams of a run. Each is a function of its arguments, so a resumed run draws the same numbers.
 
-torch's global generator is seeded from these numbers before each use, for first weights and for what a trunk draws itself. The
+torch's global generator is seeded from these numbers before each use, for initial weights and random layers of a trunk. The
 constants keep the streams of a training step apart.
 """
 
@@ -19,17 +19,17 @@ def view_numbers(seed: int, epoch: int, sample_id: int, shape: tuple[int, int]) 
 
 
 def step_draws(seed: int, number: int) -> np.random.Generator:
-    """What a step draws equally on all processes: permutations, mixtures, shifts of mosaics."""
+    """Draws of a step that are equal on all processes: permutations, mixtures, shifts of mosaics."""
     return np.random.default_rng([seed, number, 1])
 
 
 def trunk_seed(seed: int, number: int, rank: int) -> int:
-    """The torch seed of what a trunk draws in a step, such as stochastic depth; another one on each process."""
+    """The torch seed of a trunk's random layers in a step, such as stochastic depth; different on each process."""
     return int(np.random.default_rng([seed, number, 2, rank]).integers(2**63))
 
 
 def bank_rows(seed: int, number: int, place: int) -> np.random.Generator:
-    """The rows of a memory bank that the image at this place of a step's global batch is contrasted with."""
+    """The rows of a memory bank that are contrasted with the image at this place of a step's global batch."""
     return np.random.Generator(np.random.Philox(key=[seed, number], counter=[0, place, 1, 0]))
 
 
@@ -44,10 +44,10 @@ def conversion_order(seed: int) -> np.random.Generator:
 
 
 def validation_split(seed: int, label: int) -> np.random.Generator:
-    """Which images of a class imagenet2wds.py --val-fraction keeps for validation."""
+    """The images of a class that imagenet2wds.py --val-fraction keeps for validation."""
     return np.random.default_rng([seed, label, 3])
 
 
 def mirrored_copy(seed: int) -> np.random.Generator:
-    """Which images w2ssl.mirror mirrors."""
+    """The images that w2ssl.mirror mirrors."""
     return np.random.default_rng(seed)

@@ -6,7 +6,7 @@ HIDDEN = "***"
 
 
 def shown(text: str) -> str:
-    """A path, URL, command, or text with these, without passwords: what stands before @ and after ? in a URL is hidden.
+    """A path, URL or command, or text with these, without passwords: the parts of a URL before @ and after ? are hidden.
 
     Of a pipe: command, also the values of flags and headers that are called password, token, secret or key.
     """
@@ -25,6 +25,6 @@ def shown_flags(flags: dict) -> dict:
 
 
 def brief(text: str, most: int = 100) -> str:
-    """At most `most` characters of a text that comes from a file; what is not printable becomes ?."""
+    """At most `most` characters of a text that comes from a file; unprintable characters become ?."""
     text = text if len(text) <= most else text[: most - 3] + "..."
     return "".join(c if c.isprintable() else "?" for c in text)
