@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Linear probe of the frozen trunk that pretrain_cmc.sh trained.
-#   bash linear_cmc.sh                           the embedded pictures in colour: whole, batch 64, SGD lr 1.2 per 256, 60 epochs
-#   SHARDS=/imagenet-shards bash linear_cmc.sh             ImageNet: batch 256, SGD, lr by the arch (v1, v2: 30; v3: 50; AlexNet: 0.1), 60 epochs
+#   bash linear_cmc.sh                           the embedded colour pictures, not cropped: batch 64, SGD lr 1.2 per 256, 60 epochs
+#   SHARDS=/imagenet-shards bash linear_cmc.sh             ImageNet: batch 256, 60 epochs, SGD lr 30 (v1, v2), 50 (v3), .1 (AlexNet)
 #   SHARDS=/imagenet-shards bash linear_cmc.sh --layer 1 2 3 4 5        all layers of an AlexNet in one pass
-# Expected with ImageNet-100: top-1 75.8 after --loss softmax --space YCbCr; the authors' figure.
-# Any flag can be added or overridden. Settings by variable: SHARDS OUTPUT (the run's folder) CHECKPOINT NPROC.
+# Expected with ImageNet-100: top-1 75.8 if CMC was trained with --loss softmax --space YCbCr (the authors' figure).
+# Add or override any flag. Variables: SHARDS OUTPUT (the run's folder) CHECKPOINT NPROC.
 set -euo pipefail
 source "$(dirname "$(realpath "$0")")/utils/run/env.sh"
 use_environment requirements.txt

@@ -2,8 +2,8 @@
 # Linear probe of the frozen trunk that pretrain_insdis.sh trained.
 #   bash linear_insdis.sh                        the embedded sample: whole images, batch 64, SGD lr 1.2 per 256, 15 epochs
 #   SHARDS=/imagenet-shards bash linear_insdis.sh          ImageNet: batch 256, SGD lr 30 (ImageNet-100: --lr 10), 60 epochs
-# Expected with ImageNet: top-1 58.5 after --loss softmax; the authors' figure.
-# Any flag can be added or overridden. Settings by variable: SHARDS OUTPUT (the run's folder) CHECKPOINT NPROC.
+# Expected with ImageNet: top-1 58.5 if InsDis was trained with --loss softmax (the authors' figure).
+# Add or override any flag. Variables: SHARDS OUTPUT (the run's folder) CHECKPOINT NPROC.
 set -euo pipefail
 source "$(dirname "$(realpath "$0")")/utils/run/env.sh"
 use_environment requirements.txt

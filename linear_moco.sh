@@ -3,7 +3,7 @@
 #   bash linear_moco.sh                          the embedded sample: whole images, batch 64, SGD lr 1.2 per 256, 15 epochs
 #   SHARDS=/imagenet-shards bash linear_moco.sh            ImageNet: batch 4096, lr 0.2 per 256 (3.2 in all), 90 epochs, LARC
 # Expected with ImageNet: top-1 67.7, multi-crop 69.8; the authors' figures (MosRep, ICLR 2023).
-# Any flag can be added or overridden. Settings by variable: SHARDS OUTPUT (the run's folder) CHECKPOINT MULTI_CROP NPROC.
+# Add or override any flag. Variables: SHARDS OUTPUT (the run's folder) CHECKPOINT MULTI_CROP NPROC.
 set -euo pipefail
 source "$(dirname "$(realpath "$0")")/utils/run/env.sh"
 use_environment requirements.txt

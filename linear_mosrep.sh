@@ -3,7 +3,7 @@
 #   bash linear_mosrep.sh                        the embedded sample: whole images, batch 64, SGD lr 1.2 per 256, 15 epochs
 #   SHARDS=/imagenet-shards bash linear_mosrep.sh          ImageNet: batch 4096, lr 0.2 per 256 (3.2 in all), 90 epochs, LARC
 # Expected with ImageNet: top-1 72.3; the authors' figure (ICLR 2023).
-# Any flag can be added or overridden. Settings by variable: SHARDS OUTPUT (the run's folder) CHECKPOINT NPROC.
+# Add or override any flag. Variables: SHARDS OUTPUT (the run's folder) CHECKPOINT NPROC.
 set -euo pipefail
 source "$(dirname "$(realpath "$0")")/utils/run/env.sh"
 use_environment requirements.txt

@@ -2,8 +2,8 @@
 # Linear probe of the frozen trunk that pretrain_w2ssl.sh trained.
 #   bash linear_w2ssl.sh                         the embedded sample: whole images, batch 64, SGD lr 1.2 per 256, 15 epochs
 #   SHARDS=/imagenet-shards bash linear_w2ssl.sh           ImageNet: batch 256, SGD lr 0.1, 100 epochs
-# Expected with ImageNet: top-1 70.8, after BATCH=1024 72.8; the authors' figures.
-# Any flag can be added or overridden. Settings by variable: SHARDS OUTPUT (the run's folder) CHECKPOINT BATCH NPROC.
+# Expected with ImageNet: top-1 70.8, or 72.8 after pre-training with BATCH=1024 (the authors' figures).
+# Add or override any flag. Variables: SHARDS OUTPUT (the run's folder) CHECKPOINT BATCH NPROC.
 set -euo pipefail
 source "$(dirname "$(realpath "$0")")/utils/run/env.sh"
 use_environment requirements.txt

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# CMC pre-training (arXiv 1906.05849): two colour spaces of a crop, each against the memory bank of the other.
-#   bash pretrain_cmc.sh                      half ResNets-18, 64-pixel views of 1,507 embedded pictures in colour
-#   SHARDS=/imagenet-shards bash pretrain_cmc.sh        half ResNets-50, ImageNet, batch 128, lr .03 in all, 240 epochs, NCE, K 16384
+# CMC pre-training (arXiv 1906.05849): the channels of a colour space as two views of one crop,
+# each compared with the memory bank of the other.
+#   bash pretrain_cmc.sh                      two half-width ResNets-18, 64-pixel views of 1,507 embedded colour pictures
+#   SHARDS=/imagenet-shards bash pretrain_cmc.sh   half-width ResNets-50, ImageNet, batch 128, lr .03 in all, 240 epochs, NCE, K 16384
 # Expected with ImageNet-100, linear probe (linear_cmc.sh): top-1 75.8 with --loss softmax --space YCbCr; the authors' figure.
 # AlexNet: -a alexnet --crop-min 0.2.
-# Any flag can be added or overridden: bash pretrain_cmc.sh --epochs 1. Settings by variable: SHARDS OUTPUT NPROC.
+# Add or override any flag: bash pretrain_cmc.sh --epochs 1. Variables: SHARDS OUTPUT NPROC.
 set -euo pipefail
 source "$(dirname "$(realpath "$0")")/utils/run/env.sh"
 use_environment requirements.txt

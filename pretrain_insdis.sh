@@ -3,7 +3,7 @@
 #   bash pretrain_insdis.sh                      ResNet-18, 64-pixel views of the embedded 6,000 images of Fashion-MNIST
 #   SHARDS=/imagenet-shards bash pretrain_insdis.sh        ResNet-50, ImageNet, batch 128, lr .03 in all, 240 epochs, NCE, K 16384
 # Expected with ImageNet, linear probe (linear_insdis.sh): top-1 58.5 with --loss softmax; the authors' figure (of CMC's code).
-# Any flag can be added or overridden: bash pretrain_insdis.sh --epochs 1. Settings by variable: SHARDS OUTPUT NPROC.
+# Add or override any flag: bash pretrain_insdis.sh --epochs 1. Variables: SHARDS OUTPUT NPROC.
 set -euo pipefail
 source "$(dirname "$(realpath "$0")")/utils/run/env.sh"
 use_environment requirements.txt

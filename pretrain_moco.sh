@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# MoCo-v2 pre-training (arXiv 2003.04297); with MULTI_CROP=1 on 2x224 + 4x112 crops.
+# MoCo-v2 pre-training (arXiv 2003.04297); MULTI_CROP=1 adds four 112-pixel crops.
 #   bash pretrain_moco.sh                        ResNet-18, 64-pixel views of the embedded 6,000 images of Fashion-MNIST
 #   SHARDS=/imagenet-shards bash pretrain_moco.sh          ResNet-50, ImageNet, batch 256 in all, lr .03, 200 epochs
 # Expected with ImageNet, linear probe (linear_moco.sh): top-1 67.7, multi-crop 69.8; the authors' figures (MosRep, ICLR 2023).
-# Any flag can be added or overridden: bash pretrain_moco.sh --epochs 1. Settings by variable: SHARDS OUTPUT MULTI_CROP NPROC.
+# Add or override any flag: bash pretrain_moco.sh --epochs 1. Variables: SHARDS OUTPUT MULTI_CROP NPROC.
 set -euo pipefail
 source "$(dirname "$(realpath "$0")")/utils/run/env.sh"
 use_environment requirements.txt

@@ -3,7 +3,7 @@
 #   bash pretrain_mosrep.sh                      ResNet-18, 64-pixel views of the embedded 6,000 images of Fashion-MNIST
 #   SHARDS=/imagenet-shards bash pretrain_mosrep.sh        ResNet-50, ImageNet, batch 256 in all, lr .03, 200 epochs
 # Expected with ImageNet, linear probe (linear_mosrep.sh): top-1 72.3; the authors' figure.
-# Any flag can be added or overridden: bash pretrain_mosrep.sh --epochs 1. Settings by variable: SHARDS OUTPUT NPROC.
+# Add or override any flag: bash pretrain_mosrep.sh --epochs 1. Variables: SHARDS OUTPUT NPROC.
 set -euo pipefail
 source "$(dirname "$(realpath "$0")")/utils/run/env.sh"
 use_environment requirements.txt

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # W2SSL pre-training (TCSVT 2023, doi 10.1109/TCSVT.2023.3298937): montages of half images, location loss and crop loss.
 #   bash pretrain_w2ssl.sh                       ResNet-18, 64-pixel montages of the embedded 6,000 images of Fashion-MNIST
-#   SHARDS=/imagenet-shards bash pretrain_w2ssl.sh   ResNet-50, ImageNet, BATCH 256 in montages = 512 images, LARS lr .6, 200 epochs
+#   SHARDS=/imagenet-shards bash pretrain_w2ssl.sh   ResNet-50, ImageNet, BATCH 256 montages = 512 images, LARS lr .6, 200 epochs
 # Expected with ImageNet, linear probe (linear_w2ssl.sh): top-1 70.8, with BATCH=1024 72.8; the authors' figures.
-# Any flag can be added or overridden: bash pretrain_w2ssl.sh --epochs 1. Settings by variable: SHARDS OUTPUT BATCH NPROC.
+# Add or override any flag: bash pretrain_w2ssl.sh --epochs 1. Variables: SHARDS OUTPUT BATCH NPROC.
 set -euo pipefail
 source "$(dirname "$(realpath "$0")")/utils/run/env.sh"
 use_environment requirements.txt

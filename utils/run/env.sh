@@ -1,4 +1,4 @@
-# Sourced by the launchers, tests/run.sh and .ci/run: which Python, which images, how many processes.
+# Functions of the launchers, tests/run.sh and .ci/run: they choose Python, images and number of processes.
 # shellcheck shell=bash disable=SC2034
 
 die() {
@@ -21,7 +21,7 @@ done
 [[ ${MULTI_CROP:-0} == [01] ]] || die "MULTI_CROP=$MULTI_CROP: must be 0 or 1"
 
 # use_environment FILE: set PYTHON to the interpreter of the active environment if it satisfies the requirements file. Otherwise
-# set it to that of .venv, which is created or completed first if needed. No other environment is changed.
+# create or complete .venv if needed, and use it. No other environment is changed.
 use_environment() {
     for PYTHON in python python3 "$PROJECT.venv/bin/python"; do
         if satisfies "$PYTHON" "$1" >/dev/null; then return; fi
@@ -29,7 +29,7 @@ use_environment() {
     make_environment "$1"
 }
 
-satisfies() { # PYTHON FILE; prints what is missing
+satisfies() { # PYTHON FILE; prints the missing packages
     new_enough "$1" && "$1" "${PROJECT}utils/run/requirements.py" "$PROJECT$2"
 }
 
@@ -61,9 +61,9 @@ make_environment() (
     rm .venv/incomplete
 )
 
-# use_shards FLAGS...: set TRAIN and VAL from SHARDS, which is a folder or URL of train/ and val/, or of train/ alone, or all that
-# --shards takes; of a flat URL its index.json. If neither SHARDS nor a flag names shards, use the embedded sample, converted once.
-# SAMPLE is 1 then, and empty otherwise.
+# use_shards FLAGS...: set TRAIN and VAL from SHARDS: a folder or URL of train/ and val/, or of train/ alone, or any value of
+# --shards; for a flat URL, its index.json. If neither SHARDS nor a flag names shards, convert and use the embedded sample.
+# Then SAMPLE is 1, otherwise empty.
 use_shards() {
     if chosen "$@"; then return; fi
     SAMPLE=1 TRAIN=${PROJECT}output/sample-shards/train VAL=${PROJECT}output/sample-shards/val
@@ -93,8 +93,8 @@ flat() { # FOLDER; whether the shards lie in it, not in its train/
     [[ ! -d $1/train ]] && { [[ -f $1/index.json ]] || compgen -G "$1/*.tar" >/dev/null; }
 }
 
-# use_checkpoint FOLDER LAUNCHER FLAGS...: set CHECKPOINT, unless given, to the run folder that LAUNCHER writes; the probe finds its
-# newest. The flag --pretrained comes last and wins.
+# use_checkpoint FOLDER LAUNCHER FLAGS...: set CHECKPOINT to FOLDER, the run folder of LAUNCHER, unless it is set. The probe
+# takes the newest checkpoint in it. The flag --pretrained comes last and wins.
 use_checkpoint() {
     CHECKPOINT=${CHECKPOINT:-$1}
     if [[ $CHECKPOINT == random || " ${*:3}" =~ \ --pretrained(=|\ |$) ]]; then return; fi
