@@ -1,4 +1,4 @@
-"""Damaged tars, images and indexes: nothing hangs, nothing ends a process, and no sample is lost that the damage did not touch.
+"""Damaged tars, images and indexes: nothing hangs, nothing ends a process, and only damaged samples are lost.
 
     python tests/fuzz.py                                           1,000 tars, 5,000 images, 5,000 indexes
     python tests/fuzz.py --seconds 30 --seed 7 --tars 99999        as many as this time allows
@@ -142,7 +142,7 @@ def check_tar(folder: Path, rng: random.Random, counts: Counter) -> None:
 def read(index: Index, samples, touched, start, counts) -> None:
     """Every sample is right or a BadSample. All without damage are read; of a stream, those before it.
 
-    A stream is compared with its sha256 at its end only: a change may give wrong samples, but never without an error then.
+    A stream is compared with its sha256 at its end. So a change may give wrong samples, but then the stream ends with an error.
     """
     place = index.shards[0].path
     reader, local, wrong, error = Reader(index), place[0] == "/", 0, None
@@ -152,12 +152,12 @@ def read(index: Index, samples, touched, start, counts) -> None:
             try:
                 found = reader(number)
                 wrong += not touched[number] and (found.key, found.image, found.label) != (key, image, number % 3)
-                assert not wrong or (not local and high > start), f"sample {number} is another"
+                assert not wrong or (not local and high > start), f"sample {number} is wrong"
                 counts["samples read"] += 1
             except BadSample as bad:
                 error = bad
                 counts["samples lost"] += 1
-                # in a stream, the header after it tells that it is whole
+                # in a stream, the next header shows that the sample is whole
                 far = not local and (high > start - 2048 or number == len(samples) - 1)
                 assert touched[number] or far, f"sample {number} is lost without damage: {error}"
     except RunError as changed:  # the tar has another number of samples, or its content differs
@@ -277,7 +277,7 @@ def main(argv: list[str] | None = None) -> Counter:
             "indexes": lambda rng: check_index(indexes, index, rng, counts),
         }
         most = max(getattr(args, kind) for kind in cases)
-        for place in range(most):  # all kinds in turn, so that a short time meets each
+        for place in range(most):  # all kinds in turn, so that a short run has cases of each
             for kind, check in cases.items():
                 wanted = getattr(args, kind)
                 if place * wanted // most == (place + 1) * wanted // most or time.monotonic() > end:

@@ -1,4 +1,4 @@
-"""SIGKILL at random moments to a run of two processes: afterwards it is the run that nothing happened to, to the last bit.
+"""Send SIGKILL at random moments to a run of two processes: its result is equal to an unbroken run, to the last bit.
 
     python tests/kill.py --kills 30 --seed 0
 
@@ -22,11 +22,11 @@ import torch
 from runs import TWO, Run, children, metrics, pretrain, same, steps, without_clock
 from shards_helpers import one_color, write_shards
 
-SECONDS = 30  # in which all processes must have ended
+SECONDS = 30  # after which all processes must have ended
 
 
 def trial(folder: Path, kills: int, seed: int) -> Counter:
-    """Kill a run so many times, and compare it with an unbroken one. Returns how often each kind of process was killed."""
+    """Kill a run `kills` times, and compare it with an unbroken one. Returns the number of kills of each kind of process."""
     write_shards(folder / "train", (20, 20), lambda number: one_color(number, (24, 24)))
     flags = ["--workers", "1", "--save-steps", "3", "--epochs", str(2 * kills)]
     rng, done, slowest = random.Random(seed), Counter[str](), 0.0
@@ -48,7 +48,7 @@ def trial(folder: Path, kills: int, seed: int) -> Counter:
 
 
 def wait(run: Run, out: Path, rng: random.Random) -> None:
-    """A moment of the start, or some steps further and a moment."""
+    """Wait a moment after the start, or for some more steps and a moment."""
     if rng.random() < 2 / 3:
         further = len(steps(out)) + rng.randrange(1, 8)
         run.until(lambda: len(steps(out)) >= further or run.process.exitcode is not None)
@@ -56,7 +56,7 @@ def wait(run: Run, out: Path, rng: random.Random) -> None:
 
 
 def kill(run: Run, rng: random.Random) -> tuple[str, float]:
-    """Kill one of the kinds that there are. Returns it, and the seconds until no process is left."""
+    """Kill a process of a random kind. Returns the kind, and the seconds until no process is left."""
     os.kill(run.process.pid, signal.SIGSTOP)  # so that it starts no process while we look
     tree, trainers = children(), run.workers()
     kinds = {"group": run.pids(), "agent": [run.process.pid], "process": trainers}

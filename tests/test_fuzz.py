@@ -1,4 +1,4 @@
-"""A short run of tests/fuzz.py, which says what it checks."""
+"""A short run of tests/fuzz.py."""
 
 import fuzz
 
