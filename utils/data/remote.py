@@ -22,7 +22,7 @@ TRIES, WAIT = 5, 1.0  # tries in all; seconds before the first retry, doubled fo
 PATIENCE = 3.0  # seconds of waiting before the first message
 STALL, PROGRESS = 60.0, 1 << 16  # a stream is broken if it gives fewer bytes than PROGRESS in STALL seconds of waiting
 BLOCK = 1 << 18  # bytes of a read
-MOST = 1 << 28  # bytes of a file whose size is not known
+MOST = 1 << 28  # bytes of a file of unknown size
 NEVER = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)  # errors that no retry changes
 T = TypeVar("T")
 
