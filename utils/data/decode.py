@@ -51,7 +51,7 @@ def stored_size(image: Image.Image) -> tuple[int, int]:
 
 
 def decode(image: Image.Image, data: bytes, reduction: int = 1) -> torch.Tensor:
-    """The H x W x 3 uint8 pixels of an opened image, whose bytes are `data`. Raises PIL's errors, and ValueError (see above).
+    """The H x W x 3 uint8 pixels of an opened image; data: its encoded bytes. Raises PIL's errors, and ValueError (see above).
 
     Only JPEGs are reduced. torchvision decodes an ordinary JPEG a quarter faster than PIL, to the same pixels. PIL decodes the
     rest: damaged ones, so that each is usable at all reductions or at none, and all images where torchvision has no decoder
@@ -81,7 +81,7 @@ def _declared(image, tags, bits):
     if LOW in tags and HIGH in tags:  # of any type
         return tuple(float(np.atleast_1d(tags[name])[0]) for name in (LOW, HIGH))
     if image.mode == "F" or (tags and (bits > 16 or max(np.atleast_1d(tags.get(FORMAT, 1))) != 1)):
-        raise ValueError("floats or wide integers, whose range the file does not say; convert it to 8 bits a color")
+        raise ValueError("floats or wide integers without a declared range; convert it to 8 bits a color")
     return (0, white_of(tags, bits)) if tags else (0, 65535)  # without tags: PNG, and formats that PIL scales
 
 

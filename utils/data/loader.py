@@ -3,6 +3,7 @@
 import errno
 import gc
 import itertools
+import multiprocessing
 import re
 import time
 from collections.abc import Iterator
@@ -205,15 +206,21 @@ def _beside_the_step(batches, device):
 
 
 def _until_a_worker_dies(chunks):
-    """The chunks. A worker that is killed during a transfer breaks its connection before torch notices its death."""
+    """The chunks. A worker that is killed during a transfer breaks its connection, often before torch notices its death."""
+    workers: list[multiprocessing.process.BaseProcess] = []
     try:
         gc.freeze()  # in a worker, a collection would write to every object of this process, and so copy it
         stream = iter(chunks)
         gc.unfreeze()
+        workers = multiprocessing.active_children()
         yield from stream
     except (OSError, EOFError) as error:
         if isinstance(error, OSError) and error.errno == errno.EMFILE:
             raise _lost(chunks.num_workers, "too many open files") from None
-        if chunks.num_workers:
-            time.sleep(10)  # meanwhile torch's signal handler raises a RuntimeError that names the worker
+        end = time.monotonic() + 10
+        while workers and time.monotonic() < end:
+            if dead := next((worker for worker in workers if worker.exitcode is not None), None):
+                raise RunError(f"DataLoader worker (pid {dead.pid}) was killed or exited unexpectedly (code {dead.exitcode}). "
+                               "Too little memory is a common reason: try fewer --workers") from None  # fmt: skip
+            time.sleep(0.1)
         raise

@@ -64,7 +64,7 @@ class Reader:
         while self.passes:
             self.passes.popitem()[1].close()
         self.lanes = 1 + int(lane_of_sample.max(initial=0)) if lane_of_sample is not None else 1
-        self.expected = sample_ids * np.int64(self.lanes)
+        self.expected = sample_ids.astype(np.int64) * self.lanes  # numpy 1 would keep the small type of sample_ids
         if lane_of_sample is not None:
             self.expected += lane_of_sample
         self.expected.sort()
