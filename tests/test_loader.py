@@ -715,7 +715,7 @@ def test_load_batches__small_shared_memory_is_one_line_at_the_start(tmp_path):
     last = errors.splitlines()[-1].strip("\0")
     if not last.startswith("loader: error: DataLoader worker"):  # torch 2.9 ends a worker by SIGBUS
         assert last.startswith("loader: error: --workers 2: a batch could not be handed over") and "--shm-size" in last
-    assert code == 2 and last.count("--workers") == 1 and "Traceback" not in errors
+    assert code == 2 and "--workers" in last and "Traceback" not in errors
 
 
 def test_load_batches__few_open_files_are_one_line_at_the_start(tmp_path):
