@@ -105,7 +105,7 @@ def test_main_pretrain__verify_shards_finds_a_changed_byte(tmp_path, capsys):
         file.write(bytes([byte[0] ^ 1]))
     with pytest.raises(SystemExit, match="2"):
         pretrain(tmp_path / "x", tmp_path / "other", *flags)
-    assert f"--shards {index.shards[1].path}: its sha256 is not" in capsys.readouterr().err.splitlines()[-1]
+    assert f"--shards {index.shards[1].path}: its sha256 differs" in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "other").exists()
 
 
