@@ -36,7 +36,7 @@ def saved_in(folder: Path) -> list[Path]:
 
 
 class Checkpoint(NamedTuple):
-    """A file that was read once. sha256: of the bytes that were read; another file may have the name now."""
+    """A file that was read once. sha256: of the bytes that were read, if asked for; the name may belong to another file now."""
 
     path: Path
     content: dict
@@ -45,10 +45,10 @@ class Checkpoint(NamedTuple):
 
 def find(path: Path | str, flag: str) -> Checkpoint:
     """A checkpoint, or the newest in a folder. Raises as `read` does."""
-    return (newest(path, flag) if Path(path).is_dir() else None) or _read(Path(path), flag)
+    return (newest(path, flag, hashed=True) if Path(path).is_dir() else None) or _read(Path(path), flag, hashed=True)
 
 
-def newest(folder: Path | str, flag: str) -> Checkpoint | None:
+def newest(folder: Path | str, flag: str, hashed: bool = False) -> Checkpoint | None:
     """The newest whole checkpoint in a folder, by the (epoch, step) in its content; None if the folder has no checkpoint.
 
     A corrupt one is named in a warning, and the one before it is taken. Raises ValueError if all are corrupt.
@@ -59,7 +59,7 @@ def newest(folder: Path | str, flag: str) -> Checkpoint | None:
         if any(path.samefile(other) for other in corrupt):
             continue
         try:
-            found = _read(path, flag)
+            found = _read(path, flag, hashed)
         except FileNotFoundError:  # a running training has deleted it
             continue
         except ValueError as error:
@@ -96,7 +96,7 @@ def read(path: Path | str, flag: str) -> dict:
     return _read(Path(path), flag).content
 
 
-def _read(path, flag):
+def _read(path, flag, hashed=False):
     if not path.is_file():
         raise FileNotFoundError(f"{flag} {path}: no such file; pass a checkpoint such as {LATEST}")
     try:
@@ -106,7 +106,7 @@ def _read(path, flag):
                     if broken := archive.testzip():  # torch itself does not look at the checksums
                         raise zipfile.BadZipFile(f"the checksum of {broken} is wrong")
             file.seek(0)
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest() if hashed else ""  # a resume does not need it
             file.seek(0)
             content = _unpickled(file)
     except FileNotFoundError:
