@@ -45,7 +45,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 class NoImages(Chunks):
-    """Chunks without images: what a worker has used when it has its first step."""
+    """Chunks without images. They report the time and memory that a worker needs for its first step."""
 
     def chunk(self, reader, epoch: int, planned: np.ndarray) -> Chunk:
         used = {"cpu_s": str(time.process_time()), "memory": str(private_memory())}

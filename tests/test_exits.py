@@ -172,8 +172,8 @@ def test_signals__nohup_stays(images, tmp_path):
     with Run(tmp_path, pretrain(images, tmp_path / "run", "--epochs", "999", "--workers", "1"), before=ignoring) as run:
         run.until(lambda: len(steps(tmp_path / "run")) >= 2)
         os.killpg(run.process.pid, signal.SIGHUP)
-        told = len(steps(tmp_path / "run"))
-        run.until(lambda: len(steps(tmp_path / "run")) >= told + 5)
+        before = len(steps(tmp_path / "run"))
+        run.until(lambda: len(steps(tmp_path / "run")) >= before + 5)
         os.killpg(run.process.pid, signal.SIGTERM)
         assert run.end(30) == 0
 
@@ -214,20 +214,20 @@ def check(images, *words, method="moco"):
     main_pretrain.check(main_pretrain.get_args(["--method", method, "--shards", f"{images}/train", *words]), 99999)
 
 
-@pytest.mark.parametrize("method, words, told", [
+@pytest.mark.parametrize("method, words, printed", [
     ("moco", [], True), ("mosrep", [], True), ("moco", ["--bn-splits", "8"], False), ("insdis", [], False),
 ])  # fmt: skip
-def test_check__one_process_without_bn_splits_is_said(images, capsys, method, words, told):
+def test_check__one_process_without_bn_splits_is_said(images, capsys, method, words, printed):
     check(images, *words, method=method)
     line = "--bn-splits 1 in one process: query and key see the same BatchNorm statistics"
-    assert (line in capsys.readouterr().out) == told and (not told or METHODS[method].bn_groups)
+    assert (line in capsys.readouterr().out) == printed and (not printed or METHODS[method].bn_groups)
 
 
-@pytest.mark.parametrize("cores, words, told", [(0, [], True), (0, ["--workers", "1"], False), (2, [], False)])
-def test_check__no_worker_by_default_is_said(images, capsys, monkeypatch, cores, words, told):
+@pytest.mark.parametrize("cores, words, printed", [(0, [], True), (0, ["--workers", "1"], False), (2, [], False)])
+def test_check__no_worker_by_default_is_said(images, capsys, monkeypatch, cores, words, printed):
     monkeypatch.setattr(flags, "default_workers", lambda: cores)
     check(images, *words)
-    assert ("--workers 0, because each process has less than a CPU core" in capsys.readouterr().out) == told
+    assert ("--workers 0, because each process has less than a CPU core" in capsys.readouterr().out) == printed
 
 
 def test_stop__has_the_signals_of_schedulers_and_terminals():

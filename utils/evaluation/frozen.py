@@ -79,10 +79,10 @@ def _weights(pretrained):
     path, saved, sha256 = checkpoint.find(pretrained, FLAG)
     if "probe" in saved:
         raise ValueError(f"{FLAG} {path}: is a checkpoint of a linear probe; pass the one that it probed")
-    told = {name: saved.pop(name) for name in ("method", "arch", "flags") if name in saved}
-    told = {name: value for name, value in told.items() if isinstance(value, dict if name == "flags" else str)}
-    state = layouts.weights_of(saved | told, f"{FLAG} {path}")
-    return path, told, state, sha256, *layouts.recognize(saved | told, state)
+    stated = {name: saved.pop(name) for name in ("method", "arch", "flags") if name in saved}
+    stated = {name: value for name, value in stated.items() if isinstance(value, dict if name == "flags" else str)}
+    state = layouts.weights_of(saved | stated, f"{FLAG} {path}")
+    return path, stated, state, sha256, *layouts.recognize(saved | stated, state)
 
 
 class Frozen(nn.Module):
