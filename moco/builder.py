@@ -65,8 +65,12 @@ class MoCo(KeyQueue):
 
     @staticmethod
     def encoder(args: Namespace) -> nn.Module:
-        """A timm model with MoCo-v2's head as classifier, Linear - ReLU - Linear (2003.04297, table 1), or MoCo-v1's Linear."""
-        model = backbones.build(args.arch, args.output_stride, num_classes=args.moco_dim)
+        """A timm model with MoCo-v2's head as classifier, Linear - ReLU - Linear (2003.04297, table 1), or MoCo-v1's Linear.
+
+        The last BatchNorm gamma of each residual branch starts at 0; with the linear head and in Un-Mix at 1, as published.
+        """
+        zero = args.moco_head == "mlp" and args.unmix_prob is None
+        model = backbones.build(args.arch, args.output_stride, zero, num_classes=args.moco_dim)
         if args.moco_head == "mlp":
             name = backbones.classifier_name(model)
             last: Any = model.get_submodule(name)

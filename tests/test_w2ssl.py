@@ -260,7 +260,7 @@ def test_step__two_processes_are_one(monkeypatch, flags):
     for part in parts:
         assert part[2].keys() == gradients.keys()
         flat = [torch.cat([g.flatten() for g in found.values()]) for found in (part[2], gradients)]
-        assert (flat[0] - flat[1]).norm() / flat[1].norm() < 1e-5
+        assert (flat[0] - flat[1]).norm() / flat[1].norm() < 3e-5
         for name, g in gradients.items():
             assert (part[2][name] - g).norm() / g.norm() < 1e-4, name
         assert part[3].keys() == state.keys()

@@ -98,7 +98,7 @@ class W2SSL(Method):
         self.flip_aware = args.flip_aware_location
         self.m, self.m_cos, self.temperature = args.moco_m, args.moco_m_cos, args.loss_t
         self.weights = {"loc": args.loss_loc, "crop": args.loss_crop}
-        self.base_encoder, self.momentum_encoder = (backbones.build_trunk(args) for _ in range(2))
+        self.base_encoder, self.momentum_encoder = (backbones.build_trunk(args, zero_init_last=False) for _ in range(2))
         width, _ = backbones.feature_shape(self.base_encoder, args.arch, args.size, args.size // 2)
         for encoder in self.encoders():
             encoder.fc_crop = mlp(width, args.moco_mlp_dim, args.moco_dim, last_bn=True)

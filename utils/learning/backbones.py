@@ -8,6 +8,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.models.resnet import BasicBlock, Bottleneck
 from torch import nn
 
 from utils.data.photometric import normalized
@@ -32,9 +33,11 @@ def add_flags(group, default: int | None = None) -> None:
         help=f"output stride of the trunk: its last stages are dilated; 0: no dilation{trained}")  # fmt: skip
 
 
-def build(arch: str, output_stride: int = 0, **kwargs) -> nn.Module:
+def build(arch: str, output_stride: int = 0, zero_init_last: bool = True, **kwargs) -> nn.Module:
     """A timm model with random weights. output_stride 0 keeps the architecture's own; 8 or 16 dilates instead of striding.
 
+    zero_init_last: of a ResNet, whether the last BatchNorm gamma of each residual branch starts at 0, or else at 1
+    (docs/methods.md, "Initialization"); it changes no other weight. Other architectures start as in timm.
     Keywords go to timm: num_classes=0, global_pool="" for the bare feature map, num_classes=0 for pooled features.
     """
     if not timm.is_model(arch):
@@ -43,15 +46,20 @@ def build(arch: str, output_stride: int = 0, **kwargs) -> nn.Module:
     if output_stride:
         kwargs["output_stride"] = output_stride
     try:
-        return timm.create_model(arch, pretrained=False, **kwargs)
+        model = timm.create_model(arch, pretrained=False, **kwargs)
     except (TypeError, AssertionError, NotImplementedError, ValueError) as error:
         flags = f"--arch {arch} --output-stride {output_stride}"
         raise ValueError(f"{flags}: not available ({error}); pass --output-stride 0") from error
+    for block in model.modules():
+        if isinstance(block, BasicBlock | Bottleneck):
+            last: Any = block.bn3 if isinstance(block, Bottleneck) else block.bn2
+            nn.init.constant_(last.weight, 0 if zero_init_last else 1)
+    return model
 
 
-def build_trunk(args: Namespace) -> nn.Module:
-    """The bare trunk of --arch and --output-stride: N x 3 x H x W -> N x C x h x w."""
-    return build(args.arch, args.output_stride, num_classes=0, global_pool="")
+def build_trunk(args: Namespace, zero_init_last: bool = True) -> nn.Module:
+    """The bare trunk of --arch and --output-stride: N x 3 x H x W -> N x C x h x w. zero_init_last: see `build`."""
+    return build(args.arch, args.output_stride, zero_init_last, num_classes=0, global_pool="")
 
 
 def classifier_name(model: Any) -> str:
