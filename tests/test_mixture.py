@@ -104,16 +104,14 @@ def test_region__boxes_by_a_slow_loop(decay):
     n, side = 12, 30
     (found,) = mix("region", numbered(n, side, 1), seed=2, r_prob=0.6, r_pixel_decay=decay)
     rng, wanted = np.random.default_rng(2), numbered(n, side, 1)[0].clone()
-    first = [True] * n
-    for _ in range(2):
+    for k in range(2):
         made, share, step = rng.random(n) < 0.6, rng.beta(1, 1, n), rng.integers(1, n, n)
         centre = rng.random((n, 2))
         for i in range(n):
+            if k == 0:  # the decay comes with the first try, also of images that it does not hit
+                wanted[i] *= decay
             if not made[i]:
                 continue
-            if first[i]:
-                wanted[i] *= decay
-            first[i] = False
             half = math.sqrt(1 - share[i]) / 2
             for y in range(side):
                 for x in range(side):
@@ -142,16 +140,14 @@ def test_im__global_and_then_region_by_a_slow_loop(groups):
         for i in range(n):
             if made[i]:
                 wanted[i] = share[i] * wanted[i] + (1 - share[i]) * began[partner[i]]
-    began, pasted = wanted.clone(), set()
+    began = wanted.clone()
+    wanted *= decay
     for _ in range(2):
         made, share, partner = draw()
         centre = rng.random((n, 2))
         for i in range(n):
             if not made[i]:
                 continue
-            if i not in pasted:
-                wanted[i] *= decay
-            pasted.add(i)
             half = math.sqrt(1 - share[i]) / 2
             for y in range(side):
                 for x in range(side):
@@ -170,15 +166,34 @@ def test_cutout__a_square_of_fifty_pixels():
         assert hole.any(0).sum() == hole.any(1).sum() == 50
 
 
-def test_random_erasing__areas_and_ratios():
-    (found,) = mix("random-erasing", [torch.ones(3000, 1, 100, 100)])
-    holes = (found == 0)[:, 0]
-    heights, widths = holes.any(2).sum(1).float(), holes.any(1).sum(1).float()
+def test_random_erasing__areas_ratios_and_fill():
+    """Area uniform in .02-.4, height / width in .3-3.3, probability .1; each pixel and channel uniform in 0-1."""
+    n, side = 6000, 60
+    found = torch.cat([mix("random-erasing", [torch.full((n // 6, 2, side, side), 9.0)], seed)[0] for seed in range(6)])
+    holes = found[:, 0] != 9
+    assert torch.equal(holes, found[:, 1] != 9)
+    heights, widths = holes.any(2).sum(1).double(), holes.any(1).sum(1).double()
     hit = heights > 0
-    assert hit.sum().item() == pytest.approx(300, abs=4 * math.sqrt(270))
-    area, ratio = (heights * widths / 1e4)[hit], (heights / widths)[hit]
-    assert area.min() > 0.01 and area.max() < 0.43 and abs(area.mean() - 0.21) < 0.03
-    assert ratio.min() > 0.25 and ratio.max() < 4 and abs(ratio.log().mean()) < 0.15
+    assert hit.sum().item() == pytest.approx(0.1 * n, abs=4 * math.sqrt(0.09 * n))
+    assert torch.equal(holes.flatten(1).sum(1).double(), heights * widths)  # a box
+    area, ratio = (heights * widths / side**2)[hit], (heights / widths)[hit]
+    fits = (heights < side) & (widths < side)
+    assert area.max() < 0.42 and abs(area[fits[hit]].median() - 0.2) < 0.03 and area.min() < 0.05
+    # uniform: the median is (.3 + 3.3) / 2 = 1.8; uniform in the logarithm would have 1
+    assert ratio.max() < 3.8 and ratio.min() > 0.25 and abs(ratio.median() - 1.8) < 0.25
+    fill = found[found != 9].double().numpy()
+    assert fill.min() >= 0 and fill.max() < 1 and np.histogram(fill, 10, (0, 1))[0] == pytest.approx(len(fill) / 10, rel=0.02)
+    first = found[hit][0]
+    assert (first[0][holes[hit][0]] != first[1][holes[hit][0]]).double().mean() > 0.99  # another number for each channel
+
+
+def test_random_erasing__the_fill_is_the_images_own():
+    """An image has the same pixels whichever other images are hit, and others in another step."""
+    x = [torch.full((40, 3, 30, 30), 9.0)]
+    (whole,), (again,), (other,) = (mix("random-erasing", x, seed) for seed in (0, 0, 1))
+    assert torch.equal(whole, again)
+    pixels = [set(view[view != 9].tolist()) for view in whole if (view != 9).any()] + [set(other[other != 9].tolist())]
+    assert len(pixels) > 3 and all(len(a & b) < 0.01 * len(a) + 5 for a in pixels for b in pixels if a is not b)
 
 
 def test_inside__the_middle_of_a_pixel_decides():

@@ -45,7 +45,9 @@ def slow(weights, gradients, rates, momentum, decay, trust):
     return weights
 
 
-@pytest.mark.parametrize("momentum, decay, trust", [(0.9, 1e-2, 0.0), (0.9, 0.0, 0.001), (0.5, 0.0, 0.9), (0.9, 0.0, 0.0)])
+@pytest.mark.parametrize(
+    "momentum, decay, trust", [(0.9, 1e-2, 0.0), (0.9, 0.0, 0.001), (0.5, 0.0, 0.9), (0.9, 0.0, 0.0), (0.9, 0.1, 0.001)]
+)
 def test_sgd__is_the_slow_loop_on_every_parameter(momentum, decay, trust):
     """Weight, BatchNorm gain and zero bias alike; with trust .9 a layer's rate is above 1 too: no clipping."""
     rng = torch.Generator().manual_seed(0)
@@ -109,8 +111,8 @@ def test_sgd__lars_leaves_out_biases_and_gains():
         for i, p in enumerate(parameters):
             p.grad = g = torch.randn(p.shape, generator=rng)
             if p.ndim > 1:
-                w_size, g_size = weights[i].square().sum().sqrt(), g.square().sum().sqrt()
-                g = (g + 0.1 * weights[i]) * 0.001 * w_size / (g_size + 0.1 * w_size)
+                g = g + 0.1 * weights[i]
+                g = g * 0.001 * weights[i].square().sum().sqrt() / g.square().sum().sqrt()
             moving[i] = 0.9 * moving[i] + g
             weights[i] = weights[i] - lr * moving[i]
             p.grad = p.grad.clone()

@@ -3,6 +3,7 @@
 import copy
 import io
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -39,7 +40,7 @@ def test_halves__are_cut_where_they_should_be(width, overlap, left_end, right_st
     specs = METHODS["w2ssl"].views(method_args("w2ssl", "--overlap", str(overlap), "--crop-min", "1"))
     assert [spec.name for spec in specs] == ["left 1", "right 1", "left 2", "right 2"]
     for spec in specs:
-        low, high = (0, round(left_end * width)) if "left" in spec.name else (round(right_start * width), width)
+        low, high = (0, int(left_end * width)) if "left" in spec.name else (int(right_start * width), width)
         boxes = [crop_box(spec, row, 100, width) for row in draw(0, 0, 7, 64)]
         assert min(left for _, left, _, _ in boxes) >= low and max(left + w for _, left, _, w in boxes) <= high
         if width < 75:  # too narrow for the ratios: the whole width is taken, and the middle of the height
@@ -57,6 +58,17 @@ def test_halves__show_both_ends_and_the_overlap():
         wanted = (0, 159) if "left" in name else (40, 199)
         assert min(found) == pytest.approx(wanted[0], abs=3) and max(found) == pytest.approx(wanted[1], abs=3), name
         assert wanted[0] <= min(found) and max(found) <= wanted[1]
+
+
+def test_halves__are_rounded_down_for_every_width():
+    """[0, int(.8 W)] and [int(.2 W), W]; in floats .2 is not 1 - .8."""
+    u = draw(0, 0, 7, 1)[0]
+    left, right = METHODS["w2ssl"].views(method_args("w2ssl"))[:2]
+    for width in range(2, 2000):
+        for spec, start, end in ((left, 0, int(0.8 * width)), (right, int(0.2 * width), width)):
+            ratio = (end - start) / 7
+            whole = replace(spec, scale=(1.0, 1.0), ratio=(ratio, ratio))
+            assert crop_box(whole, u, 7, width) == (0, start, 7, end - start)
 
 
 def test_views__are_the_published_ones():

@@ -81,10 +81,9 @@ class W2SSL(Method):
 
     @staticmethod
     def views(args) -> list[ViewSpec]:
-        share = (1 + args.overlap) / 2
         crop = ViewSpec("", args.size // 2, (args.crop_min, 1.0), jitter=(0.4, 0.4, 0.2, 0.1), jitter_p=0.8, gray_p=0.2)
         numbers = replace(crop, blur_p=1.0), replace(crop, blur_p=0.1, solarize_p=0.2)
-        halves = {"left": (0.0, share), "right": (1 - share, 1.0)}
+        halves = {"left": (0.0, (1 + args.overlap) / 2), "right": ((1 - args.overlap) / 2, 1.0)}  # exactly .8 and .2
         return [replace(v, name=f"{h} {i}", part=part) for i, v in enumerate(numbers, 1) for h, part in halves.items()]
 
     @staticmethod

@@ -44,7 +44,7 @@ class ViewSpec:
     solarize_p: float = 0.0
     flip_p: float = 0.5
     resize: int | None = None
-    part: tuple[float, float] = (0.0, 1.0)  # the crop lies in this part of the image's width
+    part: tuple[float, float] = (0.0, 1.0)  # the crop lies in this part of the image's width; pixels are rounded down
 
 
 def moco_v2_view(name: str, size: int, scale: tuple[float, float], count: int = 1) -> ViewSpec:
@@ -105,8 +105,7 @@ def crop_box(spec: ViewSpec, u: np.ndarray, height: int, width: int) -> tuple[in
 
     The rule is torchvision's: ten tries, then the largest central crop with an allowed ratio.
     """
-    start, end = (round(share * width) for share in spec.part)
-    start = min(start, width - 1)
+    start, end = (int(share * width) for share in spec.part)
     width = max(1, end - start)
     low, high = math.log(spec.ratio[0]), math.log(spec.ratio[1])
     for area, ratio in zip(u[AREA].tolist(), u[RATIO].tolist(), strict=True):

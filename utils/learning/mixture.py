@@ -7,12 +7,12 @@ import numpy as np
 import torch
 
 from utils.data.photometric import normalized
-from utils.run import dist, flags
+from utils.run import dist, flags, streams
 
 GLOBAL, REGION, HOLES = ("IM", "global"), ("IM", "region"), ("cutout", "random-erasing")  # of --im-type; HOLES mix no images
 CUTOUT_SIDE = 50  # pixels
 PROBABILITY = 0.1  # of cutout and of random erasing
-ERASED_AREA, ERASED_RATIO = (0.02, 0.4), 0.3  # share of the image; height / width lies in [0.3, 1 / 0.3]
+ERASED_AREA, ERASED_RATIO = (0.02, 0.4), (0.3, 3.3)  # share of the image; height / width
 FLAGS = {  # flag: (types that use it, default, help)
     "--g-alpha": (GLOBAL, 1.0, "global: both parameters of the Beta distribution of the image's own share"),
     "--g-num": (GLOBAL, 2, "global: number of tries"),
@@ -20,7 +20,7 @@ FLAGS = {  # flag: (types that use it, default, help)
     "--r-beta": (REGION, 1.0, "region: both parameters of the Beta distribution of the area that stays"),
     "--r-num": (REGION, 2, "region: number of tries"),
     "--r-prob": (REGION, 0.1, "region: probability of each try"),
-    "--r-pixel-decay": (REGION, 1.0, "region: factor of an image's pixels before its first paste"),
+    "--r-pixel-decay": (REGION, 1.0, "region: factor of all pixels, with the first try, whether or not that pastes"),
 }
 
 
@@ -76,9 +76,10 @@ class Mixture:
         if self.type in GLOBAL:
             edit_(views, self._tries(rng, n, *self.of_global), lambda x, y, share: torch.lerp(y, x, on(share, x)))
         if self.type in REGION:
-            edit_(views, self._pastes(rng, n), lambda x, y, box, scale: torch.where(inside(box, x), y, x * on(scale, x)))
-        if self.type in HOLES:  # 0 is the mean
-            edit_(views, self._holes(rng, n, size), lambda x, _, box: x.masked_fill(inside(box, x), 0))
+            edit_(views, self._pastes(rng, n), lambda x, y, box: torch.where(inside(box, x), y, x), self.decay)
+        if self.type in HOLES:
+            fill = noise if self.type == "random-erasing" else lambda seeds, x: 0.0  # 0 is the mean
+            edit_(views, self._holes(rng, n, size), lambda x, _, box, seeds: torch.where(inside(box, x), fill(seeds, x), x))
         return views
 
     def _tries(self, rng, n, times, probability, beta):
@@ -91,37 +92,38 @@ class Mixture:
             yield hit, hit // size * size + (hit + step[hit]) % size, share[hit]
 
     def _pastes(self, rng, n):
-        """For each try: (places, places of partners, boxes, factors of the images). Sides are sqrt(1 - share)."""
-        scale = np.full(n, self.decay)
+        """For each try: (places, places of partners, boxes). Sides are sqrt(1 - share)."""
         for hit, partner, share in self._tries(rng, n, *self.of_region):
             centre, half = dist.own(rng.random((dist.world() * n, 2)), n)[hit], np.sqrt(1 - share)[:, None] / 2
-            yield hit, partner, np.concatenate([centre - half, centre + half], 1), scale[hit]
-            scale[hit] = 1  # only before an image's first paste
+            yield hit, partner, np.concatenate([centre - half, centre + half], 1)
 
     def _holes(self, rng, n, size):
-        """Once: (places, no partners, boxes). A box: (top, left, bottom, right) in shares of height and width."""
+        """Once: (places, no partners, boxes, seeds of noise). A box: (top, left, bottom, right) in shares of the sides."""
         whole = dist.world() * n
         made, centre = rng.random(whole) < PROBABILITY, rng.random((whole, 2))
-        area, ratio = rng.uniform(*ERASED_AREA, whole), ERASED_RATIO ** rng.uniform(-1, 1, whole)
+        area, ratio = rng.uniform(*ERASED_AREA, whole), rng.uniform(*ERASED_RATIO, whole)
         if self.type == "cutout":
             sides = np.full((whole, 2), CUTOUT_SIDE) / np.array(size)
-            low = centre - sides / 2  # may lie across the border
+            low, seeds = centre - sides / 2, np.zeros(whole)  # may lie across the border
         else:
             sides = np.minimum(np.sqrt(np.stack([area * ratio, area / ratio], 1)), 1)
-            low = centre * (1 - sides)
+            low, seeds = centre * (1 - sides), rng.integers(2**63, size=whole)
         hit = np.flatnonzero(dist.own(made, n))
-        yield hit, hit[:0], dist.own(np.concatenate([low, low + sides], 1), n)[hit]
+        yield hit, hit[:0], dist.own(np.concatenate([low, low + sides], 1), n)[hit], dist.own(seeds, n)[hit]
 
 
-def edit_(views: list[torch.Tensor], edits, formula) -> None:
+def edit_(views: list[torch.Tensor], edits, formula, factor: float = 1.0) -> None:
     """Edit images of all views in place.
 
     edits: (places of h images, places of their partners, parameters of h rows ...), drawn on the host. So nothing waits for the
     device. An image becomes formula(x, y, parameters): x: its pixels; y: its partner's before all edits; h x channels x H x W.
+    factor: of all pixels, before the first edit.
     """
     edits = [edit for edit in edits if len(edit[0])]
     for x in views:
         others = [x.index_select(0, dist.on_device(edit[1], x.device)) for edit in edits]
+        if factor != 1:
+            x.mul_(factor)
         for (hit, _, *parameters), other in zip(edits, others, strict=True):
             there = dist.on_device(hit, x.device)
             x.index_copy_(0, there, formula(x.index_select(0, there), other, *parameters))
@@ -130,6 +132,12 @@ def edit_(views: list[torch.Tensor], edits, formula) -> None:
 def on(values: np.ndarray, x: torch.Tensor) -> torch.Tensor:
     """One number for each view of x: n x 1 x 1 x 1."""
     return torch.from_numpy(values.astype(np.float32)).view(-1, 1, 1, 1).to(x.device, non_blocking=True)
+
+
+def noise(seeds: np.ndarray, x: torch.Tensor) -> torch.Tensor:
+    """Uniform numbers in [0, 1) for each pixel and channel of x, n x channels x H x W. A view's depend on its seed alone."""
+    numbers = [streams.erased_pixels(int(seed)).random(x.shape[1:], np.float32) for seed in seeds]
+    return dist.on_device(np.stack(numbers), x.device)
 
 
 def inside(boxes: np.ndarray, x: torch.Tensor) -> torch.Tensor:

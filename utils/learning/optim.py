@@ -37,9 +37,9 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 class Lars(torch.optim.SGD):
     """SGD with layer-wise adaptive rates (arXiv 1708.03888, eq. 6), without clipping.
 
-    The rate of a tensor is multiplied by trust |w| / (|g| + weight_decay |w|). A tensor or gradient of zeros, and a group with
-    `trust` 0, keep the plain rate. torch's fused SGD makes the update: the device can skip it (utils/run/engine.py), and the
-    host does not wait.
+    The rate of a tensor is multiplied by trust |w| / |g + weight_decay w|, the norm of the sum. A tensor or a sum of zeros, and
+    a group with `trust` 0, keep the plain rate. torch's fused SGD makes the update: the device can skip it
+    (utils/run/engine.py), and the host does not wait.
     """
 
     def __init__(self, groups, lr: float, momentum: float, trust: float):
@@ -55,12 +55,12 @@ class Lars(torch.optim.SGD):
             if not parameters:
                 continue
             gradients = [p.grad for p in parameters]
-            w, g = torch.stack(torch._foreach_norm(parameters)), torch.stack(torch._foreach_norm(gradients))
             if decay:
                 torch._foreach_add_(gradients, parameters, alpha=decay)
                 group["weight_decay"] = 0  # for this step
             if group["trust"]:
-                rate = torch.where((w > 0) & (g > 0), group["trust"] * w / (g + decay * w), 1)
+                w, g = torch.stack(torch._foreach_norm(parameters)), torch.stack(torch._foreach_norm(gradients))
+                rate = torch.where((w > 0) & (g > 0), group["trust"] * w / g, 1)
                 torch._foreach_mul_(gradients, list(rate.unbind()))
         loss = super().step(closure)
         for group, decay in zip(self.param_groups, decays, strict=True):

@@ -23,6 +23,11 @@ def step_draws(seed: int, number: int) -> np.random.Generator:
     return np.random.default_rng([seed, number, 1])
 
 
+def erased_pixels(seed: int) -> np.random.Generator:
+    """The pixels that random erasing puts into an image; the seed is one of `step_draws`."""
+    return np.random.default_rng([seed, 4])
+
+
 def trunk_seed(seed: int, number: int, rank: int) -> int:
     """The torch seed of a trunk's random layers in a step, such as stochastic depth; different on each process."""
     return int(np.random.default_rng([seed, number, 2, rank]).integers(2**63))
