@@ -144,17 +144,19 @@ def _training_epochs(index, batch, seed, epochs, lanes, first_step, rank, world)
         yield epoch, Steps(partial(epoch_blocks, index, batch, seed, epoch, lanes, range(rank * n, (rank + 1) * n), first))
 
 
-def evaluation_plan(index: Index, batch: int) -> BatchPlan:
+def evaluation_plan(index: Index, batch: int, images: int | None = None) -> BatchPlan:
     """This process's part of the index, each sample on exactly one process, in order. `batch` is global.
 
-    All processes have the same number of batches; the last ones may be empty.
+    images: take only so many samples, at equal distances. All processes have the same number of batches; the last ones may be
+    empty.
     """
-    rank, world = dist.rank(), dist.world()
-    n, (part, more) = max(1, batch // world), divmod(index.total, world)
+    rank, world, count = dist.rank(), dist.world(), min(images or index.total, index.total)
+    n, (part, more) = max(1, batch // world), divmod(count, world)
     start = rank * part + min(rank, more)  # the first `more` processes have one sample more
-    steps = Steps(partial(_in_order, start, start + part + (rank < more), n, -(-(part + bool(more)) // n)))
-    return BatchPlan(partial(iter, [(0, steps)]), replace=False)
+    taken = start, start + part + (rank < more), n, -(-(part + bool(more)) // n)
+    return BatchPlan(partial(iter, [(0, Steps(partial(_in_order, *taken, index.total, count)))]), replace=False)
 
 
-def _in_order(start, stop, n, steps):
-    yield (np.arange(min(at, stop), min(at + n, stop)) for at in range(start, start + steps * n, n))
+def _in_order(start, stop, n, steps, total, count):
+    batches = (np.arange(min(at, stop), min(at + n, stop)) for at in range(start, start + steps * n, n))
+    yield (places * total // count for places in batches)

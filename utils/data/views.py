@@ -44,6 +44,7 @@ class ViewSpec:
     solarize_p: float = 0.0
     flip_p: float = 0.5
     resize: int | None = None
+    bicubic: bool = False  # of a view with `resize`: how it is resized, instead of bilinear
     part: tuple[float, float] = (0.0, 1.0)  # the crop lies in this part of the image's width; pixels are rounded down
 
 
@@ -142,9 +143,9 @@ def cut_views(data: bytes, specs: list[ViewSpec], u: np.ndarray) -> list[torch.T
     ]
 
 
-def resize(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Resize 1 x C x h x w uint8 to 1 x C x height x width, bilinear with antialiasing."""
-    return F.interpolate(image, (height, width), mode="bilinear", antialias=True, align_corners=False)
+def resize(image: torch.Tensor, height: int, width: int, mode: str = "bilinear") -> torch.Tensor:
+    """Resize 1 x C x h x w uint8 to 1 x C x height x width with antialiasing; mode: bilinear or bicubic."""
+    return F.interpolate(image, (height, width), mode=mode, antialias=True, align_corners=False)
 
 
 def _crop(image, box, reduction, size):
@@ -166,6 +167,7 @@ def _centre(image, spec):
         if spare > 0:
             image = image.narrow(side, spare, image.shape[side] - 2 * spare)
     height, width = image.shape[2:]
-    image = resize(image, spec.resize * height // short, spec.resize * width // short)
+    mode = "bicubic" if spec.bicubic else "bilinear"
+    image = resize(image, spec.resize * height // short, spec.resize * width // short, mode)
     top, left = round((image.shape[2] - spec.size) / 2), round((image.shape[3] - spec.size) / 2)
     return image[0, :, top : top + spec.size, left : left + spec.size]

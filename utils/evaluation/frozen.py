@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from utils.evaluation import pixels
 from utils.learning import amp, layouts
 from utils.learning.backbones import Probed
 from utils.learning.method import Method
@@ -36,7 +37,8 @@ def add_weights_flags(parser: Parser, methods: Methods, source: Source | None = 
     """Add the flags of every evaluation. With a source: also the method's own flags, and defaults from its checkpoint."""
     group = parser.group("weights")
     add = group.add_argument
-    add(FLAG, required=bool(source), identity=False, metavar="PATH", help="checkpoint, run folder, or `random` (untrained)")
+    add(FLAG, required=bool(source), identity=False, metavar="PATH",
+        help="checkpoint, run folder, `random` (untrained trunk) or `pixels` (no trunk)")  # fmt: skip
     add("--method", choices=methods, help="method that trained the trunk; default: the checkpoint's, else %(default)s")
     add("-a", "--arch", help="trunk: a timm model, or CMC's; default: the checkpoint's, else %(default)s")
     if source:
@@ -60,6 +62,8 @@ def read_source(prog: str, methods: Methods, argv: list[str] | None = None, open
     parser = Parser(prog=prog, add_help=False)
     add_weights_flags(parser, methods)
     given = parser.parse_known_args(argv)[0]
+    if given.pretrained == pixels.NAME:
+        return Source(given.method or next(iter(methods)), pixels.NAME, "pixels of the views", None, {}, {}, None)
     path, saved, state, sha256, found, sure = None, {}, {}, None, None, False
     if opened and given.pretrained not in (None, "random"):
         path, saved, state, sha256, found, sure = dist.first_process_does(lambda: _weights(given.pretrained))
@@ -114,7 +118,9 @@ class Frozen(nn.Module):
 
 
 def build_trunk(args: Namespace, method: type[Method], source: Source) -> Frozen:
-    """The trunk of --arch with the weights of --pretrained, or random ones. Raises ValueError if they do not fit."""
+    """The trunk of --arch with weights of --pretrained or random ones, or `pixels`. Raises ValueError if they do not fit."""
+    if args.pretrained == pixels.NAME:
+        return Frozen(pixels.probed())
     for name in method.IDENTITY:
         value, trained = vars(args)[name], source.flags.get(name)
         if value is None:

@@ -159,7 +159,20 @@ def in_range(flag: str, value: float, low: float, high: float) -> None:
 
 
 def add_run_flags(parser: Parser, output_dir: str | None, output_help: str) -> None:
-    """Add the flags of every entry point, in the groups "data" and "run"."""
+    """Add the flags of every entry point that trains: those of an evaluation, and those of its saves."""
+    add_evaluation_flags(parser, output_dir, output_help)
+    add = parser.group("run", identity=False).add_argument
+    add("--resume", metavar="auto|PATH", help="resume a run: auto takes the newest checkpoint of --output-dir, if any")
+    add("--print-freq", type=int, default=50, help="steps between two log lines")
+    add("--save-steps", type=int, default=0, help="save every so many steps, in addition to every epoch; 0: never")
+    add("--save-minutes", type=float, default=15.0, help="save if so many minutes have passed since the last save; 0: never")
+    add("--keep", type=int, default=3, help="number of newest checkpoints to keep; older ones are deleted")
+    add("--dry-run", nargs="?", type=float, const=1000.0, metavar="RATE",
+        help="check all flags, print the --workers for a device that trains RATE (1000) images/s, then stop")  # fmt: skip
+
+
+def add_evaluation_flags(parser: Parser, output_dir: str | None, output_help: str) -> None:
+    """Add the flags of every entry point that reads images, in the groups "data" and "run"."""
     add = parser.group("data", identity=False).add_argument
     add("--workers", type=int, default=default_workers(), help="loader workers of each process; changes no result")
     add("--photometric", default="auto", choices=["auto", "device", "worker"],
@@ -168,16 +181,9 @@ def add_run_flags(parser: Parser, output_dir: str | None, output_help: str) -> N
     add_shard_flags(parser)
     add = parser.group("run", identity=False).add_argument
     add("--output-dir", default=output_dir, metavar="DIR", help=output_help)
-    add("--resume", metavar="auto|PATH", help="resume a run: auto takes the newest checkpoint of --output-dir, if any")
     add("--seed", type=int, default=0, identity=True, help="seed of the weights, the order and the views")
     add("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"], help="device to compute on")
     add("--amp", default="auto", choices=AMP, identity=True, help="dtype of the encoders; losses are always fp32")
-    add("--print-freq", type=int, default=50, help="steps between two log lines")
-    add("--save-steps", type=int, default=0, help="save every so many steps, in addition to every epoch; 0: never")
-    add("--save-minutes", type=float, default=15.0, help="save if so many minutes have passed since the last save; 0: never")
-    add("--keep", type=int, default=3, help="number of newest checkpoints to keep; older ones are deleted")
-    add("--dry-run", nargs="?", type=float, const=1000.0, metavar="RATE",
-        help="check all flags, print the --workers for a device that trains RATE (1000) images/s, then stop")  # fmt: skip
     add("--dist-timeout", type=float, default=dist.TIMEOUT, help="seconds that a process waits for another; then all end")
 
 
@@ -226,13 +232,21 @@ def check_batch(args: argparse.Namespace, samples: int, bn_groups: int = 1) -> N
 
 def check_run_flags(args: argparse.Namespace) -> None:
     """Check the values of add_run_flags, --momentum and --weight-decay. Raises ValueError."""
-    positive(["--print-freq", "--keep", "--dist-timeout"], args)
-    for flag in ("--workers", "--seed", "--weight-decay", "--save-steps", "--save-minutes"):
+    check_evaluation_flags(args)
+    positive(["--print-freq", "--keep"], args)
+    for flag in ("--weight-decay", "--save-steps", "--save-minutes"):
         in_range(flag, getattr(args, flag[2:].replace("-", "_")), 0, math.inf)
     in_range("--momentum", args.momentum, 0, 1)
-    in_range("--max-bad", args.max_bad, 0, 0.5)
     if args.dry_run is not None:
         in_range("--dry-run", args.dry_run, 1e-3, 1e9)
+
+
+def check_evaluation_flags(args: argparse.Namespace) -> None:
+    """Check the values of add_evaluation_flags. Raises ValueError."""
+    positive(["--dist-timeout"], args)
+    for flag in ("--workers", "--seed"):
+        in_range(flag, getattr(args, flag[2:]), 0, math.inf)
+    in_range("--max-bad", args.max_bad, 0, 0.5)
     if args.workers == default_workers() == 0 and dist.rank() == 0:
         print("warning: --workers 0, because each process has less than a CPU core: it makes its views between the steps; "
               "--workers 1 makes them at the same time", flush=True)  # fmt: skip

@@ -1,0 +1,173 @@
+"""Features of an index by a frozen trunk: each image once over all processes, kept where they were computed, or in a file.
+
+kNN, logistic regression and the measures beside pre-training start from these.
+"""
+
+import json
+import math
+from argparse import Namespace
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from utils.data.bad_samples import BadSamples
+from utils.data.index import Index
+from utils.data.loader import load_batches
+from utils.data.shards import evaluation_plan
+from utils.data.views import ViewSpec
+from utils.run import dist
+from utils.run.files import atomic
+from utils.run.flags import Group, RunError
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16}  # of features that are kept
+STORED = {torch.float32: "F32", torch.float16: "F16", torch.int64: "I64"}  # names of the safetensors format
+FIELDS = ("values", "labels", "sample_ids")  # of `Features`, in the file
+BLOCK = 4096  # rows that a process sends at a time to the one that writes the file
+Extract = Callable[[torch.Tensor], torch.Tensor]  # n x 3 x H x W uint8 -> n x C
+
+
+@dataclass
+class Features:
+    """This process's part of an index: n images, in the order of their ids."""
+
+    values: torch.Tensor  # n x C
+    labels: torch.Tensor  # n, -1 for an image without a label
+    sample_ids: torch.Tensor  # n
+    unusable: int  # images of all processes that could not be used
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def add_view_flags(group: Group, resize: int | None = None) -> None:
+    """Flags of the view of a test image. resize: default for views of 224 pixels; None: 8/7 of --size."""
+    add = group.add_argument
+    add("--size", type=int, default=224, help="side of a view in pixels")
+    add("--resize", type=int, default=resize,
+        help="resize the shorter side of an image to this, bicubic, then crop; default: 8/7 of --size")  # fmt: skip
+
+
+def check_view(args: Namespace) -> None:
+    """Raise ValueError unless the image that is resized holds the view."""
+    if args.size < 1 or (args.resize or args.size) < args.size:
+        raise ValueError(f"--size {args.size} --resize {args.resize}: a view has at least 1 pixel, and its image is as large")
+
+
+def test_view(args: Namespace) -> ViewSpec:
+    """The central crop of an image, resized bicubic."""
+    return ViewSpec("test", args.size, resize=args.resize or args.size * 256 // 224, bicubic=True)
+
+
+@torch.no_grad()
+def features(args: Namespace, index: Index, view: ViewSpec, extract: Extract, device: torch.device, bad: BadSamples,
+             ask: Callable[[], None] = lambda: None, dtype: torch.dtype = torch.float32,
+             images: int | None = None) -> Features:  # fmt: skip
+    """The features of this process's part of the index, on the device. Every image counts once over all processes.
+
+    args: batch_size (global), seed, workers, photometric. ask: called before each step, equally often on all processes; it may
+    raise. dtype: of the result. images: see `evaluation_plan`. Raises RunError if too many images are unusable.
+    """
+    images = min(images or index.total, index.total)
+    plan, rows = evaluation_plan(index, args.batch_size, images), -(-images // dist.world())
+    values, labels, ids, met = torch.empty(0, 0), [], [], []
+    n = 0
+    for batch in load_batches(index, [view], plan, args.seed, args.workers, device, args.photometric):
+        ask()
+        met += batch.bad
+        found = extract(batch.views[0])
+        if not values.numel():
+            values = torch.empty(rows, found.shape[1], dtype=dtype, device=device)
+        values[n : n + len(found)] = found
+        n += len(found)
+        labels.append(batch.labels)
+        ids.append(batch.sample_ids)
+    bad.add(met)
+    unusable = sum(len(part) for part in dist.gather_objects(met))
+    count = dist.total(torch.tensor(n, device=device)).item()
+    if count + unusable != images:
+        raise RuntimeError(f"features of {count} images, {unusable} unusable, of {images} in the index")
+    if not count:
+        raise RunError(f"none of {unusable} images can be used; pass other shards")
+    return Features(values[:n], torch.cat(labels), torch.cat(ids), unusable)
+
+
+def check_finite(found: Features) -> None:
+    """Raise RunError on every process if a feature is not a finite number, for example too large for fp16."""
+    if dist.largest(found.values.isfinite().logical_not().any().float().view(1)).item():
+        raise RunError("features are not finite: the weights have diverged, or a value is too large for --dtype fp16")
+
+
+def save(path: Path, identity: dict[str, Any], sets: dict[str, Features]) -> None:
+    """Write a .safetensors file with the rows of all processes. Every process calls it, the first writes, block by block.
+
+    identity: what the features depend on; `load` compares it.
+    """
+    tensors = {f"{name}.{field}": getattr(found, field) for name, found in sets.items() for field in FIELDS}
+    counts = {name: dist.gather_objects(len(x)) for name, x in tensors.items()}
+    facts = {"identity": json.dumps(identity), "unusable": json.dumps({name: found.unusable for name, found in sets.items()})}
+    header: dict[str, Any] = {"__metadata__": facts}
+    end = 0
+    for name, x in tensors.items():
+        shape = [sum(counts[name]), *x.shape[1:]]
+        start, end = end, end + math.prod(shape) * x.element_size()
+        header[name] = {"dtype": STORED[x.dtype], "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with atomic(path) if dist.rank() == 0 else nullcontext() as file:
+        if file:
+            file.write(len(text).to_bytes(8, "little") + text)
+        for name, x in tensors.items():
+            first, row = header[name]["data_offsets"][0], math.prod(x.shape[1:]) * x.element_size()
+            for start in range(0, max(counts[name]), BLOCK):
+                blocks = dist.gather(_padded(x[start : start + BLOCK], BLOCK)).split(BLOCK)
+                for rank, block in enumerate(blocks):
+                    here = min(BLOCK, counts[name][rank] - start)
+                    if file and here > 0:
+                        file.seek(8 + len(text) + first + (sum(counts[name][:rank]) + start) * row)
+                        file.write(block[:here].cpu().contiguous().numpy().tobytes())
+
+
+def load(path: Path, identity: dict[str, Any], device: torch.device) -> dict[str, Features]:
+    """This process's part of the features of `save`; another number of processes may have written them.
+
+    Raises ValueError for a file of other features.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    sets = {}
+    try:
+        with safe_open(path, "pt") as file:
+            facts = file.metadata() or {}
+            found, unusable = json.loads(facts["identity"]), json.loads(facts["unusable"])
+            other = [name for name in identity | found if identity.get(name) != found.get(name)]
+            if other:
+                raise ValueError(f"--features {path}: was made with other {', '.join(other)}; pass another file, or delete it")
+            for name, count in unusable.items():
+                values, labels, ids = (_own_rows(file.get_slice(f"{name}.{field}")).to(device) for field in FIELDS)
+                sets[name] = Features(values, labels, ids, count)
+    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"--features {path}: is no file of features ({type(error).__name__}); pass another file") from None
+    return sets
+
+
+def _own_rows(stored):
+    part, more = divmod(stored.get_shape()[0], dist.world())
+    start = dist.rank() * part + min(dist.rank(), more)
+    return stored[start : start + part + (dist.rank() < more)]
+
+
+def gathered(x: torch.Tensor) -> torch.Tensor:
+    """The rows of all processes, in rank order; each process may have another number of them."""
+    counts = dist.gather_objects(len(x))
+    blocks = dist.gather(_padded(x, max(counts))).split(max(counts))
+    return torch.cat([block[:count] for block, count in zip(blocks, counts, strict=True)])
+
+
+def _padded(x, rows):
+    """x with rows of 0 at its end, up to this number."""
+    return x if len(x) == rows else F.pad(x, (0, 0) * (x.ndim - 1) + (0, rows - len(x)))
