@@ -5,6 +5,7 @@
     python imagenet2wds.py -i photos -o photo-shards                       class folders, or a folder of images without labels
     python imagenet2wds.py -i photos -o photo-shards --no-labels           every image below a folder, at any depth
     python imagenet2wds.py -i data -o sample-shards --dataset FashionMNIST any data set of torchvision
+    python imagenet2wds.py -i /data/imagenet -o /data/imagenet-1percent --images 1percent.txt
 
 The same command resumes an interrupted conversion. The shards are byte for byte the same, with any -j.
 JPEG and PNG files are copied. All other formats that Pillow decodes become PNG, as their first frame. Orientation tags (EXIF)
@@ -34,6 +35,7 @@ from tqdm import tqdm
 from utils.data.folders import counts
 from utils.data.index import PLAN
 from utils.data.index_file import describe, write_index
+from utils.data.names import write_names
 from utils.data.sources import find_splits
 from utils.data.splits import Split
 from utils.data.tars import local_samples
@@ -54,6 +56,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("-o", "--output", required=True, metavar="DST", help="folder for the shards: DST/train, DST/val")
     add("--dataset", metavar="NAME", help="convert a data set of torchvision, such as FashionMNIST, instead of image files")
     add("--imagenet-subset", metavar="FILE", help="convert only the classes in FILE: a folder's name (n01440764) on each line")
+    add("--images", metavar="FILE", help="convert only the training images in FILE, with a file name on each line")
     add("--no-labels", action="store_true", help="convert all images below SRC, or below its train/ and val/, without labels")
     add(
         "--val-fraction", type=float, default=0.0, metavar="F", help="share of each class that goes to DST/val; 0: no val split"
@@ -136,13 +139,16 @@ class Writer:
             raise ValueError(f"--strict: unreadable image {reason}; fix or remove it") from None
         return reason
 
-    def write(self, number: int, chosen: list[int]) -> tuple[dict, list[str]]:
-        """Write shard `number` with these images, unless it exists. Returns its index entry and its unreadable images."""
+    def write(self, number: int, chosen: list[int]) -> tuple[dict, list[int], list[str]]:
+        """Write shard `number` with these images, unless it exists.
+
+        Returns its index entry, the images that it holds, and the lines of its unreadable images.
+        """
         path = self.folder / f"{self.split.name}-{number:06d}.tar"
         keys = {f"{number:06d}-{place:06d}": i for place, i in enumerate(chosen)}
-        if path.exists() and (skipped := self.skipped(path, keys)) is not None:
-            return describe(path, len(keys) - len(skipped)), skipped
-        bad = []
+        if path.exists() and (there := self.existing(path, keys)) is not None:
+            return describe(path, len(there[0])), *there
+        held, bad = [], []
         with atomic(path) as file, webdataset.TarWriter(file, mtime=0) as tar:
             for key, i in keys.items():
                 label = {"cls": str(self.split.labels[i])} if self.split.labels else {}
@@ -150,17 +156,19 @@ class Writer:
                     bad.append(image)
                 else:
                     tar.write({"__key__": key, image[0]: image[1], **label})
-        return describe(path, len(keys) - len(bad)), bad
+                    held.append(i)
+        return describe(path, len(held)), held, bad
 
-    def skipped(self, path: Path, keys: dict[str, int]) -> list[str] | None:
-        """The unreadable images that an existing shard does not hold, or None if the shard must be written again."""
+    def existing(self, path: Path, keys: dict[str, int]) -> tuple[list[int], list[str]] | None:
+        """The images of an existing shard, and the unreadable ones; None if the shard must be written again."""
         try:
             done = {sample.key for sample in local_samples(str(path))}
         except tarfile.TarError:  # damaged later: only complete shards get this name
             return None
         reasons = [self.read(i) for key, i in keys.items() if key not in done]
         bad = [reason for reason in reasons if isinstance(reason, str)]
-        return bad if done <= keys.keys() and len(bad) == len(reasons) else None
+        held = [i for key, i in keys.items() if key in done]
+        return (held, bad) if done <= keys.keys() and len(bad) == len(reasons) else None
 
 
 WRITER: Writer  # of this worker process
@@ -182,24 +190,25 @@ def end_with_parent() -> None:
         os._exit(1)
 
 
-def write_shard(number: int, chosen: list[int]) -> tuple[dict, list[str]]:
+def write_shard(number: int, chosen: list[int]) -> tuple[dict, list[int], list[str]]:
     return WRITER.write(number, chosen)
 
 
 def convert(split: Split, folder: Path, args: argparse.Namespace) -> None:
-    """Write the shards of a split, its list of unreadable images, and last its index."""
+    """Write the shards of a split, its lists of unreadable images and of file names, and last its index."""
     for stale in folder.glob(".*.tmp"):  # left by a killed conversion
         stale.unlink()
     order = conversion_order(args.seed).permutation(len(split.source.names)).tolist()
     chosen = [order[start : start + args.shard_size] for start in range(0, len(order), args.shard_size)]
-    shards, bad = [], []
+    shards, names, bad = [], list[str](), []
     pool = ProcessPoolExecutor(args.jobs, initializer=start_worker, initargs=(Writer(split, folder, args),))
     with pool, tqdm(total=len(order), desc=split.name, unit="image") as bar:
         futures = [pool.submit(write_shard, number, images) for number, images in enumerate(chosen)]
         try:
             for future, images in zip(futures, chosen, strict=True):
-                entry, unreadable = future.result()
+                entry, held, unreadable = future.result()
                 shards.append(entry)
+                names += [split.source.names[i] for i in held]
                 bad += unreadable
                 bar.update(len(images))
         except BrokenExecutor:
@@ -214,7 +223,7 @@ def convert(split: Split, folder: Path, args: argparse.Namespace) -> None:
             file.write("".join(f"{line}\n" for line in sorted(bad)).encode(errors="surrogateescape"))
         example = min(bad).replace("\t", ": ")
         print(f"{split.name}: {len(bad)} unreadable images skipped, listed in {folder / BAD}, such as {example}")
-    write_index(folder, shards, split.classes)
+    write_index(folder, shards, split.classes, dataset=split.dataset, names=write_names(folder, names))
     labels = f"{len(split.classes)} classes" if split.classes else "no labels"
     print(f"{folder}: {len(order) - len(bad)} images in {len(shards)} shards, {labels}")
     if split.others:

@@ -3,9 +3,10 @@
 import glob
 import hashlib
 import io
+import itertools
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from tqdm import tqdm
 
 from utils.data.index_file import INDEX, Shard, describe, parse_index, place_in
 from utils.data.indexing import index_folder, warn
+from utils.data.names import NAMES, parse_names, positions
 from utils.data.remote import RemoteError, check_openable, copy, is_remote, place, tar_name
 from utils.run.flags import MAX_PIXELS
 from utils.run.text import brief, shown
@@ -27,7 +29,8 @@ class Index:
     """The shards of a split, in order.
 
     classes: names by label, or None. cache_dir: the folder of copies of remote shards. unlabelled: text about the
-    images without a class number, if they made classes None; "" if there is no label at all.
+    images without a class number, if they made classes None; "" if there is no label at all. dataset: its name in torchvision,
+    or "". kept: for each shard the positions of its samples that belong to the index, in ascending order; None: all.
     """
 
     shards: tuple[Shard, ...]
@@ -35,11 +38,14 @@ class Index:
     cache_dir: str | None = None
     unlabelled: str = ""
     max_pixels: int = MAX_PIXELS  # the largest image that is decoded
+    dataset: str = ""
+    kept: tuple[np.ndarray, ...] | None = None
 
     @cached_property
     def first(self) -> np.ndarray:
         """The id of each shard's first sample, then the number of all samples."""
-        return np.cumsum([0] + [shard.samples for shard in self.shards])
+        counts = [shard.samples for shard in self.shards] if self.kept is None else [len(kept) for kept in self.kept]
+        return np.cumsum([0, *counts])
 
     @property
     def total(self) -> int:
@@ -51,8 +57,9 @@ class Index:
 
     @property
     def hash(self) -> str:
-        """sha256 of the content of the shards; it does not depend on their path."""
-        content = [self.classes, [(s.name, s.samples, s.sha256) for s in self.shards]]
+        """sha256 of the content of the shards, and of the choice of images; it does not depend on their path."""
+        content: list = [self.classes, [(s.name, s.samples, s.sha256) for s in self.shards]]
+        content += [] if self.kept is None else [[kept.tolist() for kept in self.kept]]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
@@ -63,18 +70,22 @@ def load_index(
     allow_pipe: bool = False,
     verify_shards: bool = False,
     max_pixels: int = MAX_PIXELS,
+    images: str | None = None,
 ) -> Index:
     """The index of a folder of shards or its index.json, of one tar, or of a glob or brace pattern of tars.
 
     A local folder without index.json is indexed now, and the index is written into it. The index of remote shards is read from
-    their folder. The other arguments are those of flags.add_shard_flags. Raises ValueError, one line that names the flag, the
+    their folder. images: a list of file names; the index then has only these images. The other arguments are those of
+    flags.add_shard_flags. Raises ValueError, one line that names the flag, the
     value and a fix.
     """
     remote = is_remote(spec) and not _exists(Path(spec))
-    shards, classes, unlabelled = _remote(spec, flag, allow_pipe) if remote else _local(spec, flag)
-    index = Index(tuple(shards), classes, cache_dir, unlabelled, max_pixels)
+    shards, file = _remote(spec, flag, allow_pipe) if remote else _local(spec, flag)
+    index = Index(tuple(shards), file.classes, cache_dir, file.unlabelled, max_pixels, file.dataset)
     if not index.total:
         raise ValueError(f"{flag} {shown(spec)}: no images in these shards; pass others")
+    if images:
+        index = _listed(index, images, _names(spec, flag, file, remote), f"{flag} {shown(spec)}")
     if verify_shards:
         verify(index, flag)
     return index
@@ -89,12 +100,41 @@ def _remote(spec, flag, allow_pipe):
     except RemoteError as error:
         raise ValueError(f"{flag} {shown(spec)}: no {INDEX} can be read there ({error}); copy the file there: "
                          "imagenet2wds.py writes it, or the first use of a local folder") from None  # fmt: skip
-    known, *labels = parse_index(content.getvalue(), partial(place, spec), flag, shown(url))
-    named = _expanded(tar_name(spec), spec, flag) if tar_name(spec) else list(known)
-    if strangers := [name for name in named if name not in known]:
+    file = parse_index(content.getvalue(), partial(place, spec), flag, shown(url))
+    named = _expanded(tar_name(spec), spec, flag) if tar_name(spec) else list(file.shards)
+    if strangers := [name for name in named if name not in file.shards]:
         raise ValueError(f"{flag} {shown(spec)}: {strangers[0]} is not in {shown(url)}; index the shards again where they are "
                          "local")  # fmt: skip
-    return [known[name] for name in named], *labels
+    return [file.shards[name] for name in named], file
+
+
+def _names(spec, flag, file, remote):
+    """name of a shard -> the file names of its images, of all shards in the index."""
+    if not file.names:
+        raise ValueError(f"--images: the shards of {flag} {shown(spec)} have no file names, as those of an older or another "
+                         f"converter; convert the images again, which writes {NAMES}")  # fmt: skip
+    if remote:
+        content, where = io.BytesIO(), shown(place(spec, NAMES))
+        try:
+            copy(place(spec, NAMES), content)
+        except RemoteError as error:
+            raise ValueError(f"{flag} {shown(spec)}: no {NAMES} can be read there ({error}); copy it there") from None
+        data = content.getvalue()
+    else:
+        path = next(Path(shard.path).parent for shard in file.shards.values()) / NAMES
+        if not path.exists():
+            raise ValueError(f"{flag} {spec}: {path} is missing; copy it there, or convert again")
+        data, where = path.read_bytes(), str(path)
+    names = iter(parse_names(data, file.names, f"{flag} {shown(spec)}: {where}"))
+    return {shard.name: list(itertools.islice(names, shard.samples)) for shard in file.shards.values()}
+
+
+def _listed(index, images, names, source):
+    """The images of an index whose file names a list has. Shards without any are left out."""
+    chosen = positions([name for shard in index.shards for name in names[shard.name]], images, source)
+    parts = np.split(chosen, np.searchsorted(chosen, index.first[1:-1]))
+    kept = [(shard, part - first) for shard, part, first in zip(index.shards, parts, index.first, strict=False) if len(part)]
+    return replace(index, shards=tuple(shard for shard, _ in kept), kept=tuple(part for _, part in kept))
 
 
 def _exists(path):
@@ -108,9 +148,10 @@ def _local(spec, flag):
     whole = Path(spec).is_dir() or (Path(spec).name == INDEX and Path(spec).exists())
     folder, named = _folder(spec, flag) if whole else _pattern(spec, flag)
     if (path := folder / INDEX).exists():
-        known, *labels = parse_index(path.read_bytes(), partial(place_in, folder), flag, path)
+        file = parse_index(path.read_bytes(), partial(place_in, folder), flag, path)
     else:
-        known, *labels = index_folder(folder, flag)
+        file = index_folder(folder, flag)
+    known = file.shards
     shards = []
     for name in dict.fromkeys([*known, *named] if whole else named):
         path = folder / name
@@ -121,7 +162,7 @@ def _local(spec, flag):
             raise ValueError(f"{flag} {spec}: {brief(name)} {size}, its index says {known[name].bytes}; copy it again, "
                              f"or delete {folder / INDEX} to index the folder again")  # fmt: skip
         shards.append(known[name])
-    return shards, *labels
+    return shards, file
 
 
 def cache_path(shard: Shard, folder: str) -> Path:

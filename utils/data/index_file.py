@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from utils.data.remote import is_remote
 from utils.run.files import atomic
@@ -25,10 +25,18 @@ class Shard:
     sha256: str
 
 
-def parse_index(
-    data: bytes, place_of: Callable[[str], str], flag: str, source: object
-) -> tuple[dict[str, Shard], tuple[str, ...] | None, str]:
-    """(shards by name, classes, Index.unlabelled) from the content of an index.json. place_of: name -> path or URL.
+class IndexFile(NamedTuple):
+    """The content of an index.json."""
+
+    shards: dict[str, Shard]  # by name
+    classes: tuple[str, ...] | None
+    unlabelled: str = ""  # see Index
+    dataset: str = ""  # its name in torchvision, if the converter knew it
+    names: str = ""  # sha256 of the names.txt beside it; empty: the file names are not known
+
+
+def parse_index(data: bytes, place_of: Callable[[str], str], flag: str, source: object) -> IndexFile:
+    """The content of an index.json. place_of: name -> path or URL.
 
     It may come from a server. So every field is checked, and messages do not contain its text.
     """
@@ -38,14 +46,16 @@ def parse_index(
         shards = [shard_of(place_of, entry, f"shard {n}") for n, entry in enumerate(content["shards"])]
         by_name = {shard.name: shard for shard in shards}
         _require(len(by_name) == len(shards), "two shards have one name")
-        classes, unlabelled = content.get("classes", 0), content.get("unlabelled", "")
+        classes = content.get("classes", 0)
+        unlabelled, dataset, digest = (content.get(key, "") for key in ("unlabelled", "dataset", "names"))
         names = isinstance(classes, list) and len(classes) <= LARGEST_LABEL + 1 and all(isinstance(c, str) for c in classes)
         _require(classes is None or names, "classes are neither null nor a list of names")
-        _require(isinstance(unlabelled, str), "unlabelled is not a text")
+        for key, text in (("unlabelled", unlabelled), ("dataset", dataset), ("names", digest)):
+            _require(isinstance(text, str), f"{key} is not a text")
     except (ValueError, RecursionError) as error:
         why = error if type(error) is ValueError else "it is not JSON"
         raise ValueError(f"{flag} {source}: not a readable index ({why}); delete it to index the folder again") from None
-    return by_name, tuple(classes) if classes is not None else None, brief(unlabelled, 200)
+    return IndexFile(by_name, tuple(classes) if names else None, brief(unlabelled, 200), brief(dataset), digest)
 
 
 def _require(holds, text):
@@ -80,9 +90,9 @@ def describe(path: Path, samples: int) -> dict:
     return {"name": path.name, "samples": samples, "bytes": path.stat().st_size, "sha256": digest}
 
 
-def write_index(folder: Path, shards: list[dict], classes: tuple[str, ...] | None, unlabelled: str = "") -> None:
-    """Write index.json. shards: of `describe`. unlabelled: see Index."""
-    reason = {"unlabelled": unlabelled} if unlabelled else {}
-    content = {"total": sum(s["samples"] for s in shards), "classes": classes, **reason, "shards": shards}
+def write_index(folder: Path, shards: list[dict], classes: tuple[str, ...] | None, **texts: str) -> None:
+    """Write index.json. shards: of `describe`. texts: the last fields of IndexFile, which are left out if empty."""
+    known = {key: text for key, text in texts.items() if text}
+    content = {"total": sum(s["samples"] for s in shards), "classes": classes, **known, "shards": shards}
     with atomic(folder / INDEX) as file:
         file.write(json.dumps(content, indent=1).encode() + b"\n")

@@ -8,15 +8,15 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from utils.data.index_file import INDEX, LARGEST_LABEL, Shard, describe, place_in, shard_of, write_index
+from utils.data.index_file import INDEX, LARGEST_LABEL, IndexFile, Shard, describe, place_in, shard_of, write_index
 from utils.data.tars import LABEL_EXTENSION, TarSample, UnsupportedTar, local_samples
 from utils.run.text import brief
 
 KINDS = 5  # kinds of left-out files that get a line
 
 
-def index_folder(folder: Path, flag: str) -> tuple[dict[str, Shard], tuple[str, ...] | None, str]:
-    """Index a local folder: its shards by name, its classes, and Index.unlabelled. Left-out files are counted and named.
+def index_folder(folder: Path, flag: str) -> IndexFile:
+    """Index a local folder. Left-out files are counted and named.
 
     Labels that are numbers give classes with these names. If a sample has no label or another kind of label, classes are None.
     """
@@ -63,10 +63,10 @@ def index_folder(folder: Path, flag: str) -> tuple[dict[str, Shard], tuple[str, 
         warn(f"{flag} {folder}: {len(numbers)} labels from {min(numbers)} to {max(numbers)}: of the {len(classes)} classes, "
               f"{len(classes) - len(numbers)} have no image here")  # fmt: skip
     try:
-        write_index(folder, entries, classes, unlabelled)
+        write_index(folder, entries, classes, unlabelled=unlabelled)
     except OSError as error:
         warn(f"{folder / INDEX} cannot be written ({error.strerror}); every start will index these shards again")
-    return shards, classes, unlabelled
+    return IndexFile(shards, classes, unlabelled)
 
 
 def class_number(text: bytes | None) -> int | None:

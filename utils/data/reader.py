@@ -72,7 +72,7 @@ class Reader:
     def __call__(self, sample_id: int, planned: bool = True) -> Sample:
         """A sample, 0 <= sample_id < index.total. planned: whether it was announced. Raises BadSample."""
         n = self.shard_of(sample_id)
-        shard, position = self.index.shards[n], sample_id - int(self.first[n])
+        shard, position = self.index.shards[n], int(self._position(n, sample_id))
         end, why = self.ends.get(n, (shard.samples, ""))
         try:
             if position >= end:
@@ -84,7 +84,7 @@ class Reader:
         except Lost as error:
             if error.end == shard.samples:
                 self.ends[n] = error.start, str(error)
-            raise BadSample(shard.path, f"sample {position}", str(error), int(self.first[n]) + error.end) from None
+            raise BadSample(shard.path, f"sample {position}", str(error), self._id_from(n, error.end)) from None
         label = class_number(found.members.get(LABEL_EXTENSION)) if self.index.classes is not None else -1
         if label is None or label >= len(self.index.classes or ()):
             why = "no label, or a label that is not a number" if label is None else "a label that is not one of the classes"
@@ -95,16 +95,26 @@ class Reader:
         """The number of the shard that holds this sample."""
         return int(np.searchsorted(self.first, sample_id, side="right")) - 1
 
+    def _position(self, n, sample_ids):
+        """The position in shard n of a sample, or of several. It is not their order if the index is a choice of images."""
+        order = sample_ids - self.first[n]
+        return order if self.index.kept is None else self.index.kept[n][order]
+
+    def _id_from(self, n, position):
+        """The id of the first sample of the index at this position of shard n or after it."""
+        kept = self.index.kept
+        return int(self.first[n] + (position if kept is None else np.searchsorted(kept[n], position)))
+
     def _remote(self, n, sample_id, planned):
         shard = self.index.shards[n]
         if not planned:  # a separate pass, because the planned pass does not keep this sample
-            return RemoteShard(shard, np.arange(shard.samples) == sample_id - self.first[n])
+            return RemoteShard(shard, np.arange(shard.samples) == self._position(n, sample_id))
         lane = int(self.expected[np.searchsorted(self.expected, sample_id * self.lanes)]) % self.lanes
         if (n, lane) not in self.passes:
             low, high = np.searchsorted(self.expected, self.first[n : n + 2] * self.lanes)
             here, lane_of_sample = np.divmod(self.expected[low:high], self.lanes)
             wanted = np.zeros(shard.samples, bool)
-            wanted[(here - self.first[n])[lane_of_sample == lane]] = True
+            wanted[self._position(n, here[lane_of_sample == lane])] = True
             self.passes[n, lane] = RemoteShard(shard, wanted)
         return self.passes[n, lane]
 

@@ -3,12 +3,15 @@
 import argparse
 import os
 import tarfile
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from utils.data.encoding import extensions
 from utils.data.folders import has_images, is_system_folder, list_images
+from utils.data.names import positions
 from utils.data.splits import Files, Split
 from utils.data.torchvision_sets import extract_imagenet, from_torchvision
 from utils.run.streams import validation_split
@@ -27,7 +30,8 @@ def find_splits(args: argparse.Namespace) -> list[Split]:
     if not source.is_dir() and not args.download:
         raise ValueError(f"-i {source}: no such folder; pass the one that holds the images, or train/ and val/")
     if args.dataset:
-        return from_torchvision(args)
+        splits = from_torchvision(args)
+        return [listed(splits[0], args), *splits[1:]]
     if args.val_fraction and ((source / "val").is_dir() or (source / "ILSVRC2012_img_val.tar").exists()):
         raise ValueError(f"--val-fraction {args.val_fraction}: -i {source} has a validation split; leave the flag out")
     chosen = read_subset(args.imagenet_subset, source) if args.imagenet_subset else None  # before hours of unpacking archives
@@ -36,7 +40,8 @@ def find_splits(args: argparse.Namespace) -> list[Split]:
         if unlabelled := [split.name for split in splits[1:] if split.labels is None]:
             print(f"{flag}: {' and '.join(unlabelled)} skipped, without class folders")
         splits = [subset(split, chosen, flag) for split in splits if split.name not in unlabelled]
-    return [*divided(splits[0], args.val_fraction, args.seed), *splits[1:]] if args.val_fraction else splits
+    train = listed(splits[0], args)
+    return [*(divided(train, args.val_fraction, args.seed) if args.val_fraction else [train]), *splits[1:]]
 
 
 def from_folders(source: Path, no_labels: bool) -> list[Split]:
@@ -92,10 +97,16 @@ def divided(train: Split, fraction: float, seed: int) -> list[Split]:
         raise ValueError(f"--val-fraction {fraction}: no class of -i {train.source.folder} has two images; leave the flag out")
     parts = []
     for name, chosen in (("train", ~held), ("val", held)):
-        part = train.source.part(np.flatnonzero(chosen).tolist())
-        parts.append(Split(name, part, labels[chosen].tolist() if train.labels else None, train.classes))
-    parts[0].others = train.others
+        parts.append(replace(train.part(np.flatnonzero(chosen).tolist()), name=name))
+    parts[1].others = Counter()
     return parts
+
+
+def listed(train: Split, args: argparse.Namespace) -> Split:
+    """The images of --images, or all without that flag."""
+    if not args.images:
+        return train
+    return train.part(positions(train.source.names, args.images, f"-i {args.input}").tolist())
 
 
 def class_names(source: Path) -> set[str]:

@@ -3,7 +3,7 @@
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -40,23 +40,30 @@ class Files:
 
 
 class Arrays:
-    """The images of a torchvision data set, as PNG."""
+    """The images of a torchvision data set that keeps them in arrays, as PNG. numbers: of the images; None: all."""
 
-    def __init__(self, dataset, name: str):
-        self.dataset, self.names = dataset, [f"{name} {i}" for i in range(len(dataset))]
+    def __init__(self, dataset, name: str, numbers: Sequence[int] | None = None):
+        self.dataset, self.name, self.numbers = dataset, name, range(len(dataset)) if numbers is None else numbers
+        self.names = [f"{name} {number}" for number in self.numbers]
+
+    def part(self, kept: Sequence[int]) -> "Arrays":
+        return Arrays(self.dataset, self.name, [self.numbers[i] for i in kept])
 
     def fingerprint(self) -> list:
-        """Hashes of the first and the last image. An image that PNG cannot hold has the hash of its pixels."""
-        return [(self.names[i], hashlib.sha256(self.content(i)).hexdigest()) for i in {0, len(self.names) - 1}]
+        """Hashes of the first and the last image, and of the names of a part. An image that PNG cannot hold has the hash of its
+        pixels.
+        """
+        hashes = [(self.names[i], hashlib.sha256(self.content(i)).hexdigest()) for i in {0, len(self.names) - 1}]
+        return hashes if len(self.names) == len(self.dataset) else [*hashes, self.names]
 
     def content(self, i: int) -> bytes:
         try:
             return self.read(i)[1]
         except ValueError:
-            return np.asarray(self.dataset[i][0]).tobytes()
+            return np.asarray(self.dataset[self.numbers[i]][0]).tobytes()
 
     def read(self, i: int) -> tuple[str, bytes]:
-        image = self.dataset[i][0]
+        image = self.dataset[self.numbers[i]][0]
         return "png", as_png(image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image)))
 
 
@@ -69,6 +76,12 @@ class Split:
     labels: list[int] | None
     classes: tuple[str, ...] | None
     others: Counter[str] = field(default_factory=Counter)  # extension -> files that are not converted
+    dataset: str = ""  # of torchvision
+
+    def part(self, kept: Sequence[int]) -> "Split":
+        """Only these images, with the same class numbers."""
+        labels = [self.labels[i] for i in kept] if self.labels else None
+        return replace(self, source=self.source.part(kept), labels=labels)
 
 
 def extension_of(name: str) -> str:

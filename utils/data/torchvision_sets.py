@@ -1,6 +1,7 @@
 """Splits that torchvision reads: its data sets, and the ILSVRC archives."""
 
 import argparse
+import os
 import shutil
 import tarfile
 from pathlib import Path
@@ -8,11 +9,17 @@ from pathlib import Path
 import torchvision
 from torchvision.datasets import imagenet
 
-from utils.data.splits import Arrays, Split
+from utils.data.splits import Arrays, Files, Split
+
+PARTS = {  # data sets with other parts than train and test, which becomes `val`: our name -> torchvision's
+    **dict.fromkeys(("DTD", "FGVCAircraft", "Flowers102"), {"train": "train", "val": "val", "test": "test"}),
+    "OxfordIIITPet": {"train": "trainval", "val": "test"},
+    "STL10": {"train": "train", "val": "test", "unlabeled": "unlabeled"},
+}
 
 
 def from_torchvision(args: argparse.Namespace) -> list[Split]:
-    """The training part of a torchvision data set; its test part, as `val`; for STL10 also its unlabelled images."""
+    """The official parts of a torchvision data set: `train`; its test part, as `val`; or those of PARTS."""
     constructor = getattr(torchvision.datasets, args.dataset, None)
     if constructor is None:
         raise ValueError(f"--dataset {args.dataset}: torchvision has no such data set; pass one such as CIFAR10")
@@ -21,14 +28,27 @@ def from_torchvision(args: argparse.Namespace) -> list[Split]:
         "train": ({"train": True}, {"split": "train"}),
         "val": ({"train": False}, {"split": "test"}),
     }
-    if "unlabeled" in getattr(constructor, "splits", ()):
-        parts["unlabeled"] = ({"split": "unlabeled"},)
+    if args.dataset in PARTS:
+        parts = {name: ({"split": theirs},) for name, theirs in PARTS[args.dataset].items()}
     for name, keywords in parts.items():
         dataset = construct(constructor, args, keywords)
         labels = None if args.no_labels or name == "unlabeled" else labels_of(dataset, args.dataset)
         classes = tuple(str(c) for c in getattr(dataset, "classes", range(max(labels) + 1))) if labels else None
-        splits.append(Split(name, Arrays(dataset, f"{args.dataset} {name}"), labels, classes))
+        source = files_of(dataset, args) or Arrays(dataset, f"{args.dataset} {name}")
+        splits.append(Split(name, source, labels, classes, dataset=args.dataset))
     return splits
+
+
+def files_of(dataset, args: argparse.Namespace) -> Files | None:
+    """The image files of a data set, which are copied, or None if it keeps arrays. Raises ValueError for a missing file."""
+    found = next((getattr(dataset, a) for a in ("_image_files", "_images", "_samples", "samples") if hasattr(dataset, a)), None)
+    paths = [entry[0] if isinstance(entry, tuple) else entry for entry in found or ()]
+    if not paths or not all(isinstance(path, str | Path) for path in paths):
+        return None
+    try:
+        return Files(Path(args.input), [os.path.relpath(path, args.input) for path in paths], list(map(os.path.getsize, paths)))
+    except OSError as error:
+        raise ValueError(f"--dataset {args.dataset}: {error.filename}: {error.strerror}; unpack the data set again") from None
 
 
 def construct(constructor, args: argparse.Namespace, choices: tuple[dict, ...]):
@@ -40,14 +60,18 @@ def construct(constructor, args: argparse.Namespace, choices: tuple[dict, ...]):
             continue
         except (RuntimeError, ValueError, OSError, ImportError) as error:
             hint = "; pass --download" if "download=True" in str(error) else ""
+            hint = f"; pip install {error.name}" if isinstance(error, ImportError) else hint
             raise ValueError(f"--dataset {args.dataset} -i {args.input}: {error}{hint}") from None
     raise ValueError(f"--dataset {args.dataset}: has no training and test split known here; convert a folder instead")
 
 
 def labels_of(dataset, name: str) -> list[int]:
     labels = next((getattr(dataset, a) for a in ("targets", "labels", "_labels") if hasattr(dataset, a)), None)
+    if labels is None:  # pairs of an image and its label, in a list or read one by one
+        pairs = getattr(dataset, "_samples", None) or (dataset[i] for i in range(len(dataset)))
+        labels = (pair[1] for pair in pairs)
     try:
-        return [int(label) for label in (labels if labels is not None else (dataset[i][1] for i in range(len(dataset))))]
+        return [int(label) for label in labels]
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(
             f"--dataset {name}: its labels are not one class number for each image; pass --no-labels to leave them out"
