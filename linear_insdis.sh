@@ -1,22 +1,25 @@
 #!/usr/bin/env bash
 # Linear probe of the frozen trunk that pretrain_insdis.sh trained.
 #   bash linear_insdis.sh                        the embedded sample: whole images, batch 64, SGD lr 1.2 per 256, 15 epochs
-#   SHARDS=/imagenet-shards bash linear_insdis.sh          ImageNet: batch 256, SGD lr 30 (ImageNet-100: --lr 10), 60 epochs
-# Expected with ImageNet: top-1 58.5 if InsDis was trained with --loss softmax (the authors' figure).
-# Add or override any flag. Variables: SHARDS OUTPUT (the run's folder) CHECKPOINT NPROC.
+#   SHARDS=/imagenet-shards bash linear_insdis.sh          ImageNet: batch 256, SGD lr 30, 60 epochs, on jittered images
+# RECIPE is that of pretrain_insdis.sh. Expected: top-1 58.5 (softmax), 57.1 (softmax-4096), 56.5 (nce-4096), and 69.1 on
+# ImageNet-100 (100, with lr 10); the authors' figures.
+# Add or override any flag. Variables: SHARDS OUTPUT (the run's folder) RECIPE CHECKPOINT NPROC.
 set -euo pipefail
 source "$(dirname "$(realpath "$0")")/utils/run/env.sh"
 use_environment requirements.txt
 use_shards "$@"
-OUTPUT=${OUTPUT:-${PROJECT}output/${SAMPLE:+sample-}insdis}
-use_checkpoint "$OUTPUT" pretrain_insdis.sh "$@"
-
 if [[ $SAMPLE ]]; then
+    use_recipe ""
     # not the published protocol: a crop of 8 % of 28 pixels shows nothing, and 6,000 images give few steps
-    recipe=(--size 64 --resize 64 --crop-min 1 --batch-size 64 --lr 1.2 --epochs 15 --lr-steps)
+    recipe=(--size 64 --resize 64 --crop-min 1 --aug crop --batch-size 64 --lr 1.2 --epochs 15 --lr-steps)
 else
-    recipe=(--size 224 --batch-size 256 --lr 30 --epochs 60)
+    use_recipe softmax softmax-4096 nce-4096 100
+    if [[ ${RECIPE:-} == 100 ]]; then recipe=(--lr 10 --crop-min 0.2); else recipe=(--lr 30); fi
+    recipe+=(--size 224 --batch-size 256 --epochs 60)
 fi
+OUTPUT=${OUTPUT:-${PROJECT}output/${SAMPLE:+sample-}insdis${RECIPE:+-$RECIPE}}
+use_checkpoint "$OUTPUT" pretrain_insdis.sh "$@"
 
 launch "${PROJECT}"main_lincls.py --method insdis --pretrained "$CHECKPOINT" --resume auto \
     --train-shards "$TRAIN" --val-shards "$VAL" "${recipe[@]}" "$@"

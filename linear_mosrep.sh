@@ -8,6 +8,7 @@ set -euo pipefail
 source "$(dirname "$(realpath "$0")")/utils/run/env.sh"
 use_environment requirements.txt
 use_shards "$@"
+use_recipe ""
 OUTPUT=${OUTPUT:-${PROJECT}output/${SAMPLE:+sample-}mosrep}
 use_checkpoint "$OUTPUT" pretrain_mosrep.sh "$@"
 

@@ -8,6 +8,7 @@ set -euo pipefail
 source "$(dirname "$(realpath "$0")")/utils/run/env.sh"
 use_environment requirements.txt
 use_shards "$@"
+use_recipe ""
 run=w2ssl${BATCH:+-$BATCH}
 OUTPUT=${OUTPUT:-${PROJECT}output/${SAMPLE:+sample-}$run}
 use_checkpoint "$OUTPUT" pretrain_w2ssl.sh "$@"

@@ -30,7 +30,7 @@ from utils.data.limits import check_workers
 from utils.data.loader import load_batches
 from utils.data.measure import say_workers
 from utils.data.shards import steps_per_epoch, training_plan
-from utils.data.views import ViewSpec
+from utils.data.views import ViewSpec, moco_v1_view
 from utils.evaluation.classifiers import Classifiers, evaluate, largest_change
 from utils.evaluation.frozen import Frozen, Source, add_weights_flags, build_trunk, read_source
 from utils.learning import amp, optim
@@ -56,6 +56,12 @@ def get_args(argv: list[str] | None = None, source: Source | None = None) -> fla
     add("--size", type=int, default=224, help="side of a view in pixels")
     add("--resize", type=int, help="resize the shorter side of test images to this, then crop; default: 8/7 of --size")
     add("--crop-min", type=float, default=0.08, help="smallest area of a training crop, as a share of the image")
+    add(
+        "--aug",
+        choices=["crop", "v1"],
+        default="crop",
+        help="training views: crop and flip; v1: also MoCo-v1's gray and jitter",
+    )
     group = parser.group("optimization")
     add = group.add_argument
     add("--epochs", type=int, help="number of epochs")
@@ -68,7 +74,7 @@ def get_args(argv: list[str] | None = None, source: Source | None = None) -> fla
     add("--layer", type=int, nargs="+",
         help="numbers of the layers to probe in one pass; AlexNet: 1 to 5, pooled: 6; default: the last")  # fmt: skip
     flags.add_run_flags(parser, None, "folder of results; default: `linear` in the run's folder, or linear-FILE beside a FILE")
-    parser.set_defaults(**METHODS[source.method].probe(source.arch))
+    parser.set_defaults(amp="fp32", **METHODS[source.method].probe(source.arch, source.flags))
     args = parser.parse_args(argv)
     if args.resize is None:
         args.resize = args.size * 256 // 224
@@ -96,7 +102,7 @@ def check(args: Namespace, train: Index, val: Index) -> None:
     flags.in_range("--crop-min", args.crop_min, 1e-8, 1)
     flags.in_range("--resize", args.resize, args.size, math.inf)
     flags.check_batch(args, train.total)
-    both = [ViewSpec("train", args.size), ViewSpec("test", args.size, resize=args.resize)]  # their workers live side by side
+    both = [*specs(args), ViewSpec("test", args.size, resize=args.resize)]  # their workers live side by side
     check_workers(both, args.batch_size // dist.world(), args.workers)
     for flag, shards, index in (("--train-shards", args.train_shards, train), ("--val-shards", args.val_shards, val)):
         check_labels(flag, shards, index)
@@ -108,7 +114,8 @@ def check(args: Namespace, train: Index, val: Index) -> None:
 
 def specs(args: Namespace) -> list[ViewSpec]:
     """The views of a training image."""
-    return [ViewSpec("train", args.size, (args.crop_min, 1.0))]
+    view = moco_v1_view if args.aug == "v1" else ViewSpec
+    return [view("train", args.size, (args.crop_min, 1.0))]
 
 
 def rates(args: Namespace) -> list[float]:
@@ -159,7 +166,7 @@ def main(argv: list[str] | None = None) -> None:
         resumed, facts = resume_from if start > (0, 0) else None, {"train_index": train_index.hash, "val_index": val_index.hash}
         dist.first_process_does(lambda: resume.begin(Path(args.output_dir), args, resumed, start, device=str(device), **facts))
         trunk_hash = checkpoint.weights_hash(frozen.trunk)
-    published = METHODS[args.method].probe(args.arch)
+    published = METHODS[args.method].probe(args.arch, source.flags)
     other = " ".join(flags.typed(name, vars(args)[name]) for name, value in published.items() if vars(args)[name] != value)
     say(f"linear probe of {args.pretrained}: {source.facts}, protocol of {args.method}{other and f' except {other}'}")
     say(f"{train_index.total} training and {val_index.total} validation images, batch {args.batch_size}, learning rate "
@@ -247,8 +254,10 @@ def restore(path: Path, args: Namespace, identity: dict[str, Any], fc: Classifie
     Raises ValueError if it is of another probe and --resume names it.
     """
     saved = checkpoint.read(path, "--resume")
-    if (probe := saved.get("probe")) != identity:
-        other = [name for name, value in identity.items() if not isinstance(probe, dict) or probe.get(name) != value]
+    probe = saved.get("probe")
+    probe = {"aug": "crop"} | probe if isinstance(probe, dict) else {}  # an older probe has no --aug
+    if probe != identity:
+        other = [name for name, value in identity.items() if probe.get(name) != value]
         if args.resume != "auto":
             raise ValueError(f"--resume {path}: is of another probe (different: {', '.join(other)}); pass another --output-dir")
         say(f"{path} is of another probe (different: {', '.join(other)}); starting this one from the beginning")

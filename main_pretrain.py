@@ -200,7 +200,7 @@ def train(args, index, method, model, optimizer, scaler, start, lr, device) -> i
             engine.save(epoch + 1, 0)
         engine.finish()
     say(f"\nResults: {folder}/ (checkpoints, metrics.jsonl, config.json; curves: tensorboard --logdir {folder})")
-    say(f"Next:    bash linear_{args.method}.sh, with the variables of this run (SHARDS, OUTPUT ...) if any were set")
+    say(f"Next:    bash linear_{args.method}.sh, with the variables of this run (SHARDS, OUTPUT, RECIPE ...) if any were set")
     return 0
 
 

@@ -8,6 +8,7 @@ set -euo pipefail
 source "$(dirname "$(realpath "$0")")/utils/run/env.sh"
 use_environment requirements.txt
 use_shards "$@"
+use_recipe ""
 
 if [[ $SAMPLE ]]; then
     recipe=(-a resnet18 --size 64 --batch-size 64 --lr 4.8 --epochs 10 --warmup-epochs 1)

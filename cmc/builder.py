@@ -2,6 +2,7 @@
 
 import re
 from argparse import Namespace
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from utils.data.views import moco_v1_view
 from utils.learning import backbones, mixture
 from utils.learning.criterion import criterion
 from utils.learning.method import Batch, Method, Stats, Step, Targets, ViewSpec
+from utils.learning.probes import of_cmc_code
 from utils.run import dist, flags
 
 
@@ -29,8 +31,6 @@ class MemoryBank(Method):
 
     scores = staticmethod(Scores.apply)
     PER_IMAGE = True
-    # differs from the published probe: ours scales lr by the batch, as every --lr; at batch 256 both are equal
-    PROBE = {"epochs": 60, "batch_size": 256, "lr": 30.0, "trust": 0.0, "lr_steps": [30, 40, 50], "lr_gamma": 0.2}
 
     @staticmethod
     def add_flags(group) -> None:
@@ -137,8 +137,10 @@ class CMC(MemoryBank):
         group.add_argument("--space", choices=SPACES, help="colour space; default: the checkpoint's, or Lab for `random`")
 
     @classmethod
-    def probe(cls, arch: str) -> dict:
-        return cls.PROBE | {"lr": 0.1 if arch == "alexnet" else 50.0 if arch.endswith("v3") else 30.0}
+    def probe(cls, arch: str, trained: Mapping[str, Any]) -> dict[str, Any]:
+        if arch == "alexnet":
+            return of_cmc_code({"crop_min": 0.2, **trained}, lr=0.1)
+        return of_cmc_code(trained, lr=50.0 if arch.endswith("v3") else 30.0)
 
     @staticmethod
     def frozen(args: Namespace) -> backbones.Probed:
@@ -173,6 +175,11 @@ class InsDis(MemoryBank):
     def add_flags(group) -> None:
         MemoryBank.add_flags(group)
         backbones.add_flags(group, default=0)
+
+    @classmethod
+    def probe(cls, arch: str, trained: Mapping[str, Any]) -> dict[str, Any]:
+        """On jittered images, as in its training."""
+        return of_cmc_code(trained) | {"aug": "v1"}
 
     @staticmethod
     def views(args: Namespace) -> list[ViewSpec]:

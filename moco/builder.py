@@ -1,6 +1,7 @@
 """MoCo-v2 (arXiv 1911.05722, 2003.04297), with two crops or with local crops on the query side (multi-crop), and MoCo-v1."""
 
 from argparse import Namespace
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,7 +13,10 @@ from utils.learning.contrast import key_copy
 from utils.learning.criterion import criterion
 from utils.learning.key_queue import KeyQueue
 from utils.learning.method import Batch, Stats, Step, Targets
+from utils.learning.probes import of_cmc_code
 from utils.run import dist, flags
+
+UNMIX_PROBE = {"epochs": 100, "batch_size": 256, "lr": 30.0, "trust": 0.0, "lr_steps": [60, 80], "lr_gamma": 0.1}
 
 
 class MoCo(KeyQueue):
@@ -47,6 +51,15 @@ class MoCo(KeyQueue):
         for flag, value in {"--local-crops": args.local_crops or None, "--unmix-prob": args.unmix_prob}.items():
             if args.loss == "nce" and value is not None:
                 raise ValueError(f"--loss nce: has one Z, for queries of one kind; leave out {flag} {value}")
+
+    @classmethod
+    def probe(cls, arch: str, trained: Mapping[str, Any]) -> dict[str, Any]:
+        """MoCo-v1 has the probe of the CMC authors' code, on jittered images as in its training; Un-Mix has its own."""
+        if trained.get("unmix_prob") is not None:
+            return UNMIX_PROBE
+        if trained.get("moco_head") == "linear":
+            return of_cmc_code(trained) | {"aug": "v1"}
+        return cls.PROBE
 
     @staticmethod
     def views(args: Namespace):

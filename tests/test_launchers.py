@@ -42,7 +42,7 @@ def project(tmp_path):
         env.write(DRY_RUN)
     for split in ("train", "val"):
         write(folder / f"output/sample-shards/{split}/index.json")
-    for run in (*LAUNCHED, "moco-multicrop", "w2ssl-1024"):
+    for run in (*LAUNCHED, "moco-multicrop", "moco-v1", "moco-unmix", "w2ssl-1024"):
         write(folder / f"output/{run}/checkpoint_latest.pth.tar")
         write(folder / f"output/sample-{run}/checkpoint_latest.pth.tar")
     return folder
@@ -111,6 +111,7 @@ def test_launchers__imagenet_probe_is_the_published_default(project, launcher):
 @pytest.mark.parametrize("method, variables, run", [
     *((method, {}, method) for method in LAUNCHED), ("moco", {"MULTI_CROP": "0"}, "moco"),
     ("moco", {"MULTI_CROP": "1"}, "moco-multicrop"), ("w2ssl", {"BATCH": "1024"}, "w2ssl-1024"),
+    ("moco", {"RECIPE": "v1"}, "moco-v1"), ("moco", {"RECIPE": "unmix"}, "moco-unmix"), ("moco", {"RECIPE": ""}, "moco"),
 ])  # fmt: skip
 def test_launchers__probe_finds_the_run(project, method, variables, run, shards, prefix):
     pretrain = dry_run(project, f"pretrain_{method}.sh", SHARDS=shards, **variables)
@@ -196,6 +197,22 @@ def test_launchers__a_variable_that_is_no_number_is_one_line(project, name, valu
     done = bash(project / "pretrain_w2ssl.sh", cwd=project, **{name: value})
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith(f"error: {name}={value}: must be ") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("launcher, variables, message", [
+    ("pretrain_moco.sh", {"RECIPE": "v3"}, "RECIPE=v3: no such recipe for the embedded sample; known: v1 unmix"),
+    ("pretrain_moco.sh", {"RECIPE": "v3", "SHARDS": "/x"}, "RECIPE=v3: no such recipe; known: v1 v1-100 unmix"),
+    ("linear_moco.sh", {"RECIPE": "v1 unmix", "SHARDS": "/x"}, "RECIPE=v1 unmix: no such recipe; known: v1 v1-100 unmix"),
+    ("pretrain_insdis.sh", {"RECIPE": "softmax"}, "RECIPE=softmax: no such recipe for the embedded sample; known: none"),
+    ("linear_insdis.sh", {"RECIPE": "n", "SHARDS": "/x"}, "RECIPE=n: no such recipe; known: softmax softmax-4096 nce-4096 100"),
+    ("linear_cmc.sh", {"RECIPE": "1000", "SHARDS": "/x"}, "RECIPE=1000: no such recipe; known: 100"),
+    ("pretrain_mosrep.sh", {"RECIPE": "v1", "SHARDS": "/x"}, "RECIPE=v1: no such recipe; known: none"),
+    ("linear_w2ssl.sh", {"RECIPE": "v1", "SHARDS": "/x"}, "RECIPE=v1: no such recipe; known: none"),
+    ("linear_moco.sh", {"RECIPE": "v1", "MULTI_CROP": "1"}, "RECIPE=v1: has two crops; leave out MULTI_CROP=1"),
+])  # fmt: skip
+def test_launchers__an_unknown_recipe_is_one_line(project, launcher, variables, message):
+    done = bash(project / launcher, cwd=project, **variables)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", f"error: {message}\n")
 
 
 def test_launchers__no_checkpoint_is_one_line(project):

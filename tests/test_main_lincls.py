@@ -71,6 +71,61 @@ def test_main_lincls__published_protocol_is_the_default(method):
     if method != "cmc":  # by the arch
         assert optim.scaled_lr(args.lr, args.batch_size) == pytest.approx(lr)
     assert args.lr_steps == steps and (not steps or args.lr_gamma == 0.2)
+    assert (args.amp, args.aug) == ("fp32", "v1" if method == "insdis" else "crop")
+
+
+V1 = {"aug": "v1", "batch_size": 256, "epochs": 60, "lr": 30, "lr_gamma": 0.2, "lr_steps": [30, 40, 50], "trust": 0}
+V2 = {"aug": "crop", "batch_size": 4096, "crop_min": 0.08, "epochs": 90, "lr": 0.2, "lr_steps": [], "trust": 0.001}
+UNMIX = V1 | {"aug": "crop", "crop_min": 0.08, "epochs": 100, "lr_gamma": 0.1, "lr_steps": [60, 80]}
+
+
+@pytest.mark.parametrize("method, flags, expected", [
+    ("moco", [], V2), ("moco", ["--crop-min", "0.3"], V2), ("mosrep", ["--crop-min", "0.3"], V2),
+    ("moco", ["--local-crops", "4"], V2), ("moco", ["--unmix-prob", "0.5"], UNMIX), ("moco", ["--unmix-prob", "0"], UNMIX),
+    ("moco", ["--moco-head", "linear", "--aug", "v1", "--crop-min", "0.08"], V1 | {"crop_min": 0.08}),
+    ("moco", ["--moco-head", "linear"], V1 | {"crop_min": 0.2}), ("insdis", [], V1 | {"crop_min": 0.08}),
+    ("insdis", ["--crop-min", "0.2"], V1 | {"crop_min": 0.2}),
+    ("cmc", ["--crop-min", "0.2"], V1 | {"aug": "crop", "crop_min": 0.2}),
+])  # fmt: skip
+def test_get_args__the_protocol_follows_the_flags_of_the_training(tmp_path, method, flags, expected):
+    paths, _ = saved_by(method, tmp_path, *flags)
+    _, args = opened(*paths)
+    assert {name: vars(args)[name] for name in expected} == expected
+    _, args = opened(*paths, "--crop-min", "0.5", "--aug", "crop", "--lr-steps", "--amp", "bf16")
+    assert (args.crop_min, args.aug, args.lr_steps, args.amp) == (0.5, "crop", [], "bf16")
+
+
+@pytest.mark.parametrize("arch, crop_min", [("alexnet", 0.2), ("resnet50v1", 0.08)])
+def test_get_args__crops_of_an_alexnet_are_larger(arch, crop_min):
+    paths = ["--pretrained", "random", "--train-shards", "t", "--val-shards", "v"]
+    assert opened("--method", "cmc", *paths, "--arch", arch)[1].crop_min == crop_min
+
+
+@pytest.mark.parametrize("aug, jitter_p, gray_p", [("crop", 0, 0), ("v1", 1, 0.2)])
+def test_specs__jitter_of_moco_v1(aug, jitter_p, gray_p):
+    """Gray with probability .2 before a jitter of .4 .4 .4 .4 in every view, and a flip."""
+    paths = ["--pretrained", "p", "--train-shards", "t", "--val-shards", "v"]
+    (spec,) = main_lincls.specs(main_lincls.get_args(["--method", "moco", *paths, "--aug", aug, "--crop-min", "0.2"]))
+    assert (spec.size, spec.scale, spec.flip_p, spec.blur_p, spec.solarize_p) == (224, (0.2, 1.0), 0.5, 0, 0)
+    assert (spec.jitter_p, spec.gray_p, spec.gray_first) == (jitter_p, gray_p, aug == "v1")
+    assert spec.jitter == ((0.4,) * 4 if aug == "v1" else (0,) * 4)
+
+
+def test_main_lincls__a_probe_of_an_older_version_resumes(images, trained, tmp_path, capsys):
+    """It has no --aug in its identity: its views were cropped and flipped."""
+    whole = probe(images, trained, tmp_path / "whole", "--epochs", 2)
+    probe(images, trained, tmp_path / "old", "--epochs", 2)
+    path = checkpoint.saved_in(tmp_path / "old")[0]
+    saved = checkpoint.read(path, "x")
+    del saved["probe"]["aug"]
+    for other in (tmp_path / "old").glob("*.tar"):
+        other.unlink()
+    torch.save(saved, path)
+    assert probe(images, trained, tmp_path / "old", "--epochs", 2, "--resume", "auto")["last"] == whole["last"]
+    assert "another probe" not in capsys.readouterr().out
+    torch.save(saved, tmp_path / "old" / "checkpoint_latest.pth.tar")
+    probe(images, trained, tmp_path / "old", "--epochs", 2, "--resume", "auto", "--aug", "v1")
+    assert "another probe (different: aug)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("arch, lr", [("alexnet", 0.1), ("resnet18v1", 30), ("resnet18v2", 30), ("resnet18v3", 50)])
@@ -131,9 +186,9 @@ def test_main_lincls__warns_of_a_slow_rate_and_shows_chance(images, trained, tmp
     assert "warning" not in capsys.readouterr().out
 
 
-def saved_by(method, folder):
+def saved_by(method, folder, *flags):
     """A checkpoint as main_pretrain.py saves it."""
-    args = method_args(method)
+    args = method_args(method, *flags)
     content = {"method": method, "arch": args.arch, "flags": vars(args), "epoch": 1, "step": 0}
     path = folder / f"{method}.pth.tar"
     torch.save(content | {"state_dict": checkpoint.prefixed(method_of(args))}, path)
@@ -147,7 +202,8 @@ def test_get_args__method_arch_and_protocol_are_the_checkpoints(tmp_path, method
     assert (args.method, args.arch) == (method, trained.arch)
     by_hand = main_lincls.get_args(["--method", method, "--arch", trained.arch, *map(str, paths)])
     assert vars(args) == vars(by_hand)
-    assert {name: vars(args)[name] for name in METHODS[method].probe(trained.arch)} == METHODS[method].probe(trained.arch)
+    published = METHODS[method].probe(trained.arch, vars(trained))
+    assert {name: vars(args)[name] for name in published} == published
     _, args = opened(*paths, "--epochs", 3, "--lr", 7)
     assert (args.epochs, args.lr, args.method) == (3, 7, method)
 

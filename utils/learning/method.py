@@ -13,6 +13,7 @@ the whole local batch; `forward` also takes a slice of it, for gradient accumula
 
 from abc import ABC, abstractmethod
 from argparse import Namespace
+from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -137,6 +138,6 @@ class Method(nn.Module, ABC):
         backbones.add_flags(group)
 
     @classmethod
-    def probe(cls, arch: str) -> dict[str, Any]:
-        """PROBE, adapted to the trunk's architecture."""
+    def probe(cls, arch: str, trained: Mapping[str, Any]) -> dict[str, Any]:
+        """PROBE, adapted to the trunk's architecture and to the flags of its training; they are empty if unknown."""
         return cls.PROBE

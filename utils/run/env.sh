@@ -19,6 +19,7 @@ for name in NPROC NNODES NODE_RANK MASTER_PORT MAX_RESTARTS BATCH; do
     [[ ${!name:-1} =~ ^[1-9][0-9]*$ ]] || die "$name=${!name}: must be a whole number, such as $name=1"
 done
 [[ ${MULTI_CROP:-0} == [01] ]] || die "MULTI_CROP=$MULTI_CROP: must be 0 or 1"
+[[ ${MULTI_CROP:-0} == 0 || ! ${RECIPE:-} ]] || die "RECIPE=$RECIPE: has two crops; leave out MULTI_CROP=1"
 
 # use_environment FILE: set PYTHON to the interpreter of the active environment if it satisfies the requirements file. Otherwise
 # create or complete .venv if needed, and use it. No other environment is changed.
@@ -91,6 +92,15 @@ chosen() { # FLAGS...; whether SHARDS or the flags name shards
 
 flat() { # FOLDER; whether the shards lie in it, not in its train/
     [[ ! -d $1/train ]] && { [[ -f $1/index.json ]] || compgen -G "$1/*.tar" >/dev/null; }
+}
+
+# use_recipe NAMES...: check that RECIPE, if it is set, is one of NAMES, the launcher's other published recipes.
+use_recipe() {
+    local name
+    for name in "" "$@"; do
+        if [[ ${RECIPE:-} == "$name" ]]; then return; fi
+    done
+    die "RECIPE=$RECIPE: no such recipe${SAMPLE:+ for the embedded sample}; known: ${*:-none}"
 }
 
 # use_checkpoint FOLDER LAUNCHER FLAGS...: set CHECKPOINT to FOLDER, the run folder of LAUNCHER, unless it is set. The probe
