@@ -140,7 +140,7 @@ def test_read_source__a_flag_that_contradicts_the_names_is_refused(resnets, tmp_
 
 
 @pytest.mark.parametrize("arch, spoil, found", [
-    ("resnet50", lambda n: f"module.backbone.{n}", "module.backbone. (320)"),
+    ("resnet50", lambda n: f"module.net.{n}", "module.net. (320)"),
     ("resnet50", lambda n: f"student.{'x' * 300}.{n}", "student.xxx"),
     ("convnext_tiny", lambda n: n, "layer3.0. ("),
 ])  # fmt: skip
@@ -166,8 +166,8 @@ SPOILT = {
     "other shape": (lambda s: s.update({"conv1.weight": torch.zeros(64, 3, 3, 3)}), "1 .*shape.*conv1.weight"),
     "not a tensor": (lambda s: s.update({"conv1.weight": 3.0}), "conv1.weight"),
     "other names": (
-        lambda s: [s.update({f"backbone.{n}": s.pop(n)}) for n in list(s)],
-        "missing.*conv1.weight.*prefixes found: backbone. ",
+        lambda s: [s.update({f"net.{n}": s.pop(n)}) for n in list(s)],
+        "missing.*conv1.weight.*prefixes found: net. ",
     ),
     "no weights": (lambda s: s.clear(), "missing.*conv1.weight"),
     "names that are numbers": (lambda s: s.update({7: torch.ones(1)}), "weights"),

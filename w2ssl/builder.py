@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from utils.data.photometric import normalized
-from utils.learning import amp, backbones, layouts
+from utils.learning import amp, backbones
 from utils.learning.contrast import ema_, key_copy
 from utils.learning.method import Batch, Method, Stats, Step, Targets, ViewSpec
 from utils.learning.optim import cosine
@@ -85,12 +85,6 @@ class W2SSL(Method):
         numbers = replace(crop, blur_p=1.0), replace(crop, blur_p=0.1, solarize_p=0.2)
         halves = {"left": (0.0, (1 + args.overlap) / 2), "right": ((1 - args.overlap) / 2, 1.0)}  # exactly .8 and .2
         return [replace(v, name=f"{h} {i}", part=part) for i, v in enumerate(numbers, 1) for h, part in halves.items()]
-
-    @staticmethod
-    def trunk(state_dict, args):
-        """MoCo-v3's checkpoints have the same names. The names of all heads begin with fc."""
-        state = layouts.trunk_state(state_dict)
-        return {name: value for name, value in state.items() if not name.startswith("fc")}
 
     def __init__(self, args: argparse.Namespace, samples: int):
         super().__init__(args, samples)

@@ -4,7 +4,7 @@ from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from utils.learning.backbones import Probed
 from utils.learning.method import Method
 from utils.run import checkpoint, dist
 from utils.run.flags import Parser, typed
+from utils.run.log import say
 
 FLAG = "--pretrained"
 Methods = Mapping[str, type[Method]]
@@ -31,6 +32,7 @@ class Source:
     state: dict[str, torch.Tensor]  # all weights of the checkpoint
     flags: dict[str, Any]  # of the run that saved it; empty if the checkpoint has none
     sha256: str | None  # of the file
+    layout: str = ""  # of the file, in words
 
 
 def add_weights_flags(parser: Parser, methods: Methods, source: Source | None = None) -> None:
@@ -53,6 +55,30 @@ def add_weights_flags(parser: Parser, methods: Methods, source: Source | None = 
         parser.set_defaults(**defaults)
 
 
+class Weights(NamedTuple):
+    """A file of weights that was read."""
+
+    path: Path | None
+    stated: dict[str, Any]  # method, arch and flags, as far as the file has them
+    state: dict[str, torch.Tensor]  # all its weights
+    sha256: str | None
+    layout: str  # in words
+    method: str | None
+    only: bool  # whether no other method can read it
+
+
+def open_weights(spec: str, flag: str) -> Weights:
+    """Read a checkpoint, the newest of a run, or a file of weights. Raises ValueError or OSError that names the flag."""
+    path, saved, sha256 = checkpoint.find(spec, flag)
+    if "probe" in saved:
+        raise ValueError(f"{flag} {path}: is a checkpoint of a linear probe; pass the one that it probed")
+    stated = {name: saved.pop(name) for name in ("method", "arch", "flags") if name in saved}
+    stated = {name: value for name, value in stated.items() if isinstance(value, dict if name == "flags" else str)}
+    state, container = layouts.weights_of(saved | stated, f"{flag} {path}"), layouts.container_of(saved)
+    layout = layouts.layout_of(state, container).title + (f" ({container})" if container in ("teacher", "student") else "")
+    return Weights(path, stated, state, sha256, layout, *layouts.recognize(saved | stated, state))
+
+
 def read_source(prog: str, methods: Methods, argv: list[str] | None = None, opened: bool = True) -> Source:
     """Find the weights of --pretrained, and decide method and arch. opened: whether to read the file.
 
@@ -64,29 +90,24 @@ def read_source(prog: str, methods: Methods, argv: list[str] | None = None, open
     given = parser.parse_known_args(argv)[0]
     if given.pretrained == pixels.NAME:
         return Source(given.method or next(iter(methods)), pixels.NAME, "pixels of the views", None, {}, {}, None)
-    path, saved, state, sha256, found, sure = None, {}, {}, None, None, False
+    found = Weights(None, {}, {}, None, "", None, False)
     if opened and given.pretrained not in (None, "random"):
-        path, saved, state, sha256, found, sure = dist.first_process_does(lambda: _weights(given.pretrained))
-    if found and found not in methods:
-        raise ValueError(f"{FLAG} {path}: is of method {found}, not one of {', '.join(methods)}; pass another file")
-    if given.method and sure and given.method != found:
-        raise ValueError(f"--method {given.method}: {path} is a checkpoint of {found}; leave it out, or pass --method {found}")
-    method, by = found or next(iter(methods)), "checkpoint" if "method" in saved else "weights' names" if found else "default"
-    method, by = (given.method, "flag") if given.method else (method, by)
-    named = saved.get("flags", {}).get("arch") or saved.get("arch")
-    arch, arch_by = given.arch or named or methods[method].ARCH, "flag" if given.arch else "checkpoint" if named else "default"
-    return Source(method, arch, f"method {method} ({by}), arch {arch} ({arch_by})", path, state, saved.get("flags", {}), sha256)
-
-
-def _weights(pretrained):
-    """(path, method, arch and flags as far as it tells them, weights, sha256, *recognize()) of a checkpoint."""
-    path, saved, sha256 = checkpoint.find(pretrained, FLAG)
-    if "probe" in saved:
-        raise ValueError(f"{FLAG} {path}: is a checkpoint of a linear probe; pass the one that it probed")
-    stated = {name: saved.pop(name) for name in ("method", "arch", "flags") if name in saved}
-    stated = {name: value for name, value in stated.items() if isinstance(value, dict if name == "flags" else str)}
-    state = layouts.weights_of(saved | stated, f"{FLAG} {path}")
-    return path, stated, state, sha256, *layouts.recognize(saved | stated, state)
+        found = dist.first_process_does(lambda: open_weights(given.pretrained, FLAG))
+    if found.method and found.method not in methods:
+        known = ", ".join(methods)
+        raise ValueError(f"{FLAG} {found.path}: is of method {found.method}, not one of {known}; pass another file")
+    if given.method and found.only and given.method != found.method:
+        raise ValueError(f"--method {given.method}: {found.path} is a checkpoint of {found.method}; leave it out, or pass "
+                         f"--method {found.method}")  # fmt: skip
+    method, by = found.method or next(iter(methods)), "checkpoint" if "method" in found.stated else "weights' names"
+    method, by = (given.method, "flag") if given.method else (method, by if found.method else "default")
+    flags = found.stated.get("flags", {})
+    stated = flags.get("arch") or found.stated.get("arch")
+    named = layouts.arch_of(found.state, stated)
+    arch_by = "flag" if given.arch else "checkpoint" if stated else "weights' shapes" if named else "default"
+    arch = given.arch or named or methods[method].ARCH
+    facts = f"method {method} ({by}), arch {arch} ({arch_by})"
+    return Source(method, arch, facts, found.path, found.state, flags, found.sha256, found.layout)
 
 
 class Frozen(nn.Module):
@@ -130,5 +151,6 @@ def build_trunk(args: Namespace, method: type[Method], source: Source) -> Frozen
     probed = method.frozen(args)
     if source.path:
         state = method.trunk(source.state, args)
-        layouts.load_trunk(probed.trunk, state, probed.classifier, f"--pretrained {source.path}", source.state)
+        layouts.load_trunk(probed.trunk, state, probed.classifier, f"{FLAG} {source.path}", source.state)
+        say(f"{source.path}: {source.layout}, {len(probed.trunk.state_dict())} tensors, trunk {args.arch}")
     return Frozen(probed)

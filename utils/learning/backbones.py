@@ -8,6 +8,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.models import register_model
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import nn
 
@@ -31,6 +32,12 @@ def add_flags(group, default: int | None = None) -> None:
     trained = "; default: as trained" if default is None else ""
     group.add_argument("--output-stride", type=int, default=default, metavar="PIXELS",
         help=f"output stride of the trunk: its last stages are dilated; 0: no dilation{trained}")  # fmt: skip
+
+
+@register_model
+def vit_small_mocov3(pretrained: bool = False, **kwargs) -> nn.Module:
+    """ViT-S of MoCo-v3 (arXiv 2104.02057): 12 heads of 32 channels. timm's vit_small_patch16_224 has 6 of 64."""
+    return timm.create_model("vit_small_patch16_224", pretrained, **(kwargs | {"num_heads": 12}))
 
 
 def build(arch: str, output_stride: int = 0, zero_init_last: bool = True, **kwargs) -> nn.Module:

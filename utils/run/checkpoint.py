@@ -108,9 +108,11 @@ def _read(path, flag, hashed=False):
             file.seek(0)
             sha256 = hashlib.file_digest(file, "sha256").hexdigest() if hashed else ""  # a resume does not need it
             file.seek(0)
-            content = _unpickled(file)
+            content = _safetensors(path) if path.suffix == ".safetensors" else _unpickled(file)
     except FileNotFoundError:
         raise
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{flag} {path}: needs the package {error.name}; run pip install {error.name}") from None
     except Exception as error:  # torch raises errors of many types for a file of another kind
         code = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
         reason = (f"it holds a {code[1]}, which is code and not data; save it again as plain tensors, numbers and strings"
@@ -119,6 +121,15 @@ def _read(path, flag, hashed=False):
     if not isinstance(content, dict):
         raise ValueError(f"{flag} {path}: holds a {type(content).__name__}, not a dictionary of weights")
     return Checkpoint(path, content, sha256)
+
+
+def _safetensors(path):
+    """{"state_dict": tensors}, and `arch` and `method` if the file's metadata has them."""
+    from safetensors import safe_open  # optional
+
+    with safe_open(path, "pt") as file:
+        stated = {name: text for name, text in (file.metadata() or {}).items() if name in ("arch", "method")}
+        return stated | {"state_dict": {name: file.get_tensor(name) for name in file.keys()}}  # noqa: SIM118
 
 
 def check_types(saved: dict, types: dict[str, type], refusal: str) -> None:
