@@ -42,6 +42,24 @@ def test_parser__unknown_flags_and_abbreviations_are_refused(capsys, get_args, r
     assert fails(capsys, get_args, [*required, "stray"]).endswith("stray: no such flag; --help lists the flags")
 
 
+@pytest.mark.parametrize("get_args, required", [(main_pretrain.get_args, PRETRAIN), (main_lincls.get_args, PROBE)])
+def test_parser__flags_of_other_code_are_refused_with_our_names(capsys, get_args, required):
+    line = fails(capsys, get_args, ["-m", "moco", "-b", "64", "--lr_decay_epochs=120,160", "--wd", "0", "--epochs", "3"])
+    for part in ("-m is --method;", "-b is --batch-size: here the images of all GPUs together", "--wd is --weight-decay",
+                 "--lr-decay-epochs is --lr-steps, with spaces: 120 160 200", "docs/migration.md"):  # fmt: skip
+        assert part in line
+    assert "--epochs" not in line.replace("decay-epochs", "")
+    line = fails(capsys, get_args, [*required, "--pretrain", "x"])
+    assert "--pretrain is --pretrained" in line
+
+
+@pytest.mark.parametrize("flag, values", [("--amp", flags.AMP), ("--method", METHODS), ("--device", ["auto", "cuda"])])
+def test_parser__a_flag_without_its_value_says_which_there_are(capsys, flag, values):
+    for argv in ([*PRETRAIN, flag], [*PRETRAIN, flag, "--lr", "1"]):
+        assert f"argument {flag}: expected one argument: {', '.join(values)}" in fails(capsys, main_pretrain.get_args, argv)
+    assert fails(capsys, main_pretrain.get_args, [*PRETRAIN, "--arch"]).endswith("expected one argument")
+
+
 def test_parser__a_flag_of_another_method_is_an_error(capsys):
     for flag in ("--shift-range", "--shift-enable", "--shift-beta"):
         main_pretrain.get_args(["--method", "mosrep", *PRETRAIN, flag, "1"])

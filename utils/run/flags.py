@@ -16,6 +16,7 @@ import torch
 from torch.distributed import DistError
 
 from utils.run import dist, signals
+from utils.run.old_flags import OLD
 
 MAX_PIXELS = 89_478_485  # of an image: Pillow's limit
 AMP = ("auto", "bf16", "fp16", "fp32")  # of utils/learning/amp.py, which this room may not import
@@ -49,13 +50,15 @@ class Parser(argparse.ArgumentParser):
         return Group(self, self.groups[title], identity)
 
     def parse_known_args(self, args=None, namespace=None):
-        args = sys.argv[1:] if args is None else args
-        args = [re.sub("^--[^=]+", lambda name: name[0].replace("_", "-"), arg) for arg in args]
-        flags, unknown = super().parse_known_args(args, Flags() if namespace is None else namespace)
+        flags, unknown = super().parse_known_args(_dashed(args), Flags() if namespace is None else namespace)
         flags.outside = frozenset(self.outside)
         return flags, unknown
 
     def parse_args(self, args=None, namespace=None):
+        names = [arg.partition("=")[0] for arg in _dashed(args)]
+        if old := {name: OLD[name] for name in names if name in OLD and name not in self._option_string_actions}:
+            said = "; ".join(f"{name} is {ours}" for name, ours in old.items())
+            self.error(f"flags of other code: {said} (docs/migration.md)")
         flags, unknown = self.parse_known_args(args, namespace)
         if unknown:
             name = next((a for a in unknown if a.startswith("-")), unknown[0]).partition("=")[0]
@@ -65,7 +68,16 @@ class Parser(argparse.ArgumentParser):
         return flags
 
     def error(self, message):
+        if "expected one argument" in message:  # argparse does not say which values there are
+            action = self._option_string_actions.get(message.split()[1].split("/")[-1].rstrip(":"))
+            message += f": {', '.join(map(str, action.choices))}" if action and action.choices else ""
         fail(self.prog, message)
+
+
+def _dashed(args):
+    """The words of a command line, with `-` for `_` in the names of flags."""
+    args = sys.argv[1:] if args is None else args
+    return [re.sub("^--[^=]+", lambda name: name[0].replace("_", "-"), arg) for arg in args]
 
 
 class Group:
