@@ -64,8 +64,8 @@ def get_args(argv=None) -> Flags:
     add_first_flags(parser)
     method = parser.group("method")
     method.add_argument("-a", "--arch", default="resnet50", help="timm model with feature maps; CMC: alexnet, resnetNNv1 to v3")
-    METHODS[name].add_flags(method)
     flags.add_run_flags(parser, output_dir="output/run", output_help="folder of checkpoints, metrics and configuration")
+    METHODS[name].add_flags(method)  # last: a method has its own defaults of the other flags
     add = parser.group("run", identity=False).add_argument
     add("--save-freq", type=int, default=10, help="keep the checkpoint of every so many epochs")
     add("--compile", action="store_true", help="compile the encoders with torch.compile")

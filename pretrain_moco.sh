@@ -13,7 +13,7 @@ source "$(dirname "$(realpath "$0")")/utils/run/env.sh"
 use_environment requirements.txt
 use_shards "$@"
 
-v1=(--moco-head linear --aug v1 --moco-t 0.07) # MoCo-v1, of the CMC authors' code
+v1=(--moco-head linear --aug v1 --moco-t 0.07 --amp fp32) # MoCo-v1, of the CMC authors' code
 if [[ $SAMPLE ]]; then
     use_recipe v1 unmix
     recipe=(-a resnet18 --size 64 --batch-size 64 --lr 0.24 --epochs 10 --moco-k 2048 --moco-m 0.99)
