@@ -33,12 +33,13 @@ from utils.data.shards import steps_per_epoch, training_plan
 from utils.data.views import ViewSpec, moco_v1_view
 from utils.evaluation.classifiers import Classifiers, evaluate, largest_change
 from utils.evaluation.frozen import Frozen, Source, add_weights_flags, build_trunk, read_source
+from utils.evaluation.session import check_classes, default_folder
 from utils.learning import amp, optim
 from utils.run import checkpoint, dist, flags, lock, resume, signals
 from utils.run.engine import Engine, StepInputs
 from utils.run.files import write_json
 from utils.run.log import Log, say
-from utils.run.text import shown, shown_flags
+from utils.run.text import shown_flags
 
 PROG = "main_lincls.py"
 TYPES = {"best": dict, "state_dict": dict, "optimizer": dict, "epoch": int, "step": int}  # of a checkpoint
@@ -79,18 +80,8 @@ def get_args(argv: list[str] | None = None, source: Source | None = None) -> fla
     if args.resize is None:
         args.resize = args.size * 256 // 224
     if args.output_dir is None:
-        run, random = Path(args.pretrained), args.pretrained == "random"
-        folder = Path("output/random") if random else run if run.is_dir() else run.parent
-        ours = random or run.is_dir() or run.name.startswith("checkpoint_")
-        args.output_dir = str(folder / ("linear" if ours else f"linear-{run.name.partition('.')[0]}"))
+        args.output_dir = default_folder(args.pretrained, "linear")
     return args
-
-
-def check_labels(flag: str, shards: str, index: Index) -> None:
-    """Raise ValueError unless all images are labelled."""
-    if not index.labelled:
-        why = f"of its images {index.unlabelled}" if index.unlabelled else "these images have none"
-        raise ValueError(f"{flag} {shown(shards)}: a linear probe needs labels and {why}; pass labelled shards")
 
 
 def check(args: Namespace, train: Index, val: Index) -> None:
@@ -104,12 +95,7 @@ def check(args: Namespace, train: Index, val: Index) -> None:
     flags.check_batch(args, train.total)
     both = [*specs(args), ViewSpec("test", args.size, resize=args.resize)]  # their workers live side by side
     check_workers(both, args.batch_size // dist.world(), args.workers)
-    for flag, shards, index in (("--train-shards", args.train_shards, train), ("--val-shards", args.val_shards, val)):
-        check_labels(flag, shards, index)
-    classes, val_classes = train.classes or (), val.classes or ()
-    if classes[: len(val_classes)] != val_classes:  # of foreign shards only the largest label is known
-        raise ValueError(f"--val-shards {shown(args.val_shards)}: its classes are not those of --train-shards "
-                         f"{shown(args.train_shards)}")  # fmt: skip
+    check_classes(args.train_shards, args.val_shards, train, val)
 
 
 def specs(args: Namespace) -> list[ViewSpec]:

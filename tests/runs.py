@@ -1,4 +1,4 @@
-"""Real command lines of main_pretrain.py and main_lincls.py, by themselves or under torchrun, in processes that tests may kill.
+"""Real command lines of the entry points, by themselves or under torchrun, in processes that tests may kill.
 
 They are forked from a process that has imported torch and timm, because that takes a new interpreter five seconds. Each has its
 own session, signals and exit code; torchrun's agent starts its processes in the same way. They do not test the end of an
@@ -22,6 +22,7 @@ import torch
 from helpers import default_start_method, forkserver, tiny
 from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
+import main_knn
 import main_lincls
 import main_pretrain
 from utils.run import agent, signals
@@ -30,7 +31,7 @@ ROOT = Path(__file__).parent.parent
 FLAGS = ["--device", "cpu", "--amp", "fp32", "--workers", "0", "--print-freq", "1"]
 TWO = ["--standalone", "--nproc_per_node", "2"]  # torchrun's flags
 SCRIPT = "script"  # stands where torchrun takes a file
-MAINS = {"pretrain": main_pretrain.main, "lincls": main_lincls.main}
+MAINS = {"pretrain": main_pretrain.main, "lincls": main_lincls.main, "knn": main_knn.main}
 
 
 class Run:

@@ -21,7 +21,7 @@ from utils.evaluation.frozen import Frozen, build_trunk, read_source
 from utils.learning import backbones
 from utils.learning.backbones import Probed
 
-ARGS = Namespace(batch_size=8, seed=0, workers=0, photometric="auto", size=32, resize=None)
+ARGS = Namespace(batch_size=8, seed=0, workers=0, photometric="auto", size=32, resize=36, interpolation="bicubic")
 CPU = torch.device("cpu")
 IDENTITY = {"weights": "w", "val": "v", "size": 32}
 
@@ -63,13 +63,13 @@ def test_features__are_the_trunks_in_fp32_one_image_after_the_other(images, tmp_
         assert torch.allclose(found.values[row], wanted, rtol=1e-5, atol=1e-6)
 
 
-def test_test_view__is_pils_bicubic():
+@pytest.mark.parametrize("how", ["bicubic", "bilinear"])
+def test_test_view__is_pils(how):
     """256 of 224, as the protocol has it; an image of noise is the hardest."""
-    view = features.test_view(Namespace(size=14, resize=None))
-    assert (view.resize, view.bicubic) == (16, True)
+    view = features.test_view(Namespace(size=14, resize=16, interpolation=how))
     noise = np.random.default_rng(0).integers(0, 256, (50, 40, 3), dtype=np.uint8)
     (crop,), _ = make_views(encode(Image.fromarray(noise), "PNG"), [view], (0, 0, 0))
-    wanted = np.asarray(Image.fromarray(noise).resize((16, 20), Image.Resampling.BICUBIC))[3:17, 1:15]
+    wanted = np.asarray(Image.fromarray(noise).resize((16, 20), Image.Resampling[how.upper()]))[3:17, 1:15]
     assert np.abs(crop.permute(1, 2, 0).numpy().astype(int) - wanted).max() <= 1
 
 
@@ -123,7 +123,7 @@ def test_check_finite__fp16_that_overflows_is_refused(images, tmp_path):
 def test_features__an_unusable_image_is_left_out(tmp_path):
     write_shards(tmp_path / "x", (5,), lambda i: b"no image" if i == 2 else one_png(i))
     index = load_index(str(tmp_path / "x"))
-    view = features.test_view(Namespace(size=16, resize=None))
+    view = features.test_view(Namespace(size=16, resize=18, interpolation="bicubic"))
     found = features.features(ARGS, index, view, lambda x: x.flatten(1).float(), CPU, BadSamples(tmp_path, 5, 0.5))
     assert found.sample_ids.tolist() == [0, 1, 3, 4] and found.unusable == 1 and found.values.shape == (4, 768)
 

@@ -9,6 +9,7 @@ import pytest
 from helpers import tiny
 from runs import Run
 
+import main_knn
 import main_lincls
 import main_pretrain
 from methods import METHODS
@@ -198,7 +199,9 @@ def test_one_line_ends__a_bug_is_not_hidden(capsys, error):
     assert raised.value is error and capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("get_args, required", [(main_pretrain.get_args, PRETRAIN), (main_lincls.get_args, PROBE)])
+@pytest.mark.parametrize(
+    "get_args, required", [(main_pretrain.get_args, PRETRAIN), (main_lincls.get_args, PROBE), (main_knn.get_args, PROBE)]
+)
 def test_add_shard_flags__all_reach_load_index(get_args, required):
     default = {"cache_dir": None, "allow_pipe": False, "verify_shards": False, "max_pixels": flags.MAX_PIXELS}
     assert flags.shard_flags(get_args(required)) == default
@@ -305,6 +308,16 @@ def test_main_lincls__every_flag_that_is_parsed_is_read(images, tmp_path, monkey
     monkeypatch.setattr(main_lincls, "get_args", lambda argv, source: args)
     READ.clear()
     main_lincls.main()
+    assert set(vars(args)) - READ == {"device", "dist_timeout"}  # read before, by a parser of their own
+
+
+def test_main_knn__every_flag_that_is_parsed_is_read(images, tmp_path, monkeypatch):
+    argv = ["--pretrained", "random", "--arch", "tiny_resnet", "--size", "32", "--batch-size", "20", "--device", "cpu"]
+    argv += ["--train-shards", f"{images}/train", "--val-shards", f"{images}/val", "--output-dir", str(tmp_path)]
+    args = Recording(main_knn.get_args([*argv, "--workers", "0"]))
+    monkeypatch.setattr(main_knn, "get_args", lambda argv, source: args)
+    READ.clear()
+    main_knn.main()
     assert set(vars(args)) - READ == {"device", "dist_timeout"}  # read before, by a parser of their own
 
 

@@ -14,15 +14,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from utils.data.bad_samples import BadSamples
 from utils.data.index import Index
 from utils.data.loader import load_batches
 from utils.data.shards import evaluation_plan
 from utils.data.views import ViewSpec
-from utils.run import dist
+from utils.evaluation.frozen import Frozen
+from utils.run import dist, flags
 from utils.run.files import atomic
-from utils.run.flags import Group, RunError
+from utils.run.flags import Flags, Group, RunError
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}  # of features that are kept
 STORED = {torch.float32: "F32", torch.float16: "F16", torch.int64: "I64"}  # names of the safetensors format
@@ -44,44 +46,49 @@ class Features:
         return len(self.labels)
 
 
-def add_view_flags(group: Group, resize: int | None = None) -> None:
-    """Flags of the view of a test image. resize: default for views of 224 pixels; None: 8/7 of --size."""
-    add = group.add_argument
-    add("--size", type=int, default=224, help="side of a view in pixels")
-    add("--resize", type=int, default=resize,
-        help="resize the shorter side of an image to this, bicubic, then crop; default: 8/7 of --size")  # fmt: skip
+def add_view_flags(group: Group, whole: bool = False) -> None:
+    """Flags of the view of a test image; the default of --resize is None. whole: help for views of whole images."""
+    default = "--size, the whole image" if whole else "8/7 of --size; of pixels: --size, the whole image"
+    group.add_argument("--size", type=int, default=224, help="side of a view in pixels")
+    group.add_argument("--resize", type=int,
+        help=f"resize the shorter side of an image to this, then crop its centre; default: {default}")  # fmt: skip
+    group.add_argument("--interpolation", choices=["bicubic", "bilinear"], default="bicubic",
+        help="how it is resized; bilinear is the test view of main_lincls.py")  # fmt: skip
 
 
 def check_view(args: Namespace) -> None:
-    """Raise ValueError unless the image that is resized holds the view."""
-    if args.size < 1 or (args.resize or args.size) < args.size:
-        raise ValueError(f"--size {args.size} --resize {args.resize}: a view has at least 1 pixel, and its image is as large")
+    """Raise ValueError unless the resized image holds the view."""
+    flags.in_range("--size", args.size, 1, math.inf)
+    flags.in_range("--resize", args.resize, args.size, math.inf)
 
 
 def test_view(args: Namespace) -> ViewSpec:
-    """The central crop of an image, resized bicubic."""
-    return ViewSpec("test", args.size, resize=args.resize or args.size * 256 // 224, bicubic=True)
+    """The central crop of a resized image."""
+    return ViewSpec("test", args.size, resize=args.resize, bicubic=args.interpolation == "bicubic")
 
 
 @torch.no_grad()
 def features(args: Namespace, index: Index, view: ViewSpec, extract: Extract, device: torch.device, bad: BadSamples,
              ask: Callable[[], None] = lambda: None, dtype: torch.dtype = torch.float32,
-             images: int | None = None) -> Features:  # fmt: skip
-    """The features of this process's part of the index, on the device. Every image counts once over all processes.
+             images: int | None = None, keep: torch.device | None = None) -> Features:  # fmt: skip
+    """The features of this process's part of the index. Every image counts once over all processes.
 
     args: batch_size (global), seed, workers, photometric. ask: called before each step, equally often on all processes; it may
-    raise. dtype: of the result. images: see `evaluation_plan`. Raises RunError if too many images are unusable.
+    raise. dtype, keep: of the result, and its device if it is another one. images: see `evaluation_plan`. Raises RunError if
+    too many images are unusable.
     """
     images = min(images or index.total, index.total)
     plan, rows = evaluation_plan(index, args.batch_size, images), -(-images // dist.world())
     values, labels, ids, met = torch.empty(0, 0), [], [], []
     n = 0
-    for batch in load_batches(index, [view], plan, args.seed, args.workers, device, args.photometric):
+    batches = load_batches(index, [view], plan, args.seed, args.workers, device, args.photometric)
+    hide, steps = None if dist.rank() == 0 else True, -(-rows // max(1, args.batch_size // dist.world()))
+    for batch in tqdm(batches, desc="features", total=steps, leave=False, disable=hide):
         ask()
         met += batch.bad
         found = extract(batch.views[0])
         if not values.numel():
-            values = torch.empty(rows, found.shape[1], dtype=dtype, device=device)
+            values = torch.empty(rows, found.shape[1], dtype=dtype, device=keep or device)
         values[n : n + len(found)] = found
         n += len(found)
         labels.append(batch.labels)
@@ -93,7 +100,31 @@ def features(args: Namespace, index: Index, view: ViewSpec, extract: Extract, de
         raise RuntimeError(f"features of {count} images, {unusable} unusable, of {images} in the index")
     if not count:
         raise RunError(f"none of {unusable} images can be used; pass other shards")
-    return Features(values[:n], torch.cat(labels), torch.cat(ids), unusable)
+    return Features(values[:n], torch.cat(labels).to(values.device), torch.cat(ids).to(values.device), unusable)
+
+
+def of_sets(args: Flags, sets: dict[str, Index], frozen: Frozen, weights: str, device: torch.device,
+            ask: Callable[[], None] = lambda: None) -> dict[str, Features]:  # fmt: skip
+    """This process's part of the features of the frozen trunk's only chosen layer: from the file --features, or computed.
+
+    args: those of `features`, and features, dtype, amp, output_dir, max_bad. All flags of the identity of the command must be
+    ones that decide the features. weights: the hash of the trunk's weights. Raises ValueError, OSError, RunError.
+    """
+    keep = torch.device("cpu") if device.type == "mps" else device  # which has no float64
+    identity = flags.meaning(args) | {"weights": weights} | {name: index.hash for name, index in sets.items()}
+    path = Path(args.features) if args.features else None
+    if path and dist.first_process_does(path.exists):
+        return load(path, identity, keep)
+    (layer,) = frozen.layers
+    bad = BadSamples(Path(args.output_dir), sum(index.total for index in sets.values()), args.max_bad)
+    found = {}
+    for name, index in sets.items():
+        extract = lambda x: frozen.features(x, args.amp)[layer]  # noqa: E731
+        found[name] = features(args, index, test_view(args), extract, device, bad, ask, DTYPES[args.dtype], keep=keep)
+        check_finite(found[name])
+    if path:
+        save(path, identity, found)
+    return found
 
 
 def check_finite(found: Features) -> None:
@@ -124,7 +155,7 @@ def save(path: Path, identity: dict[str, Any], sets: dict[str, Features]) -> Non
         for name, x in tensors.items():
             first, row = header[name]["data_offsets"][0], math.prod(x.shape[1:]) * x.element_size()
             for start in range(0, max(counts[name]), BLOCK):
-                blocks = dist.gather(_padded(x[start : start + BLOCK], BLOCK)).split(BLOCK)
+                blocks = dist.gather(padded(x[start : start + BLOCK], BLOCK)).split(BLOCK)
                 for rank, block in enumerate(blocks):
                     here = min(BLOCK, counts[name][rank] - start)
                     if file and here > 0:
@@ -164,10 +195,10 @@ def _own_rows(stored):
 def gathered(x: torch.Tensor) -> torch.Tensor:
     """The rows of all processes, in rank order; each process may have another number of them."""
     counts = dist.gather_objects(len(x))
-    blocks = dist.gather(_padded(x, max(counts))).split(max(counts))
+    blocks = dist.gather(padded(x, max(counts))).split(max(counts))
     return torch.cat([block[:count] for block, count in zip(blocks, counts, strict=True)])
 
 
-def _padded(x, rows):
+def padded(x, rows):
     """x with rows of 0 at its end, up to this number."""
     return x if len(x) == rows else F.pad(x, (0, 0) * (x.ndim - 1) + (0, rows - len(x)))

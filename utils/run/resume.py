@@ -16,12 +16,8 @@ TYPES = {"flags": dict, "index": str, "method": str, "arch": str, "state_dict": 
 ORDER = ("batch_size", "lanes", "seed")  # flags that decide the order of the images in an epoch
 
 
-def open_run(folder: Path | str, resume: str | None, dry: bool = False) -> Path | None:
-    """Make and lock the output folder of a run. Returns the checkpoint to resume, None for a new run. Call on process 0.
-
-    resume: the value of --resume. dry: only check. Raises ValueError if the folder cannot be written, holds another run, or
-    another process runs in it.
-    """
+def open_folder(folder: Path | str, dry: bool = False) -> Path:
+    """Make and lock a folder of results. Raises as `open_run` does. Call on process 0."""
     folder = Path(folder)
     try:
         if not dry:
@@ -31,6 +27,16 @@ def open_run(folder: Path | str, resume: str | None, dry: bool = False) -> Path 
         (lock.check if dry else lock.take)(folder)
     except OSError as error:
         raise ValueError(f"--output-dir {folder}: {error.strerror}; pass a folder you may write to") from None
+    return folder
+
+
+def open_run(folder: Path | str, resume: str | None, dry: bool = False) -> Path | None:
+    """Make and lock the output folder of a run. Returns the checkpoint to resume, None for a new run. Call on process 0.
+
+    resume: the value of --resume. dry: only check. Raises ValueError if the folder cannot be written, holds another run, or
+    another process runs in it.
+    """
+    folder = open_folder(folder, dry)
     used = bool(checkpoint.saved_in(folder)) or (folder / checkpoint.LATEST).exists()
     if resume is None and used:
         raise ValueError(f"--output-dir {folder}: holds a run already; pass --resume auto to resume it, or another folder")

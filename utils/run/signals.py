@@ -71,6 +71,14 @@ class Signals:
             os.kill(os.getpid(), number)
 
 
+class Stopped(Exception):
+    """A signal has stopped an evaluation; raised on all processes."""
+
+    def __init__(self, number: int):
+        super().__init__(not_saved(number, "the end"))
+        self.number = number
+
+
 def leave_to_parent(*_) -> None:
     """In a loader's worker: ignore signals to the whole group, such as Ctrl-C, which the training process handles."""
     for number in STOP:
@@ -109,9 +117,9 @@ def stopped(number: int, resume: str | None) -> str:
     return f"Stopped by {signal.Signals(number).name}, and saved. {how} resumes from here."
 
 
-def not_saved(number: int) -> str:
-    """The last line of a run that a signal has stopped before its first step."""
-    return f"Stopped by {signal.Signals(number).name} before the first step. The same command starts again."
+def not_saved(number: int, before: str = "the first step") -> str:
+    """The last line of a run that a signal has stopped before it has saved anything."""
+    return f"Stopped by {signal.Signals(number).name} before {before}. The same command starts again."
 
 
 def exit_code(number: int) -> int:

@@ -1,0 +1,59 @@
+"""Parts of entry points that measure and do not train: folder, labels, signals, end."""
+
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+from utils.data.index import Index
+from utils.evaluation import pixels
+from utils.run import dist, signals
+from utils.run.log import say
+from utils.run.text import shown
+
+NO_FILE = ("random", pixels.NAME)  # values of --pretrained that name no checkpoint
+
+
+def default_folder(pretrained: str, name: str) -> str:
+    """The folder of results: `name` in the run's folder, or name-FILE beside a FILE that is not of a run."""
+    run = Path(pretrained)
+    if pretrained in NO_FILE or run.is_dir():
+        return str((Path("output") / pretrained if pretrained in NO_FILE else run) / name)
+    return str(run.parent / (name if run.name.startswith("checkpoint_") else f"{name}-{run.name.partition('.')[0]}"))
+
+
+def check_labels(flag: str, shards: str, index: Index) -> None:
+    """Raise ValueError unless all images are labelled."""
+    if not index.labelled:
+        why = f"of its images {index.unlabelled}" if index.unlabelled else "these images have none"
+        raise ValueError(f"{flag} {shown(shards)}: an evaluation needs labels and {why}; pass labelled shards")
+
+
+def check_classes(train_shards: str, val_shards: str, train: Index, val: Index) -> None:
+    """Raise ValueError unless both splits are labelled, with the same classes."""
+    check_labels("--train-shards", train_shards, train)
+    check_labels("--val-shards", val_shards, val)
+    classes, val_classes = train.classes or (), val.classes or ()
+    if classes[: len(val_classes)] != val_classes:  # of foreign shards only the largest label is known
+        raise ValueError(f"--val-shards {shown(val_shards)}: its classes are not those of --train-shards {shown(train_shards)}")
+
+
+class Stop(signals.Signals):
+    """A context around an evaluation that saves nothing on its way: a call raises Stopped after a signal to any process."""
+
+    def __init__(self, device: torch.device):
+        super().__init__()
+        self.device = device
+
+    def __call__(self) -> None:
+        """All processes call it together."""
+        if number := int(dist.largest(torch.tensor(self.received, device=self.device)).item()):
+            raise signals.Stopped(number)
+
+
+def end(stopped: signals.Stopped) -> NoReturn:
+    """End an evaluation that a signal has stopped."""
+    say(signals.not_saved(stopped.number, "the end"))
+    dist.teardown()
+    sys.exit(signals.exit_code(stopped.number))
