@@ -25,13 +25,14 @@ from torch.distributed.elastic.multiprocessing.subprocess_handler import subproc
 import main_knn
 import main_lincls
 import main_pretrain
+import main_transfer
 from utils.run import agent, signals
 
 ROOT = Path(__file__).parent.parent
 FLAGS = ["--device", "cpu", "--amp", "fp32", "--workers", "0", "--print-freq", "1"]
 TWO = ["--standalone", "--nproc_per_node", "2"]  # torchrun's flags
 SCRIPT = "script"  # stands where torchrun takes a file
-MAINS = {"pretrain": main_pretrain.main, "lincls": main_lincls.main, "knn": main_knn.main}
+MAINS = {module.PROG[5:-3]: module.main for module in (main_pretrain, main_lincls, main_knn, main_transfer)}
 
 
 class Run:

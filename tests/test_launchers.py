@@ -14,6 +14,7 @@ import pytest
 
 import main_lincls
 import main_pretrain
+import main_transfer
 from methods import METHODS
 from utils.run.requirements import main as unsatisfied
 
@@ -21,8 +22,8 @@ ROOT = Path(__file__).parent.parent
 LAUNCHED = [method for method in METHODS if (ROOT / f"pretrain_{method}.sh").exists()]  # a new method may come without
 PRETRAIN, LINEAR = ([f"{kind}_{method}.sh" for method in LAUNCHED] for kind in ("pretrain", "linear"))
 LAUNCHERS = PRETRAIN + LINEAR
-SCRIPTS = [*LAUNCHERS, "utils/run/env.sh", "tests/run.sh", ".ci/run"]
-ENTRY_POINTS = {"main_pretrain.py": main_pretrain, "main_lincls.py": main_lincls}
+SCRIPTS = [*LAUNCHERS, "transfer.sh", "utils/run/env.sh", "tests/run.sh", ".ci/run"]
+ENTRY_POINTS = {"main_pretrain.py": main_pretrain, "main_lincls.py": main_lincls, "main_transfer.py": main_transfer}
 
 # After the real utils/run/env.sh: no environment is looked for, and a launcher prints its arguments and runs no program.
 DRY_RUN = """
@@ -133,6 +134,19 @@ def test_launchers__output_and_checkpoint_can_be_given(project):
     assert dry_run(project, "linear_mosrep.sh", OUTPUT="a run").pretrained == "a run"
     assert dry_run(project, "linear_mosrep.sh", CHECKPOINT="a run").pretrained == "a run"
     assert dry_run(project, "linear_mosrep.sh", CHECKPOINT="released/mosrep.pth.tar").output_dir == "released/linear-mosrep"
+
+
+def test_transfer__evaluates_the_sets_that_exist_and_names_the_others(project, tmp_path):
+    for name in ("DTD", "CIFAR10", "Another"):
+        (tmp_path / "my sets" / name).mkdir(parents=True)
+    done = bash(project / "transfer.sh", "--val-fraction", "0.3", cwd=project, DATA=f"{tmp_path}/my sets", CHECKPOINT="pixels")
+    said, *argv = done.stdout.splitlines()
+    assert said.startswith(f"not in {tmp_path}/my sets: CIFAR100 STL10 Food101 Flowers102 OxfordIIITPet StanfordCars; ")
+    args = main_transfer.get_args(argv[1:])
+    assert argv[0] == "main_transfer.py" and (args.pretrained, args.val_fraction) == ("pixels", 0.3)
+    assert args.sets == [f"{tmp_path}/my sets/{name}" for name in ("CIFAR10", "DTD")]
+    assert "holds none of CIFAR10" in bash(project / "transfer.sh", cwd=project, DATA="/nowhere").stderr
+    assert "DATA" in bash(project / "transfer.sh", cwd=project).stderr
 
 
 @pytest.mark.parametrize("method", LAUNCHED)

@@ -17,11 +17,14 @@ Without coordinates, from weights of 0, 100 steps each leave the smaller l2 at t
 joint problem.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+
+from utils.run import dist
 
 GRID = [10 ** (-6 + 11 * i / 44) for i in range(45)]  # of l2: 45 values from 1e-6 to 1e5, ssl-transfer's and SimCLR's (B.8)
 STEPS = 100  # of L-BFGS for each l2 of a path, as scikit-learn's default
@@ -98,7 +101,7 @@ class Problem:
         return F.cross_entropy(logits, self.labels, reduction="sum") + l2 / 2 * weight.square().sum()
 
 
-def path(problem: Problem, grid: Sequence[float] = GRID) -> Iterator[Fit]:
+def path(problem: Problem, grid: Sequence[float]) -> Iterator[Fit]:
     """The fit of each l2, from the largest l2 to the smallest."""
     fits: list[Fit] = []
     for l2 in sorted(grid, reverse=True):
@@ -123,3 +126,47 @@ def mean_per_class(predicted: torch.Tensor, labels: torch.Tensor) -> float:
 
 
 METRICS = {"top1": top1, "mean-per-class": mean_per_class}
+
+Images = tuple[torch.Tensor, torch.Tensor]  # n x C features, n labels
+
+
+def linear_transfer(train: Images, val: Images, test: Images, classes: int, metric: str,
+                    ask: Callable[[], None] = lambda: None) -> dict[str, Any]:  # fmt: skip
+    """Choose l2 on `val`, fit `train` and `val` together with it, and return all metrics of `test` in %.
+
+    metric: of METRICS, for the choice; among equals the largest l2 wins. (ssl-transfer takes the smallest. That end of the grid
+    is the plateau of a classifier that has learned all images by heart.) ask: called before each fit; it may raise. All
+    processes call this with the same images. The first one fits, and the others hear from it after each fit.
+    """
+    steps = path(Problem(*train, classes), GRID) if dist.rank() == 0 else iter(())
+    fits: list[Fit] = []
+
+    def search() -> float:
+        fits.append(next(steps))
+        return METRICS[metric](fits[-1].predict(val[0]), val[1])
+
+    scores = []
+    for _ in GRID:
+        ask()
+        scores.append(dist.first_process_does(search))
+    best = scores.index(max(scores))
+    both = Problem(torch.cat([train[0], val[0]]), torch.cat([train[1], val[1]]), classes) if fits else None
+
+    def fit_both() -> tuple[bool, dict[str, Any]]:
+        assert both
+        fits[best] = fit = both.fit(fits[best].l2, fits[best], tolerance=1e-6)
+        predicted = fit.predict(test[0])
+        found = {name: measure(predicted, test[1]) for name, measure in METRICS.items()}
+        return fit.converged, found | {"l2": fit.l2, "loss": fit.loss / len(both.x), "converged": fit.converged}
+
+    for _ in range(10):
+        ask()
+        converged, found = dist.first_process_does(fit_both)
+        if converged:
+            break
+    return {
+        "score": found[metric],
+        "metric": metric,
+        **found,
+        "validation": dict(zip(sorted(GRID, reverse=True), scores, strict=True)),
+    }

@@ -107,7 +107,7 @@ use_recipe() {
 # takes the newest checkpoint in it. The flag --pretrained comes last and wins.
 use_checkpoint() {
     CHECKPOINT=${CHECKPOINT:-$1}
-    if [[ $CHECKPOINT == random || " ${*:3}" =~ \ --pretrained(=|\ |$) ]]; then return; fi
+    if [[ $CHECKPOINT == random || $CHECKPOINT == pixels || " ${*:3}" =~ \ --pretrained(=|\ |$) ]]; then return; fi
     [[ -f $CHECKPOINT ]] || compgen -G "$CHECKPOINT/checkpoint_*.pth.tar" >/dev/null ||
         die "no checkpoint $CHECKPOINT: run bash $2 first, or set CHECKPOINT to a file or run folder"
 }

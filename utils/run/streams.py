@@ -53,6 +53,11 @@ def validation_split(seed: int, label: int) -> np.random.Generator:
     return np.random.default_rng([seed, label, 3])
 
 
+def transfer_split(seed: int) -> np.random.Generator:
+    """The training images on which main_transfer.py chooses l2, if a data set has no validation part."""
+    return np.random.default_rng([seed, 0, 4])
+
+
 def mirrored_copy(seed: int) -> np.random.Generator:
     """The images that w2ssl.mirror mirrors."""
     return np.random.default_rng(seed)
