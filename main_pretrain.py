@@ -26,14 +26,15 @@ from utils.data.limits import check_workers
 from utils.data.loader import load_batches
 from utils.data.measure import say_workers
 from utils.data.shards import lanes_of, steps_per_epoch, training_plan
-from utils.learning import amp, optim
+from utils.evaluation.frozen import open_weights
+from utils.learning import amp, initial, optim
 from utils.learning.method import Method, Step
 from utils.run import checkpoint, dist, flags, lock, replay, resume
 from utils.run.engine import Engine, NotFinite, StepInputs
 from utils.run.flags import Flags, Parser, in_range, one_line_ends, one_line_errors, positive
 from utils.run.log import Log, say
 from utils.run.signals import exit_code, stopped
-from utils.run.text import shown_flags
+from utils.run.text import shown, shown_flags
 
 PROG = "main_pretrain.py"
 
@@ -64,6 +65,8 @@ def get_args(argv=None) -> Flags:
     add_first_flags(parser)
     method = parser.group("method")
     method.add_argument("-a", "--arch", default="resnet50", help="timm model with feature maps; CMC: alexnet, resnetNNv1 to v3")
+    method.add_argument("--init", identity=False, metavar="PATH",
+        help="weights that a new run starts from: a checkpoint, a run folder or a file of other code")  # fmt: skip
     flags.add_run_flags(parser, output_dir="output/run", output_help="folder of checkpoints, metrics and configuration")
     METHODS[name].add_flags(method)  # last: a method has its own defaults of the other flags
     add = parser.group("run", identity=False).add_argument
@@ -128,15 +131,22 @@ def main(argv=None):
         optimizer = optim.sgd(method.parameters(), lr, args.momentum, args.weight_decay, args.trust, exclude=True)
         scaler = amp.scaler(args.amp)
         steps = steps_per_epoch(index.total, args.batch_size)
-        start = resume.restore(resume_from, args, index.hash, steps, method, optimizer, scaler) if resume_from else (0, 0)
+        start, init = (0, 0), None
+        if resume_from:
+            start, init = resume.restore(resume_from, args, index.hash, steps, method, optimizer, scaler)
+        elif args.init:
+            init = initialize(args, method)
         if dry:
             return say_workers(args, index, method.views(args), steps)
-        folder, facts = Path(args.output_dir), {"index": index.hash, "samples": index.total, "device": str(device)}
+        folder, facts = (
+            Path(args.output_dir),
+            {"index": index.hash, "samples": index.total, "device": str(device), "init": init},
+        )
         dist.first_process_does(lambda: resume.begin(folder, args, resume_from, start, **facts))
         model = dist.data_parallel(method, device)
     with one_line_ends(PROG, args.batch_size):
         try:
-            stopped_by = train(args, index, method, model, optimizer, scaler, start, lr, device)
+            stopped_by = train(args, index, method, model, optimizer, scaler, start, init, lr, device)
         except NotFinite as failure:
             replay.write(failure, folder, args, method, scaler, steps, index.total)
     if stopped_by:
@@ -157,7 +167,15 @@ def build(args, samples: int, device: torch.device) -> Method:
     return method
 
 
-def train(args, index, method, model, optimizer, scaler, start, lr, device) -> int:
+def initialize(args, method: Method) -> dict[str, str | None]:
+    """Load the weights of --init, read by the first process. Returns the record of them."""
+    found = dist.first_process_does(lambda: open_weights(args.init, "--init"))
+    loaded = initial.load(method, args, found.state, found.method == args.method, f"--init {found.path}")
+    say(f"{found.path}: {found.layout}; {loaded}")
+    return {"source": shown(args.init), "path": str(found.path), "layout": found.layout, "sha256": found.sha256}
+
+
+def train(args, index, method, model, optimizer, scaler, start, init, lr, device) -> int:
     """Train to the end, or until a signal: then save and return its number. Returns 0 at the end."""
     steps, folder = steps_per_epoch(index.total, args.batch_size), Path(args.output_dir)
     first_epoch, first_step = start
@@ -176,6 +194,7 @@ def train(args, index, method, model, optimizer, scaler, start, lr, device) -> i
 
     def content(epoch, step_in_epoch):
         facts = {"method": args.method, "arch": args.arch, "flags": shown_flags(vars(args)), "index": index.hash}
+        facts |= {"init": init} if init else {}
         states = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
         return {"epoch": epoch, "step": step_in_epoch, **facts, "state_dict": checkpoint.prefixed(model), **states}
 

@@ -260,7 +260,7 @@ def test_meaning__leaves_out_only_place_speed_and_inputs():
         "keep",
         "dist_timeout",
     }
-    rest |= {"compile", "replay"}
+    rest |= {"compile", "replay", "init"}
     assert flags.meaning(args).keys() == vars(args).keys() - rest
 
 

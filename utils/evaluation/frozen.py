@@ -76,6 +76,7 @@ def open_weights(spec: str, flag: str) -> Weights:
     stated = {name: value for name, value in stated.items() if isinstance(value, dict if name == "flags" else str)}
     state, container = layouts.weights_of(saved | stated, f"{flag} {path}"), layouts.container_of(saved)
     layout = layouts.layout_of(state, container).title + (f" ({container})" if container in ("teacher", "student") else "")
+    layout = f"{stated['method']} of this code" if "method" in stated else layout
     return Weights(path, stated, state, sha256, layout, *layouts.recognize(saved | stated, state))
 
 

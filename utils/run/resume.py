@@ -63,8 +63,11 @@ def begin(folder: Path, args: Flags, resumed: Path | None, start: tuple[int, int
         say(f"warning: {path} is later than the checkpoint that is resumed; renamed to abandoned_{path.name}")
 
 
-def restore(path: Path, args: Flags, index_hash: str, steps: int, method, optimizer, scaler) -> tuple[int, int]:
-    """Load a checkpoint of the same run; returns the epoch and the step to resume at. method: a Method, not wrapped in DDP.
+def restore(path: Path, args: Flags, index_hash: str, steps: int, method, optimizer,
+            scaler) -> tuple[tuple[int, int], dict | None]:  # fmt: skip
+    """Load a checkpoint of the same run. method: a Method, not wrapped in DDP.
+
+    Returns the epoch and the step to resume at, and the record of the run's --init.
 
     steps: of an epoch. Weights and moments are those of the checkpoint; the optimizer's settings are those of the flags.
     Raises ValueError for a checkpoint of another run.
@@ -89,7 +92,7 @@ def restore(path: Path, args: Flags, index_hash: str, steps: int, method, optimi
         raise ValueError(f"--resume {path}: {wrong}; {ELSEWHERE}") from None
     for group, setting in zip(optimizer.param_groups, settings, strict=True):
         group.update(setting)
-    return saved["epoch"], saved["step"]
+    return (saved["epoch"], saved["step"]), saved.get("init")
 
 
 def _check_same_run(saved, path, args, index_hash, steps, method):
@@ -98,6 +101,11 @@ def _check_same_run(saved, path, args, index_hash, steps, method):
     for name in ("method", "arch"):
         if saved[name] != getattr(args, name):
             raise ValueError(f"--resume {path}: is a run with --{name} {saved[name]}, not {getattr(args, name)}; {ELSEWHERE}")
+    init = saved.get("init")
+    if args.init and (not isinstance(init, dict) or init["source"] != shown(args.init)):
+        started = f"--init {init['source']}" if isinstance(init, dict) else "random weights"
+        raise ValueError(f"--init {shown(args.init)}: {path} is of a run that started from {started}; leave it out, or pass "
+                         "another --output-dir")  # fmt: skip
     before, done, inside = saved["flags"], saved["epoch"] >= args.epochs, saved["step"] > 0
     changed = [name for name, value in meaning(args).items() if before.get(name, value) != value]
     for name in changed:
