@@ -26,23 +26,22 @@ import torch.nn.functional as F
 from methods import METHODS
 from utils.data.bad_samples import BadSamples
 from utils.data.index import Index, load_index
-from utils.data.limits import check_workers
 from utils.data.loader import load_batches
 from utils.data.measure import say_workers
 from utils.data.shards import steps_per_epoch, training_plan
 from utils.data.views import ViewSpec, moco_v1_view
+from utils.evaluation import supervised
 from utils.evaluation.classifiers import Classifiers, evaluate, largest_change
 from utils.evaluation.frozen import Frozen, Source, add_weights_flags, build_trunk, read_source
-from utils.evaluation.session import check_classes, default_folder
+from utils.evaluation.session import default_folder
 from utils.learning import amp, optim
 from utils.run import checkpoint, dist, flags, lock, resume, signals
 from utils.run.engine import Engine, StepInputs
-from utils.run.files import write_json
 from utils.run.log import Log, say
-from utils.run.text import shown_flags
 
 PROG = "main_lincls.py"
-TYPES = {"best": dict, "state_dict": dict, "optimizer": dict, "epoch": int, "step": int}  # of a checkpoint
+KEY = "probe"  # of the identity in a checkpoint
+OLDER = {"aug": "crop"}  # flags that older probes have not
 
 
 def get_args(argv: list[str] | None = None, source: Source | None = None) -> flags.Flags:
@@ -51,12 +50,8 @@ def get_args(argv: list[str] | None = None, source: Source | None = None) -> fla
     usage = "%(prog)s --pretrained RUN --train-shards DIR --val-shards DIR [flags]"
     parser = flags.Parser(prog=PROG, usage=usage, description=__doc__)
     add_weights_flags(parser, METHODS, source)
+    supervised.add_data_flags(parser)
     add = parser.group("data").add_argument
-    add("--train-shards", required=True, identity=False, metavar="DIR", help="labelled shards: folder, glob or brace pattern")
-    add("--val-shards", required=True, identity=False, metavar="DIR", help="labelled validation shards; each image counts once")
-    add("--size", type=int, default=224, help="side of a view in pixels")
-    add("--resize", type=int, help="resize the shorter side of test images to this, then crop; default: 8/7 of --size")
-    add("--crop-min", type=float, default=0.08, help="smallest area of a training crop, as a share of the image")
     add(
         "--aug",
         choices=["crop", "v1"],
@@ -86,16 +81,8 @@ def get_args(argv: list[str] | None = None, source: Source | None = None) -> fla
 
 def check(args: Namespace, train: Index, val: Index) -> None:
     """Raise ValueError for flags and data that cannot work."""
-    flags.check_run_flags(args)
-    flags.check_lr_steps(args)
-    flags.positive(["--epochs", "--batch-size", "--size", "--lr"], args)
+    supervised.check(args, train, val, specs(args))
     flags.in_range("--trust", args.trust, 0, 1)
-    flags.in_range("--crop-min", args.crop_min, 1e-8, 1)
-    flags.in_range("--resize", args.resize, args.size, math.inf)
-    flags.check_batch(args, train.total)
-    both = [*specs(args), ViewSpec("test", args.size, resize=args.resize)]  # their workers live side by side
-    check_workers(both, args.batch_size // dist.world(), args.workers)
-    check_classes(args.train_shards, args.val_shards, train, val)
 
 
 def specs(args: Namespace) -> list[ViewSpec]:
@@ -142,10 +129,14 @@ def main(argv: list[str] | None = None) -> None:
         lr = optim.scaled_lr(args.lr, args.batch_size)
         optimizer = optim.sgd(fc.parameters(), lr, args.momentum, args.weight_decay, args.trust)
         identity = flags.meaning(args) | {"weights": source.sha256, "train": train_index.hash, "val": val_index.hash}
-        best = {layer: {"top1": -1.0} for layer in args.layer}
-        progress: dict[str, Any] = {"epoch": 0, "step": 0, "best": best, "last": None}
+        progress = supervised.start_of(args.layer)
+
+        def load(saved):
+            fc.load_state_dict(checkpoint.unprefixed(saved["state_dict"]))
+            optimizer.load_state_dict(saved["optimizer"])
+
         if resume_from:
-            progress |= restore(resume_from, args, identity, fc, optimizer)
+            progress |= supervised.restore(resume_from, args, KEY, identity, load, OLDER)
         start, steps = (progress["epoch"], progress["step"]), steps_per_epoch(train_index.total, args.batch_size)
         if dry:
             return say_workers(args, train_index, specs(args), steps)
@@ -164,7 +155,7 @@ def main(argv: list[str] | None = None) -> None:
         raise RuntimeError("the frozen trunk changed during the probe; its result would be wrong and is not written")
     if not stopped_by:
         with flags.one_line_errors(PROG, (OSError,)):
-            report(args, progress, {"checkpoint_sha256": source.sha256, "trunk_sha256": trunk_hash})
+            supervised.report(args, progress, {"checkpoint_sha256": source.sha256, "trunk_sha256": trunk_hash})
         return dist.teardown()
     say(signals.stopped(stopped_by, args.resume))
     dist.teardown()
@@ -186,7 +177,7 @@ def train(args: Namespace, train_index: Index, val_index: Index, frozen: Frozen,
 
     def content(epoch: int, step: int) -> dict[str, Any]:
         state = {"state_dict": checkpoint.prefixed(fc), "optimizer": optimizer.state_dict()}
-        return {"arch": args.arch, "probe": identity, **progress, "epoch": epoch, "step": step, **state}
+        return {"arch": args.arch, KEY: identity, **progress, "epoch": epoch, "step": step, **state}
 
     with (
         Log(folder, start, steps, args.print_freq, args.batch_size, bad, chance) as log,
@@ -212,49 +203,10 @@ def train(args: Namespace, train_index: Index, val_index: Index, frozen: Frozen,
                 at = f"layer {layer} " if ends[layer] else ""
                 say(f"epoch {epoch}: validation {at}top-1 {found['top1']:.2f} %, top-5 {found['top5']:.2f} %")
             log.scalars(epoch, {f"val_{n}{ends[layer]}": v for layer, r in result.items() for n, v in r.items()})
-            progress["last"] = {layer: {"epoch": epoch, **found} for layer, found in result.items()}
-            better = {layer: max(progress["best"][layer], r, key=lambda r: r["top1"]) for layer, r in progress["last"].items()}
-            progress["best"] = better  # a new dictionary: the old one may be in a checkpoint that is being written
+            supervised.note(progress, epoch, result)
             engine.save(epoch + 1, 0)
         engine.finish()
     return 0
-
-
-def report(args: Namespace, progress: dict[str, Any], hashes: dict[str, str | None]) -> None:
-    """Write result.json, and print the accuracies."""
-    path = Path(args.output_dir) / "result.json"
-    layers = {layer: {name: progress[name][layer] for name in ("best", "last")} for layer in args.layer}
-    several = {"layers": layers} if len(layers) > 1 else {}
-    if dist.rank() == 0:
-        write_json(path, {**layers[args.layer[-1]], **several, "protocol": shown_flags(vars(args)), **hashes})
-    say("")
-    for layer, found in layers.items():
-        best, last, at = found["best"], found["last"], f"Layer {layer}: top-1" if several else "Top-1"
-        say(f"{at} {last['top1']:.2f} %, top-5 {last['top5']:.2f} % (best {best['top1']:.2f} %, epoch {best['epoch']})")
-    say(f"Results: {path}")
-
-
-def restore(path: Path, args: Namespace, identity: dict[str, Any], fc: Classifiers, optimizer: torch.optim.Optimizer) -> dict:
-    """Load a probe and return its progress; empty if the checkpoint is of another probe and --resume is auto.
-
-    Raises ValueError if it is of another probe and --resume names it.
-    """
-    saved = checkpoint.read(path, "--resume")
-    probe = saved.get("probe")
-    probe = {"aug": "crop"} | probe if isinstance(probe, dict) else {}  # an older probe has no --aug
-    if probe != identity:
-        other = [name for name, value in identity.items() if probe.get(name) != value]
-        if args.resume != "auto":
-            raise ValueError(f"--resume {path}: is of another probe (different: {', '.join(other)}); pass another --output-dir")
-        say(f"{path} is of another probe (different: {', '.join(other)}); starting this one from the beginning")
-        return {}
-    checkpoint.check_types(saved, TYPES, f"--resume {path}: is not a checkpoint of main_lincls.py")
-    try:
-        fc.load_state_dict(checkpoint.unprefixed(saved["state_dict"]))
-        optimizer.load_state_dict(saved["optimizer"])
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
-        raise ValueError(f"--resume {path}: its weights or optimizer have other names; pass another --output-dir") from None
-    return {name: saved.get(name) for name in ("epoch", "step", "best", "last")}
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import torch
 from helpers import default_start_method, forkserver, tiny
 from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
+import main_finetune
 import main_knn
 import main_lincls
 import main_pretrain
@@ -32,7 +33,7 @@ ROOT = Path(__file__).parent.parent
 FLAGS = ["--device", "cpu", "--amp", "fp32", "--workers", "0", "--print-freq", "1"]
 TWO = ["--standalone", "--nproc_per_node", "2"]  # torchrun's flags
 SCRIPT = "script"  # stands where torchrun takes a file
-MAINS = {module.PROG[5:-3]: module.main for module in (main_pretrain, main_lincls, main_knn, main_transfer)}
+MAINS = {module.PROG[5:-3]: module.main for module in (main_pretrain, main_lincls, main_finetune, main_knn, main_transfer)}
 
 
 class Run:

@@ -9,6 +9,7 @@ import pytest
 from helpers import tiny
 from runs import Run
 
+import main_finetune
 import main_knn
 import main_lincls
 import main_pretrain
@@ -20,6 +21,7 @@ from utils.run.flags import Parser, RunError, one_line_ends, one_line_errors
 
 PRETRAIN = ["--shards", "x"]
 PROBE = ["--pretrained", "p", "--train-shards", "t", "--val-shards", "v"]
+TRAINING = [(main_pretrain.get_args, PRETRAIN), (main_lincls.get_args, PROBE), (main_finetune.get_args, PROBE)]
 
 
 def fails(capsys, get_args, argv):
@@ -30,7 +32,7 @@ def fails(capsys, get_args, argv):
     return lines[0]
 
 
-@pytest.mark.parametrize("get_args, required", [(main_pretrain.get_args, PRETRAIN), (main_lincls.get_args, PROBE)])
+@pytest.mark.parametrize("get_args, required", TRAINING)
 def test_parser__unknown_flags_and_abbreviations_are_refused(capsys, get_args, required):
     get_args(required)  # the base line is fine
     for bad in (["--no-such-flag"], ["--epoch", "3"], ["--batch", "8"], ["--meth", "moco"], ["--out", "x"], ["--amp=int8"]):
@@ -43,7 +45,7 @@ def test_parser__unknown_flags_and_abbreviations_are_refused(capsys, get_args, r
     assert fails(capsys, get_args, [*required, "stray"]).endswith("stray: no such flag; --help lists the flags")
 
 
-@pytest.mark.parametrize("get_args, required", [(main_pretrain.get_args, PRETRAIN), (main_lincls.get_args, PROBE)])
+@pytest.mark.parametrize("get_args, required", TRAINING)
 def test_parser__flags_of_other_code_are_refused_with_our_names(capsys, get_args, required):
     line = fails(capsys, get_args, ["-m", "moco", "-b", "64", "--lr_decay_epochs=120,160", "--wd", "0", "--epochs", "3"])
     for part in ("-m is --method;", "-b is --batch-size: here the images of all GPUs together", "--wd is --weight-decay",
@@ -199,9 +201,7 @@ def test_one_line_ends__a_bug_is_not_hidden(capsys, error):
     assert raised.value is error and capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize(
-    "get_args, required", [(main_pretrain.get_args, PRETRAIN), (main_lincls.get_args, PROBE), (main_knn.get_args, PROBE)]
-)
+@pytest.mark.parametrize("get_args, required", [*TRAINING, (main_knn.get_args, PROBE)])
 def test_add_shard_flags__all_reach_load_index(get_args, required):
     default = {"cache_dir": None, "allow_pipe": False, "verify_shards": False, "max_pixels": flags.MAX_PIXELS}
     assert flags.shard_flags(get_args(required)) == default
@@ -213,7 +213,7 @@ def test_add_shard_flags__all_reach_load_index(get_args, required):
     assert all(parameters[name].default == value for name, value in flags.shard_flags(get_args(required)).items())
 
 
-@pytest.mark.parametrize("get_args, required", [(main_pretrain.get_args, PRETRAIN), (main_lincls.get_args, PROBE)])
+@pytest.mark.parametrize("get_args, required", TRAINING)
 def test_check_run_flags__max_bad_is_a_share_of_at_most_a_half(capsys, get_args, required):
     for value in ("0", "0.01", "0.5"):
         flags.check_run_flags(get_args([*required, "--max-bad", value]))
@@ -224,7 +224,7 @@ def test_check_run_flags__max_bad_is_a_share_of_at_most_a_half(capsys, get_args,
     assert "--photometric" in fails(capsys, get_args, [*required, "--photometric", "gpu"])
 
 
-@pytest.mark.parametrize("get_args, required", [(main_pretrain.get_args, PRETRAIN), (main_lincls.get_args, PROBE)])
+@pytest.mark.parametrize("get_args, required", TRAINING)
 def test_parser__dry_run_with_and_without_a_rate(get_args, required):
     rates = [get_args([*required, *flag]).dry_run for flag in ([], ["--dry-run"], ["--dry_run", "1500"])]
     assert rates == [None, 1000.0, 1500.0]
@@ -301,13 +301,14 @@ def test_main_pretrain__every_flag_that_is_parsed_is_read(images, tmp_path, monk
     assert flags <= READ
 
 
-def test_main_lincls__every_flag_that_is_parsed_is_read(images, tmp_path, monkeypatch):
+@pytest.mark.parametrize("module", [main_lincls, main_finetune])
+def test_main_lincls__every_flag_that_is_parsed_is_read(images, tmp_path, monkeypatch, module):
     argv = ["--pretrained", "random", "--arch", "tiny_resnet", "--size", "32", "--epochs", "1", "--batch-size", "20"]
     argv += ["--train-shards", f"{images}/train", "--val-shards", f"{images}/val", "--output-dir", str(tmp_path)]
-    args = Recording(main_lincls.get_args([*argv, "--workers", "0", "--device", "cpu", "--amp", "fp32"]))
-    monkeypatch.setattr(main_lincls, "get_args", lambda argv, source: args)
+    args = Recording(module.get_args([*argv, "--workers", "0", "--device", "cpu", "--amp", "fp32"]))
+    monkeypatch.setattr(module, "get_args", lambda argv, source: args)
     READ.clear()
-    main_lincls.main()
+    module.main()
     assert set(vars(args)) - READ == {"device", "dist_timeout"}  # read before, by a parser of their own
 
 

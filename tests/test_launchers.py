@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import main_finetune
 import main_lincls
 import main_pretrain
 import main_transfer
@@ -20,10 +21,10 @@ from utils.run.requirements import main as unsatisfied
 
 ROOT = Path(__file__).parent.parent
 LAUNCHED = [method for method in METHODS if (ROOT / f"pretrain_{method}.sh").exists()]  # a new method may come without
-PRETRAIN, LINEAR = ([f"{kind}_{method}.sh" for method in LAUNCHED] for kind in ("pretrain", "linear"))
-LAUNCHERS = PRETRAIN + LINEAR
+PRETRAIN, LINEAR, FINETUNE = ([f"{kind}_{method}.sh" for method in LAUNCHED] for kind in ("pretrain", "linear", "finetune"))
+LAUNCHERS = PRETRAIN + LINEAR + FINETUNE
 SCRIPTS = [*LAUNCHERS, "transfer.sh", "utils/run/env.sh", "tests/run.sh", ".ci/run"]
-ENTRY_POINTS = {"main_pretrain.py": main_pretrain, "main_lincls.py": main_lincls, "main_transfer.py": main_transfer}
+ENTRY_POINTS = {module.PROG: module for module in (main_pretrain, main_lincls, main_finetune, main_transfer)}
 
 # After the real utils/run/env.sh: no environment is looked for, and a launcher prints its arguments and runs no program.
 DRY_RUN = """
@@ -43,6 +44,7 @@ def project(tmp_path):
         env.write(DRY_RUN)
     for split in ("train", "val"):
         write(folder / f"output/sample-shards/{split}/index.json")
+        write(folder / f"output/sample-shards/{split}/names.txt", "".join(f"FashionMNIST {split} {i}\n" for i in range(700)))
     for run in (*LAUNCHED, "moco-multicrop", "moco-v1", "moco-unmix", "w2ssl-1024"):
         write(folder / f"output/{run}/checkpoint_latest.pth.tar")
         write(folder / f"output/sample-{run}/checkpoint_latest.pth.tar")
@@ -83,7 +85,7 @@ def test_scripts__shellcheck_is_silent():
 @pytest.mark.parametrize("shards", ["", "/data/imagenet shards"])
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_launchers__every_flag_is_known_and_the_users_flags_win(project, launcher, shards):
-    args = dry_run(project, launcher, "--epochs", "3", "--lr", "7", SHARDS=shards)
+    args = dry_run(project, launcher, "--epochs", "3", "--lr", "7", SHARDS=shards, IMAGES="list.txt")
     assert (args.method, args.epochs, args.lr) == (re.search("_(.*).sh", launcher)[1], 3, 7)
     assert args.resume == "auto"
     assert Path(vars(args).get("shards") or args.train_shards) == Path(
@@ -106,6 +108,33 @@ def test_launchers__imagenet_probe_is_the_published_default(project, launcher):
     required = [f"--{flag.replace('_', '-')}={value}" for flag, value in given.items() if flag != "resume"]
     with contextlib.chdir(project):
         assert vars(args) == {**vars(main_lincls.get_args(["--method", args.method, *required])), **given}
+
+
+FINE = {  # lr, lr_head, lr_steps, lr_gamma, epochs, steps, batch size, nesterov
+    "1percent": (0.02, 5, [12, 16], 0.2, 20, 0, 256, False), "10percent": (0.01, 0.2, [12, 16], 0.2, 20, 0, 256, False),
+    "barlow-1percent": (0.005, 0.5, [], 0.2, 20, 0, 256, False), "transfer": (0.04, 0.04, [], 0.2, 20, 5000, 64, True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("recipe", FINE)
+def test_launchers__recipes_of_fine_tuning_are_the_published_ones(project, recipe):
+    args = dry_run(project, "finetune_moco.sh", SHARDS="/x", RECIPE=recipe, IMAGES="a list.txt")
+    found = args.lr, args.lr_head, args.lr_steps, args.lr_gamma, args.epochs, args.steps, args.batch_size, args.nesterov
+    assert found == FINE[recipe] and (args.momentum, args.weight_decay, args.crop_min) == (0.9, 0, 0.08)
+    assert (args.method, args.images, args.pretrained) == ("moco", "a list.txt", "output/moco")
+    assert args.output_dir == f"output/moco/finetune-{recipe}" and (args.size, args.resize) == (224, 256)
+
+
+def test_launchers__fine_tuning_with_few_labels_needs_a_list(project):
+    done = bash(project / "finetune_mosrep.sh", cwd=project, SHARDS="/x", RECIPE="barlow-1percent")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == ("error: RECIPE=barlow-1percent: set IMAGES to SimCLR's 1percent.txt, or to all if SHARDS has only "
+                           "these images\n")  # fmt: skip
+    assert dry_run(project, "finetune_mosrep.sh", SHARDS="/x", IMAGES="all").images is None
+    assert dry_run(project, "finetune_mosrep.sh", "--images", "b", SHARDS="/x").images == "b"
+    assert dry_run(project, "finetune_mosrep.sh", SHARDS="/x", RECIPE="transfer").images is None
+    args = dry_run(project, "finetune_mosrep.sh")
+    assert Path(project, args.images).read_text() == "".join(f"FashionMNIST train {i}\n" for i in range(600))
 
 
 @pytest.mark.parametrize("shards, prefix", [("", "output/sample-"), ("/imagenet", "output/")])

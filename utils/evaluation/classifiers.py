@@ -12,6 +12,7 @@ from utils.data.loader import load_batches
 from utils.data.shards import evaluation_plan
 from utils.data.views import ViewSpec
 from utils.evaluation.frozen import Frozen
+from utils.learning import amp
 from utils.run import dist, streams
 from utils.run.flags import RunError
 
@@ -32,6 +33,23 @@ class Classifiers(nn.Module):
         return {layer: self.fc[str(layer)](f) for layer, f in features.items()}
 
 
+class Tuned(nn.Module):
+    """A trunk that learns together with its classifier. Its running statistics of BatchNorm are those of each process."""
+
+    def __init__(self, frozen: Frozen, fc: Classifiers, amp_name: str):
+        super().__init__()
+        self.trunk, self.fc, self.amp = frozen.trunk.requires_grad_(True), fc, amp_name
+        self._features, self.layers = frozen.features_of, frozen.layers
+
+    def features(self, x: torch.Tensor, amp_name: str) -> dict[int, torch.Tensor]:
+        """n x 3 x H x W of the loader -> layer -> n x C in float32, with gradient."""
+        with amp.autocast(x.device, amp_name):
+            return {layer: f.float() for layer, f in self._features(x, self.layers).items()}
+
+    def forward(self, x: torch.Tensor) -> dict[int, torch.Tensor]:  # n x 3 x H x W -> layer -> n x classes
+        return self.fc(self.features(x, self.amp))
+
+
 def largest_change(trust: float, momentum: float, lrs: float) -> float:
     """R such that layer-wise rates change no weight by more than a factor exp(R). lrs: sum of the learning rates of all steps.
 
@@ -42,7 +60,7 @@ def largest_change(trust: float, momentum: float, lrs: float) -> float:
 
 
 @torch.no_grad()
-def evaluate(args: Namespace, index: Index, frozen: Frozen, fc: Classifiers, device: torch.device, bad: BadSamples,
+def evaluate(args: Namespace, index: Index, frozen: Frozen | Tuned, fc: Classifiers, device: torch.device, bad: BadSamples,
              asked_to_stop: Callable[[], bool] = lambda: False) -> dict[int, dict[str, float]] | None:  # fmt: skip
     """layer -> top1 and top5 in % over the whole index, and the number of `unusable` images.
 

@@ -72,6 +72,8 @@ def open_weights(spec: str, flag: str) -> Weights:
     path, saved, sha256 = checkpoint.find(spec, flag)
     if "probe" in saved:
         raise ValueError(f"{flag} {path}: is a checkpoint of a linear probe; pass the one that it probed")
+    if "finetune" in saved:
+        raise ValueError(f"{flag} {path}: is a checkpoint of a fine-tuning; pass the one that it started from")
     stated = {name: saved.pop(name) for name in ("method", "arch", "flags") if name in saved}
     stated = {name: value for name, value in stated.items() if isinstance(value, dict if name == "flags" else str)}
     state, container = layouts.weights_of(saved | stated, f"{flag} {path}"), layouts.container_of(saved)
@@ -117,13 +119,13 @@ class Frozen(nn.Module):
     def __init__(self, probed: Probed):
         super().__init__()
         self.trunk, self.layers = probed.trunk.eval().requires_grad_(False), probed.layers
-        self._features = probed.features
+        self.features_of = probed.features
 
     @torch.no_grad()
     def features(self, x: torch.Tensor, amp_name: str) -> dict[int, torch.Tensor]:
         """n x 3 x H x W of the loader -> layer -> n x C in float32."""
         with amp.autocast(x.device, amp_name):
-            return {layer: f.float() for layer, f in self._features(x, self.layers).items()}
+            return {layer: f.float() for layer, f in self.features_of(x, self.layers).items()}
 
     def widths(self, size: int) -> dict[int, int]:
         """layer -> C, for views of this size. Raises ValueError if the trunk cannot take them."""
@@ -143,7 +145,7 @@ def build_trunk(args: Namespace, method: type[Method], source: Source) -> Frozen
     """The trunk of --arch with weights of --pretrained or random ones, or `pixels`. Raises ValueError if they do not fit."""
     if args.pretrained == pixels.NAME:
         return Frozen(pixels.probed())
-    for name in (name for name in method.IDENTITY if name in args):  # the others do not change the trunk
+    for name in method.IDENTITY:
         value, trained = vars(args)[name], source.flags.get(name)
         if value is None:
             raise ValueError(f"--{name.replace('_', '-')}: {source.path} does not contain it; pass the value of its training")

@@ -159,6 +159,13 @@ def own(x, n: int):
     return x[rank() * n :][:n]
 
 
+def from_first_(tensors: list[torch.Tensor]) -> None:
+    """Overwrite these tensors with those of the first process."""
+    if world() > 1:
+        for x in tensors:
+            td.broadcast(x, src=0)
+
+
 def largest(x: torch.Tensor) -> torch.Tensor:
     """Element-wise maximum over processes, in place."""
     if world() > 1:

@@ -68,7 +68,7 @@ make_environment() (
 use_shards() {
     if chosen "$@"; then return; fi
     SAMPLE=1 TRAIN=${PROJECT}output/sample-shards/train VAL=${PROJECT}output/sample-shards/val
-    if [[ ! -f $TRAIN/index.json || ! -f $VAL/index.json ]]; then # an index is written last
+    if [[ ! -f $TRAIN/index.json || ! -f $VAL/index.json || ! -f $TRAIN/names.txt ]]; then # an index is written last
         "$PYTHON" "${PROJECT}imagenet2wds.py" -i "${PROJECT}data" -o "${TRAIN%/train}" --dataset FashionMNIST
     fi
 }

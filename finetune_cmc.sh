@@ -1,0 +1,4 @@
+#!/usr/bin/env bash
+# Fine-tuning of the trunk that pretrain_cmc.sh trained; finetune_mosrep.sh has the recipes and variables.
+set -euo pipefail
+METHOD=cmc exec bash "$(dirname "$(realpath "$0")")/finetune_mosrep.sh" "$@"
