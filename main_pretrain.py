@@ -66,7 +66,7 @@ def get_args(argv=None) -> Flags:
     method = parser.group("method")
     method.add_argument("-a", "--arch", default="resnet50", help="timm model with feature maps; CMC: alexnet, resnetNNv1 to v3")
     method.add_argument("--init", identity=False, metavar="PATH",
-        help="weights that a new run starts from: a checkpoint, a run folder or a file of other code")  # fmt: skip
+        help="weights that a new run starts from: checkpoint, run, name of weights.json, https:// or hf://")  # fmt: skip
     flags.add_run_flags(parser, output_dir="output/run", output_help="folder of checkpoints, metrics and configuration")
     METHODS[name].add_flags(method)  # last: a method has its own defaults of the other flags
     add = parser.group("run", identity=False).add_argument

@@ -13,7 +13,7 @@ from utils.evaluation import pixels
 from utils.learning import amp, layouts
 from utils.learning.backbones import Probed
 from utils.learning.method import Method
-from utils.run import checkpoint, dist
+from utils.run import checkpoint, dist, weights
 from utils.run.flags import Parser, typed
 from utils.run.log import say
 
@@ -40,7 +40,7 @@ def add_weights_flags(parser: Parser, methods: Methods, source: Source | None = 
     group = parser.group("weights")
     add = group.add_argument
     add(FLAG, required=bool(source), identity=False, metavar="PATH",
-        help="checkpoint, run folder, `random` (untrained trunk) or `pixels` (no trunk)")  # fmt: skip
+        help="checkpoint, run, name of weights.json, https://, hf://, `random` (untrained) or `pixels` (no trunk)")  # fmt: skip
     add("--method", choices=methods, help="method that trained the trunk; default: the checkpoint's, else %(default)s")
     add("-a", "--arch", help="trunk: a timm model, or CMC's; default: the checkpoint's, else %(default)s")
     if source:
@@ -68,8 +68,8 @@ class Weights(NamedTuple):
 
 
 def open_weights(spec: str, flag: str) -> Weights:
-    """Read a checkpoint, the newest of a run, or a file of weights. Raises ValueError or OSError that names the flag."""
-    path, saved, sha256 = checkpoint.find(spec, flag)
+    """Read a checkpoint, the newest of a run, or weights of a name or URL. Raises ValueError or OSError that names the flag."""
+    path, saved, sha256 = checkpoint.find(weights.fetch(spec, flag), flag)
     if "probe" in saved:
         raise ValueError(f"{flag} {path}: is a checkpoint of a linear probe; pass the one that it probed")
     if "finetune" in saved:

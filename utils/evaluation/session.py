@@ -8,7 +8,7 @@ import torch
 
 from utils.data.index import Index
 from utils.evaluation import pixels
-from utils.run import dist, signals
+from utils.run import dist, signals, weights
 from utils.run.log import say
 from utils.run.text import shown
 
@@ -16,8 +16,13 @@ NO_FILE = ("random", pixels.NAME)  # values of --pretrained that name no checkpo
 
 
 def default_folder(pretrained: str, name: str) -> str:
-    """The folder of results: `name` in the run's folder, or name-FILE beside a FILE that is not of a run."""
+    """The folder of results: `name` in the run's folder, or name-FILE beside a FILE that is not of a run.
+
+    Of weights that are elsewhere: `name` in output/NAME.
+    """
     run = Path(pretrained)
+    if weights.is_elsewhere(pretrained):
+        return str(Path("output", weights.label(pretrained), name))
     if pretrained in NO_FILE or run.is_dir():
         return str((Path("output") / pretrained if pretrained in NO_FILE else run) / name)
     return str(run.parent / (name if run.name.startswith("checkpoint_") else f"{name}-{run.name.partition('.')[0]}"))
