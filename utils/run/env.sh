@@ -108,6 +108,7 @@ use_recipe() {
 use_checkpoint() {
     CHECKPOINT=${CHECKPOINT:-$1}
     if [[ $CHECKPOINT == random || $CHECKPOINT == pixels || " ${*:3}" =~ \ --pretrained(=|\ |$) ]]; then return; fi
+    if [[ $CHECKPOINT =~ ^(https?|hf):// ]] || grep -sqF "\"$CHECKPOINT\": {" "${PROJECT}weights.json"; then return; fi
     [[ -f $CHECKPOINT ]] || compgen -G "$CHECKPOINT/checkpoint_*.pth.tar" >/dev/null ||
         die "no checkpoint $CHECKPOINT: run bash $2 first, or set CHECKPOINT to a file or run folder"
 }
