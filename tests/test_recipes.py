@@ -36,7 +36,7 @@ W2SSL = SGD | COSINE | {
 BANK = SGD | MIXTURE | DROPS_240 | {"size": 224, "crop_min": 0.08, "nce_dim": 128, "nce_k": 16384, "nce_t": 0.07, "nce_m": 0.5,
         "batch_size": 128, "lr": 0.03}  # fmt: skip
 INSDIS = BANK | {"arch": "resnet50", "loss": "softmax"}
-CMC = BANK | {"arch": "resnet50v1"}
+CMC = BANK | {"arch": "resnet50v1", "graph": "full"}
 
 PROBE = {"size": 224, "resize": 256, "momentum": 0.9, "weight_decay": 0.0, "layer": None, "aug": "crop", "crop_min": 0.08,
          "amp": "fp32", "lr_steps": [], "lr_gamma": 0.1}  # fmt: skip
