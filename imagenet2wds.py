@@ -33,8 +33,8 @@ from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from utils.data.folders import counts
-from utils.data.index import PLAN
 from utils.data.index_file import describe, write_index
+from utils.data.local_spec import PLAN
 from utils.data.names import write_names
 from utils.data.sources import find_splits
 from utils.data.splits import Split

@@ -21,7 +21,7 @@ import torch
 from methods import METHODS
 from utils.data.bad_samples import BadSamples
 from utils.data.batch import Batch
-from utils.data.index import load_index
+from utils.data.index import load_index_together
 from utils.data.limits import check_workers
 from utils.data.loader import load_batches
 from utils.data.measure import say_workers
@@ -122,7 +122,7 @@ def main(argv=None):
         args.amp = amp.resolve(args.amp, device)
         if args.replay:
             return compute_again(args, device)
-        index = dist.first_process_does(lambda: load_index(args.shards, **flags.shard_flags(args)))
+        index = load_index_together(args.shards, **flags.shard_flags(args))
         check(args, index.total)
         dry = args.dry_run is not None
         resume_from = dist.first_process_does(lambda: resume.open_run(args.output_dir, args.resume, dry))

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as td
 from helpers import spawn
+from torch.distributed import DistError
 from torch.nn.parallel import DistributedDataParallel
 
 from utils.run import dist
@@ -214,3 +215,37 @@ def test_spawn__leaves_this_process_alone():
     spawn(dist.rank)
     assert dict(os.environ) == before
     assert not td.is_initialized()
+
+
+def slow_first_process(alive):
+    dist._limit = 2.0
+
+    def slow():
+        for _ in range(12):
+            time.sleep(0.5)
+            if alive:
+                dist.alive()
+        return "done"
+
+    try:
+        return dist.first_process_does(slow)
+    except DistError as error:
+        dist.broadcast_object(None)
+        return type(error)
+
+
+def test_first_process_does__may_take_longer_than_the_limit_while_it_is_alive():
+    assert spawn(slow_first_process, True) == ["done", "done"]
+    first, second = spawn(slow_first_process, False)
+    assert first == "done" and issubclass(second, DistError)
+
+
+def parts_of_first_node():
+    done = []
+    dist.first_node_does(lambda *part: done.append(part))
+    return done, dist.first_process_does(lambda: "next")
+
+
+def test_first_node_does__each_process_its_part():
+    assert spawn(parts_of_first_node) == [([(0, 2)], "next"), ([(1, 2)], "next")]
+    assert parts_of_first_node() == ([(0, 1)], "next")  # without a process group

@@ -266,7 +266,7 @@ def evaluate_here(images, fc_state, batch, folder, max_bad=0.1):
     frozen, args = opened(*flags, "--batch-size", batch)
     fc = Classifiers(frozen.widths(64), 2, 0)
     fc.fc["6"].load_state_dict(fc_state)
-    index = main_lincls.load_index(f"{images}/val")
+    index = main_lincls.load_index_together(f"{images}/val")
     return evaluate(args, index, frozen, fc, torch.device("cpu"), BadSamples(folder, 51, max_bad))[6]
 
 

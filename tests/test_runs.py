@@ -159,7 +159,7 @@ def test_main_pretrain__config_describes_the_run(images, tmp_path):
     assert config["flags"].keys() == vars(args).keys() and config["flags"]["seed"] == 5
     head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     assert (config["commit"] or "").startswith(head)  # None outside a clone
-    index = main_pretrain.load_index(f"{images}/train").hash
+    index = main_pretrain.load_index_together(f"{images}/train").hash
     assert config["index"] == index and config["versions"].keys() >= {"python", "torch", "torchvision", "timm"}
 
 
@@ -310,7 +310,7 @@ def again(images, folder, *flags, capsys=None, **options):
 
 
 def test_main_pretrain__no_file_of_a_run_has_a_password(images, tmp_path, capsys):
-    main_pretrain.load_index(f"{images}/train")
+    main_pretrain.load_index_together(f"{images}/train")
     spec = ["--allow-pipe", "--shards", f"pipe:cat {images}/train/train-{{000000..000002}}.tar # token=geheim"]
     run(images, tmp_path, *spec, "--save-steps", "2")
     again(images, tmp_path, *spec[:2], spec[2].replace("000002", "000001"), "--epochs", "2")  # other shards: a warning
@@ -406,7 +406,7 @@ def test_main_pretrain__other_shards_inside_an_epoch_are_refused(images, tmp_pat
     (tmp_path / "other").mkdir()
     for number, shard in enumerate(sorted((images / "train").glob("*.tar"), reverse=True)):
         (tmp_path / f"other/{number}.tar").symlink_to(shard)
-    main_pretrain.load_index(str(tmp_path / "other"))
+    main_pretrain.load_index_together(str(tmp_path / "other"))
     shards = ["--shards", tmp_path / "other", "--epochs", "2"]
     inside = ["--resume", tmp_path / "a/checkpoint_0000_000002.pth.tar", "--output-dir", tmp_path / "b"]
     line = fails(capsys, *flags_of("moco"), *shards, *inside)

@@ -1,27 +1,30 @@
-"""The shards of a split, from an existing index.json or a new one."""
+"""The shards of a split, from an existing index.json or a new one.
 
-import glob
+python -m utils.data.index -j 8 DIR        index the shards of a folder before their first use
+"""
+
+import contextlib
 import hashlib
 import io
 import itertools
 import json
-import re
+import multiprocessing
+import os
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
-from braceexpand import braceexpand
 from tqdm import tqdm
 
 from utils.data.index_file import INDEX, Shard, describe, parse_index, place_in
-from utils.data.indexing import index_folder, warn
+from utils.data.indexing import index_folder, index_places, scan_part, warn
+from utils.data.local_spec import expanded, named_tars
 from utils.data.names import NAMES, parse_names, positions
 from utils.data.remote import RemoteError, check_openable, copy, is_remote, place, tar_name
-from utils.run.flags import MAX_PIXELS
+from utils.run import dist
+from utils.run.flags import MAX_PIXELS, Parser, one_line_errors, positive
 from utils.run.text import brief, shown
-
-PLAN = "conversion.json"  # imagenet2wds.py writes it at its start, and the index at its end
 
 
 @dataclass(frozen=True)
@@ -74,13 +77,13 @@ def load_index(
 ) -> Index:
     """The index of a folder of shards or its index.json, of one tar, or of a glob or brace pattern of tars.
 
-    A local folder without index.json is indexed now, and the index is written into it. The index of remote shards is read from
-    their folder. images: a list of file names; the index then has only these images. The other arguments are those of
-    flags.add_shard_flags. Raises ValueError, one line that names the flag, the
-    value and a fix.
+    A local folder without index.json is indexed now, and the index is written into it, or into cache_dir if the folder is
+    read-only. The index of remote shards is read from their folder. images: a list of file names; the index then has only
+    these images. The other arguments are those of flags.add_shard_flags. Raises ValueError, one line that names the flag,
+    the value and a fix.
     """
     remote = is_remote(spec) and not _exists(Path(spec))
-    shards, file = _remote(spec, flag, allow_pipe) if remote else _local(spec, flag)
+    shards, file = _remote(spec, flag, allow_pipe) if remote else _local(spec, flag, cache_dir)
     index = Index(tuple(shards), file.classes, cache_dir, file.unlabelled, max_pixels, file.dataset)
     if not index.total:
         raise ValueError(f"{flag} {shown(spec)}: no images in these shards; pass others")
@@ -101,7 +104,8 @@ def _remote(spec, flag, allow_pipe):
         raise ValueError(f"{flag} {shown(spec)}: no {INDEX} can be read there ({error}); copy the file there: "
                          "imagenet2wds.py writes it, or the first use of a local folder") from None  # fmt: skip
     file = parse_index(content.getvalue(), partial(place, spec), flag, shown(url))
-    named = _expanded(tar_name(spec), spec, flag) if tar_name(spec) else list(file.shards)
+    pattern = tar_name(spec)
+    named = expanded(pattern, spec, flag) if pattern else list(file.shards)
     if strangers := [name for name in named if name not in file.shards]:
         raise ValueError(f"{flag} {shown(spec)}: {strangers[0]} is not in {shown(url)}; index the shards again where they are "
                          "local")  # fmt: skip
@@ -144,23 +148,38 @@ def _exists(path):
         return False
 
 
-def _local(spec, flag):
-    whole = Path(spec).is_dir() or (Path(spec).name == INDEX and Path(spec).exists())
-    folder, named = _folder(spec, flag) if whole else _pattern(spec, flag)
-    if (path := folder / INDEX).exists():
-        file = parse_index(path.read_bytes(), partial(place_in, folder), flag, path)
+def load_index_together(spec: str, flag: str = "--shards", **options) -> Index:
+    """The result of load_index on every process. A folder without an index is indexed by all processes of the first node."""
+    dist.first_node_does(lambda part, parts: index_part(spec, flag, options.get("cache_dir"), part, parts))
+    return dist.first_process_does(lambda: load_index(spec, flag, **options))
+
+
+def index_part(spec: str, flag: str, cache_dir: str | None, part: int, parts: int) -> None:
+    """Scan one of equal parts of the shards that load_index will index, so that it finds their scans. Raises nothing."""
+    with contextlib.suppress(ValueError):
+        if not is_remote(spec) or _exists(Path(spec)):
+            folder = named_tars(spec, flag)[1]
+            if not any(path.exists() for path in index_places(folder, cache_dir)):
+                scan_part(folder, flag, cache_dir, part, parts)
+
+
+def _local(spec, flag, cache_dir):
+    whole, folder, named = named_tars(spec, flag)
+    index = next((path for path in index_places(folder, cache_dir) if path.exists()), None)
+    if index:
+        file = parse_index(index.read_bytes(), partial(place_in, folder), flag, index)
     else:
-        file = index_folder(folder, flag)
+        file, index = index_folder(folder, flag, cache_dir), folder / INDEX
     known = file.shards
     shards = []
     for name in dict.fromkeys([*known, *named] if whole else named):
         path = folder / name
         if name not in known:
-            raise ValueError(f"{flag} {spec}: {name} is not in {folder / INDEX}; delete that file to index the folder again")
+            raise ValueError(f"{flag} {spec}: {name} is not in {index}; delete that file to index the folder again")
         if not path.exists() or path.stat().st_size != known[name].bytes:
             size = f"has {path.stat().st_size} bytes" if path.exists() else "is missing"
             raise ValueError(f"{flag} {spec}: {brief(name)} {size}, its index says {known[name].bytes}; copy it again, "
-                             f"or delete {folder / INDEX} to index the folder again")  # fmt: skip
+                             f"or delete {index} to index the folder again")  # fmt: skip
         shards.append(known[name])
     return shards, file
 
@@ -189,42 +208,25 @@ def verify(index: Index, flag: str) -> None:
         warn(f"{path}: its sha256 differs from its index; this copy is removed, and its shard is copied again")
 
 
-def _folder(spec, flag):
-    """The folder that spec names, itself or by its index.json, and the names of its tars."""
-    folder = Path(spec) if Path(spec).is_dir() else Path(spec).parent
-    names = sorted(path.name for path in folder.glob("*.tar") if path.is_file())
-    if (folder / PLAN).exists() and not (folder / INDEX).exists():
-        raise ValueError(f"{flag} {spec}: an unfinished conversion; start imagenet2wds.py again with the same flags")
-    if not (folder / INDEX).exists():
-        _refuse_compressed(sorted(path.name for path in folder.iterdir()), spec, flag)
-    if not names and not (folder / INDEX).exists():
-        within = sorted({path.parent.name for path in folder.glob("*/*.tar")}, key=lambda name: (name != "train", name))
-        fix = folder / within[0] if within else "a folder of shards, see imagenet2wds.py"
-        raise ValueError(f"{flag} {spec}: no shards (*.tar) in it; pass {fix}")
-    return folder, names
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(prog="python -m utils.data.index", description="Index the shards of a local folder, once.")
+    parser.add_argument("dir", metavar="DIR", help="folder of shards, or a pattern of them")
+    parser.add_argument("-j", "--jobs", type=int, default=min(8, os.cpu_count() or 1), help="number of processes")
+    parser.add_argument("--cache-dir", metavar="DIR", help="where to write the index if the folder of the shards is read-only")
+    args = parser.parse_args(argv)
+    with one_line_errors(parser.prog):
+        positive(["--jobs"], args)
+        parts = [(args.dir, "DIR", args.cache_dir, part, args.jobs) for part in range(args.jobs)]
+        others = [multiprocessing.Process(target=index_part, args=part, daemon=True) for part in parts[1:]]
+        for process in others:
+            process.start()
+        index_part(*parts[0])
+        for process in others:
+            process.join()
+        index = load_index(args.dir, "DIR", args.cache_dir)
+        labels = f"{len(index.classes)} classes" if index.classes else "no labels"
+        print(f"{args.dir}: {index.total} images in {len(index.shards)} shards, {labels}")
 
 
-def _pattern(spec, flag):
-    """The folder of the tars that spec names, and their names in its order."""
-    paths = [Path(path) for pattern in _expanded(spec, spec, flag) for path in sorted(glob.glob(pattern)) or [pattern]]
-    folder = paths[0].parent
-    _refuse_compressed([path.name for path in paths], spec, flag)
-    if any(path.parent != folder for path in paths):
-        raise ValueError(f"{flag} {spec}: names shards in several folders; put them, or links to them, into one")
-    if missing := [path for path in paths if not path.exists()]:
-        why = "no such file or folder" if str(missing[0]) == str(Path(spec)) else f"{missing[0]} is missing"
-        raise ValueError(f"{flag} {spec}: {why}; pass a folder of shards, or a glob or brace pattern of existing ones")
-    return folder, [path.name for path in paths]
-
-
-def _refuse_compressed(names, spec, flag):
-    for name in names:
-        if re.search(r"\.(tar\.(gz|bz2|xz|zst|lz4)|tgz|tbz2?|txz)$", name) and name.rpartition(".tar")[0] + ".tar" not in names:
-            raise ValueError(f"{flag} {spec}: {brief(name)} is compressed; unpack it, shards are plain tars")
-
-
-def _expanded(pattern, spec, flag):
-    try:
-        return list(braceexpand(pattern))
-    except ValueError:
-        raise ValueError(f"{flag} {shown(spec)}: a brace is not closed; write it like train-{{000000..000009}}.tar") from None
+if __name__ == "__main__":
+    main()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from utils.data.remote import is_remote
+from utils.run import dist
 from utils.run.files import atomic
 from utils.run.text import brief
 
@@ -85,14 +86,17 @@ def place_in(folder: Path, name: str) -> str:
 
 def describe(path: Path, samples: int) -> dict:
     """The entry of a shard in the index. samples: its number of samples."""
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"name": path.name, "samples": samples, "bytes": path.stat().st_size, "sha256": digest}
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+            dist.alive()
+    return {"name": path.name, "samples": samples, "bytes": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
-def write_index(folder: Path, shards: list[dict], classes: tuple[str, ...] | None, **texts: str) -> None:
-    """Write index.json. shards: of `describe`. texts: the last fields of IndexFile, which are left out if empty."""
+def write_index(folder: Path, shards: list[dict], classes: tuple[str, ...] | None, name: str = INDEX, **texts: str) -> None:
+    """Write an index. shards: of `describe`. texts: the last fields of IndexFile, which are left out if empty."""
     known = {key: text for key, text in texts.items() if text}
     content = {"total": sum(s["samples"] for s in shards), "classes": classes, **known, "shards": shards}
-    with atomic(folder / INDEX) as file:
+    with atomic(folder / name) as file:
         file.write(json.dumps(content, indent=1).encode() + b"\n")

@@ -1,6 +1,9 @@
 """Helpers for several processes. All of them also work in a single process without a process group."""
 
+import itertools
 import os
+import time
+from collections.abc import Callable
 from datetime import timedelta
 from inspect import signature
 
@@ -11,6 +14,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 TIMEOUT = 1800.0  # seconds
+_store: td.Store | None = None  # of the process group
+_limit, _told = TIMEOUT, 0.0  # its timeout; the time of the last `alive`
+_calls = itertools.count()  # the same on every process
 
 
 def setup(device_flag: str, timeout: float = TIMEOUT) -> torch.device:
@@ -29,6 +35,7 @@ def setup(device_flag: str, timeout: float = TIMEOUT) -> torch.device:
             raise ValueError(f"--nproc_per_node: process {local_rank} has no GPU; pass at most {gpus}, as many as there are")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
+    global _store, _limit
     if "WORLD_SIZE" in os.environ and not td.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         limit = timedelta(seconds=timeout)
@@ -36,6 +43,7 @@ def setup(device_flag: str, timeout: float = TIMEOUT) -> torch.device:
         # when torchrun restarts all processes, its store may still hold values of the attempt before
         store = td.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         td.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
+        _store, _limit = store, timeout
     return device
 
 
@@ -74,17 +82,57 @@ def broadcast_object(obj):
 
 
 def first_process_does(fn):
-    """Run `fn` on the first process; return its result, or raise its ValueError or OSError, on every process."""
-    outcome = None
+    """Run `fn` on the first process; return its result, or raise its ValueError or OSError, on every process.
+
+    It may take longer than --dist-timeout if it calls `alive` meanwhile.
+    """
+    outcome, done = None, f"call {next(_calls)}"
     if rank() == 0:
         try:
             outcome = fn()
         except (ValueError, OSError) as error:
             outcome = error
+        if _store is not None:
+            _store.set(done, "")
+    else:
+        _wait([done])
     outcome = broadcast_object(outcome)
     if isinstance(outcome, Exception):
         raise outcome
     return outcome
+
+
+def first_node_does(fn: Callable[[int, int], None]) -> None:
+    """Run fn(part, parts) on each process of the first node. The first process waits for the others, while one is alive."""
+    call, parts = next(_calls), int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if _store is not None else 1
+    if rank() < parts and os.environ.get("GROUP_RANK", "0") == "0":
+        fn(rank(), parts)
+        if _store is not None:
+            _store.set(f"call {call} {rank()}", "")
+    if rank() == 0:
+        _wait([f"call {call} {part}" for part in range(parts)])
+
+
+def alive() -> None:
+    """Tell the processes that wait for this one that it advances."""
+    global _told
+    if _store is not None and time.monotonic() - _told > 1:
+        _told = time.monotonic()
+        _store.add("alive", 1)
+
+
+def _wait(keys):
+    """Wait until the store has these keys. Raises DistError if no process was alive for --dist-timeout seconds."""
+    seen, since = -1, time.monotonic()
+    while _store is not None:
+        try:
+            return _store.wait(keys, timedelta(seconds=min(_limit, 5)))
+        except td.DistStoreError:
+            now = _store.add("alive", 0)
+            if now != seen:
+                seen, since = now, time.monotonic()
+            elif time.monotonic() - since > _limit:
+                raise
 
 
 def gather_objects(obj) -> list:
