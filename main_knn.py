@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from methods import METHODS
-from utils.data.index import Index, load_index
+from utils.data.index import Index, load_index_together
 from utils.data.limits import check_workers
 from utils.evaluation import features, knn, neighbours, pixels, session
 from utils.evaluation.frozen import Frozen, Source, add_weights_flags, build_trunk, read_source
@@ -89,8 +89,8 @@ def main(argv: list[str] | None = None) -> None:
         args = get_args(argv, source)
         args.amp = amp.resolve(args.amp, device)
         opened = flags.shard_flags(args)
-        train = dist.first_process_does(lambda: load_index(args.train_shards, "--train-shards", **opened))
-        val = dist.first_process_does(lambda: load_index(args.val_shards, "--val-shards", **opened))
+        train = load_index_together(args.train_shards, "--train-shards", **opened)
+        val = load_index_together(args.val_shards, "--val-shards", **opened)
         check(args, train, val)
         args.k = sorted(set(args.k or [k for k in knn.K if k <= train.total]))
         torch.manual_seed(args.seed)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from helpers import default_start_method, forkserver
 from runs import FLAGS, TWO, Run, pretrain, steps
-from shards_helpers import one_photograph, write_members
+from shards_helpers import name_classes, one_photograph, write_members
 
 import utils.data.index as index_module
 from utils.data import index_file, indexing
@@ -121,9 +121,13 @@ def test_commands__shards_of_the_released_format_train_probe_and_resume_on_two_p
     with Run(tmp_path, [*command, "2"], TWO) as second:
         assert second.end() == 0, second.said()
     assert steps(out) == [(epoch, step) for epoch in (0, 1) for step in range(5)]
-    shards = ["--train-shards", spec, "--val-shards", spec, "--batch-size", "8", "--epochs", "1", "--size", "32"]
+    ours = str(tmp_path / "b")
+    load_index(released(tmp_path / "b"))
+    name_classes(tmp_path / "b", ["dark", "light"])
+    shards = ["--train-shards", ours, "--val-shards", spec, "--batch-size", "8", "--epochs", "1", "--size", "32"]
     with Run(tmp_path, ["lincls", *FLAGS, "--pretrained", out, *shards], TWO) as probe:
         assert probe.end() == 0, probe.said()
+    assert probe.said().count("warning: --val-shards: its 2 classes are known as numbers only") == 1
     assert json.loads((out / "linear/result.json").read_text())["last"]["top1"] >= 0
 
 

@@ -10,7 +10,7 @@ from utils.data.index import Index
 from utils.evaluation import pixels
 from utils.run import dist, signals, weights
 from utils.run.log import say
-from utils.run.text import shown
+from utils.run.text import brief, shown
 
 NO_FILE = ("random", pixels.NAME)  # values of --pretrained that name no checkpoint
 
@@ -36,12 +36,23 @@ def check_labels(flag: str, shards: str, index: Index) -> None:
 
 
 def check_classes(train_shards: str, val_shards: str, train: Index, val: Index) -> None:
-    """Raise ValueError unless both splits are labelled, with the same classes."""
+    """Raise ValueError unless both splits are labelled, with the same classes.
+
+    Of foreign shards only numbers are known, up to their largest label. Beside class names they give a warning.
+    """
     check_labels("--train-shards", train_shards, train)
     check_labels("--val-shards", val_shards, val)
     classes, val_classes = train.classes or (), val.classes or ()
-    if classes[: len(val_classes)] != val_classes:  # of foreign shards only the largest label is known
+    if classes[: len(val_classes)] == val_classes:
+        return
+    train_numbered, val_numbered = (names == tuple(map(str, range(len(names)))) for names in (classes, val_classes))
+    fits = len(val_classes) == len(classes) if train_numbered else len(val_classes) <= len(classes)
+    if train_numbered == val_numbered or not fits:
         raise ValueError(f"--val-shards {shown(val_shards)}: its classes are not those of --train-shards {shown(train_shards)}")
+    number, name = ("--train-shards", "--val-shards") if train_numbered else ("--val-shards", "--train-shards")
+    named = val_classes if train_numbered else classes
+    say(f"warning: {number}: its {len(classes if train_numbered else val_classes)} classes are known as numbers only; label 0 "
+        f"counts as {brief(named[0])} of {name}, label {len(named) - 1} as {brief(named[-1])}")  # fmt: skip
 
 
 class Stop(signals.Signals):

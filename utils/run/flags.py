@@ -202,7 +202,7 @@ def add_evaluation_flags(parser: Parser, output_dir: str | None, output_help: st
 def add_shard_flags(parser: Parser) -> None:
     """Add the flags of every command that reads shards."""
     add = parser.group("data", identity=False).add_argument
-    add("--cache-dir", metavar="DIR", help="folder for copies of remote shards")
+    add("--cache-dir", metavar="DIR", help="folder for copies of remote shards, and for the index of a read-only folder")
     add("--allow-pipe", action="store_true", help="allow pipe:COMMAND as shards, which runs this shell command")
     add("--verify-shards", action="store_true", help="compare the sha256 of every local shard with its index first")
     add("--max-pixels", type=int, default=MAX_PIXELS, help="pixels of an image; a larger one counts as unusable")
