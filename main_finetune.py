@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 from methods import METHODS
 from utils.data.bad_samples import BadSamples
-from utils.data.index import Index, load_index
+from utils.data.index import Index, load_index_together
 from utils.data.loader import load_batches
 from utils.data.measure import say_workers
 from utils.data.shards import steps_per_epoch, training_plan
@@ -117,10 +117,8 @@ def main(argv: list[str] | None = None) -> None:
         args = get_args(argv, source)
         args.amp = amp.resolve(args.amp, device)
         opened = flags.shard_flags(args)
-        train_index = dist.first_process_does(
-            lambda: load_index(args.train_shards, "--train-shards", images=args.images, **opened)
-        )
-        val_index = dist.first_process_does(lambda: load_index(args.val_shards, "--val-shards", **opened))
+        train_index = load_index_together(args.train_shards, "--train-shards", images=args.images, **opened)
+        val_index = load_index_together(args.val_shards, "--val-shards", **opened)
         check(args, train_index, val_index)
         torch.manual_seed(args.seed)
         trunk = build_trunk(args, METHODS[args.method], source)
