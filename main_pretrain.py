@@ -14,6 +14,7 @@ if __name__ == "__main__":  # before the imports that take seconds
     signals.start()
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,7 +27,10 @@ from utils.data.limits import check_workers
 from utils.data.loader import load_batches
 from utils.data.measure import say_workers
 from utils.data.shards import lanes_of, steps_per_epoch, training_plan
+from utils.data.views import ViewSpec
+from utils.evaluation import monitor
 from utils.evaluation.frozen import open_weights
+from utils.evaluation.monitor import Monitor
 from utils.learning import amp, initial, optim
 from utils.learning.method import Method, Step
 from utils.run import checkpoint, dist, flags, lock, replay, resume
@@ -72,6 +76,7 @@ def get_args(argv=None) -> Flags:
     add = parser.group("run", identity=False).add_argument
     add("--save-freq", type=int, default=10, help="keep the checkpoint of every so many epochs")
     add("--compile", action="store_true", help="compile the encoders with torch.compile")
+    monitor.add_flags(parser.group("measured during training", identity=False))
     if failed:  # one process computes it, with the processes of the run as groups of BatchNorm
         groups = failed["processes"] * failed["flags"].get("bn_splits", 1)
         parser.set_defaults(**(failed["flags"] | {"bn_splits": groups, "device": "auto", "replay": None}))
@@ -95,8 +100,11 @@ def other_method(flag: str, method: str) -> str | None:
     return None
 
 
-def check(args: Flags, samples: int) -> None:
-    """Raise ValueError for flags that cannot work, before anything slow. It names flag, value and a value that works."""
+def check(args: Flags, samples: int, beside: tuple[ViewSpec, ...] = ()) -> None:
+    """Raise ValueError for flags that cannot work, before anything slow. It names flag, value and a value that works.
+
+    beside: views whose workers live at the same time.
+    """
     method = METHODS[args.method]
     flags.check_run_flags(args)
     flags.check_lr_steps(args)
@@ -110,7 +118,7 @@ def check(args: Flags, samples: int) -> None:
         raise ValueError(f"--warmup-epochs {args.warmup_epochs:g}: must be at least 0 and less than --epochs {args.epochs}")
     flags.check_batch(args, samples, method.bn_groups(args))
     lanes_of(args.lanes, args.batch_size)
-    check_workers(method.views(args), args.batch_size // dist.world(), args.workers)
+    check_workers([*method.views(args), *beside], args.batch_size // dist.world(), args.workers)
     method.check(args, samples)
 
 
@@ -122,8 +130,11 @@ def main(argv=None):
         args.amp = amp.resolve(args.amp, device)
         if args.replay:
             return compute_again(args, device)
-        index = load_index_together(args.shards, **flags.shard_flags(args))
-        check(args, index.total)
+        index, held_out = load_index_together(args.shards, **flags.shard_flags(args)), None
+        if args.eval_shards:
+            held_out = load_index_together(args.eval_shards, "--eval-shards", **flags.shard_flags(args))
+        monitor.check(args, index, held_out)
+        check(args, index.total, (monitor.view_of(args),) if held_out else ())
         dry = args.dry_run is not None
         resume_from = dist.first_process_does(lambda: resume.open_run(args.output_dir, args.resume, dry))
         method = build(args, index.total, device)
@@ -138,15 +149,13 @@ def main(argv=None):
             init = initialize(args, method)
         if dry:
             return say_workers(args, index, method.views(args), steps)
-        folder, facts = (
-            Path(args.output_dir),
-            {"index": index.hash, "samples": index.total, "device": str(device), "init": init},
-        )
+        folder, facts = Path(args.output_dir), {"index": index.hash, "samples": index.total, "device": str(device), "init": init}
+        watch = Monitor(args, METHODS[args.method], index, held_out, device) if held_out else None
         dist.first_process_does(lambda: resume.begin(folder, args, resume_from, start, **facts))
         model = dist.data_parallel(method, device)
     with one_line_ends(PROG, args.batch_size):
         try:
-            stopped_by = train(args, index, method, model, optimizer, scaler, start, init, lr, device)
+            stopped_by = train(args, index, method, model, optimizer, scaler, start, init, lr, device, watch)
         except NotFinite as failure:
             replay.write(failure, folder, args, method, scaler, steps, index.total)
     if stopped_by:
@@ -175,7 +184,7 @@ def initialize(args, method: Method) -> dict[str, str | None]:
     return {"source": shown(args.init), "path": str(found.path), "layout": found.layout, "sha256": found.sha256}
 
 
-def train(args, index, method, model, optimizer, scaler, start, init, lr, device) -> int:
+def train(args, index, method, model, optimizer, scaler, start, init, lr, device, watch: Monitor | None) -> int:
     """Train to the end, or until a signal: then save and return its number. Returns 0 at the end."""
     steps, folder = steps_per_epoch(index.total, args.batch_size), Path(args.output_dir)
     first_epoch, first_step = start
@@ -216,6 +225,11 @@ def train(args, index, method, model, optimizer, scaler, start, init, lr, device
                 log.add(step_in_epoch, loss, stats, lr_now, batch.bad)
                 if engine.done(epoch, step_in_epoch + 1):
                     return engine.stopped_by
+            if watch and watch.due(epoch):
+                found = watch(epoch, method, partial(engine.asked_to_stop, epoch))
+                if found is None:
+                    return engine.stopped_by
+                log.scalars(epoch, found)
             engine.save(epoch + 1, 0)
         engine.finish()
     say(f"\nResults: {folder}/ (checkpoints, metrics.jsonl, config.json; curves: tensorboard --logdir {folder})")

@@ -260,7 +260,7 @@ def test_meaning__leaves_out_only_place_speed_and_inputs():
         "keep",
         "dist_timeout",
     }
-    rest |= {"compile", "replay", "init"}
+    rest |= {"compile", "replay", "init", "eval_shards", "eval_every", "eval_images", "eval_neighbours"}
     assert flags.meaning(args).keys() == vars(args).keys() - rest
 
 
@@ -293,6 +293,7 @@ READ = set()
 def test_main_pretrain__every_flag_that_is_parsed_is_read(images, tmp_path, monkeypatch, method):
     """A check alone does not count: the code that needs the flag must read it."""
     argv = [*tiny(method), "--shards", f"{images}/train", "--output-dir", str(tmp_path), "--epochs", "1", "--workers", "0"]
+    argv += ["--eval-shards", f"{images}/val"]
     args = Recording(main_pretrain.get_args([*argv, "--device", "cpu", "--amp", "fp32"]))
     monkeypatch.setattr(main_pretrain, "get_args", lambda argv: args)
     READ.clear()

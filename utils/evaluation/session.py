@@ -42,14 +42,20 @@ def check_classes(train_shards: str, val_shards: str, train: Index, val: Index) 
     """
     check_labels("--train-shards", train_shards, train)
     check_labels("--val-shards", val_shards, val)
-    classes, val_classes = train.classes or (), val.classes or ()
+    check_same_classes(("--train-shards", train_shards, train), ("--val-shards", val_shards, val))
+
+
+def check_same_classes(train: tuple[str, str, Index], val: tuple[str, str, Index]) -> None:
+    """Raise ValueError unless two labelled splits, (flag, shards, index) each, have the same classes; see `check_classes`."""
+    (flag, shards, index), (val_flag, val_shards, val_index) = train, val
+    classes, val_classes = index.classes or (), val_index.classes or ()
     if classes[: len(val_classes)] == val_classes:
         return
     train_numbered, val_numbered = (names == tuple(map(str, range(len(names)))) for names in (classes, val_classes))
     fits = len(val_classes) == len(classes) if train_numbered else len(val_classes) <= len(classes)
     if train_numbered == val_numbered or not fits:
-        raise ValueError(f"--val-shards {shown(val_shards)}: its classes are not those of --train-shards {shown(train_shards)}")
-    number, name = ("--train-shards", "--val-shards") if train_numbered else ("--val-shards", "--train-shards")
+        raise ValueError(f"{val_flag} {shown(val_shards)}: its classes are not those of {flag} {shown(shards)}")
+    number, name = (flag, val_flag) if train_numbered else (val_flag, flag)
     named = val_classes if train_numbered else classes
     say(f"warning: {number}: its {len(classes if train_numbered else val_classes)} classes are known as numbers only; label 0 "
         f"counts as {brief(named[0])} of {name}, label {len(named) - 1} as {brief(named[-1])}")  # fmt: skip
