@@ -11,12 +11,13 @@ import pytest
 import torch
 from helpers import spawn, tiny
 from runs import FLAGS, TWO, Run, metrics, pretrain, same, without_clock
+from safetensors.numpy import load_file
 
 import main_knn
 import main_pretrain
 from methods import METHODS
 from utils.evaluation import health
-from utils.run import checkpoint
+from utils.run import checkpoint, dist
 
 EPOCHS = ["--epochs", "2"]
 
@@ -46,8 +47,6 @@ def test_monitor__changes_nothing_and_measures_what_main_knn_does(images, tmp_pa
     wanted = json.loads((tmp_path / "knn/result.json").read_text())["knn"]
     found = of_eval(lines)[-1]
     assert {k: found[f"eval_knn{k}"] for k in (1, 20)} == {int(k): v["top1"] for k, v in wanted.items()}
-    from safetensors.numpy import load_file
-
     values = load_file(file)["val.values"].astype(np.float64)
     sigma = np.linalg.svd(values, compute_uv=False)
     share = sigma / sigma.sum()
@@ -93,8 +92,6 @@ def features_of():
 
 
 def in_two():
-    from utils.run import dist
-
     return measures_of(dist.rank())
 
 
