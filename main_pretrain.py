@@ -149,8 +149,9 @@ def main(argv=None):
             init = initialize(args, method)
         if dry:
             return say_workers(args, index, method.views(args), steps)
-        folder, facts = Path(args.output_dir), {"index": index.hash, "samples": index.total, "device": str(device), "init": init}
+        facts = {"index": index.hash, "samples": index.total, "device": str(device), "init": init}
         watch = Monitor(args, METHODS[args.method], index, held_out, device) if held_out else None
+        folder = Path(args.output_dir)
         dist.first_process_does(lambda: resume.begin(folder, args, resume_from, start, **facts))
         model = dist.data_parallel(method, device)
     with one_line_ends(PROG, args.batch_size):
