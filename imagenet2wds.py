@@ -1,7 +1,7 @@
 """Convert images to webdataset shards with an index.
 
     python imagenet2wds.py -i /data/imagenet -o /data/imagenet-shards      folders train/ and val/, or the ILSVRC tars
-    python imagenet2wds.py -i /data/imagenet -o /data/imagenet100-shards --imagenet-subset classes.txt
+    python imagenet2wds.py -i /data/imagenet -o /data/imagenet100-shards --imagenet-subset imagenet100.txt
     python imagenet2wds.py -i photos -o photo-shards                       class folders, or a folder of images without labels
     python imagenet2wds.py -i photos -o photo-shards --no-labels           every image below a folder, at any depth
     python imagenet2wds.py -i data -o sample-shards --dataset FashionMNIST any data set of torchvision

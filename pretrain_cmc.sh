@@ -5,7 +5,7 @@
 #   SHARDS=/imagenet-shards bash pretrain_cmc.sh   half-width ResNets-50, ImageNet, batch 128, lr .03 in all, 240 epochs, NCE, K 16384
 # RECIPE=100 is the published recipe of ImageNet-100: softmax, YCbCr, K 4096, crops from 20 %. Expected in the linear probe
 # (linear_cmc.sh with the same RECIPE): top-1 75.8; the authors' figure.
-# AlexNet: -a alexnet --crop-min 0.2.
+# AlexNet: -a alexnet --crop-min 0.2. More views: --views L ab Y CbCr, with --graph core for L and each other one.
 # Add or override any flag: bash pretrain_cmc.sh --epochs 1. Variables: SHARDS OUTPUT RECIPE NPROC.
 set -euo pipefail
 source "$(dirname "$(realpath "$0")")/utils/run/env.sh"
@@ -20,7 +20,7 @@ else
     if [[ ${RECIPE:-} == 100 ]]; then
         recipe=(--loss softmax --space YCbCr --nce-k 4096 --crop-min 0.2)
     else
-        recipe=(--loss nce --space Lab --nce-k 16384)
+        recipe=(--loss nce --nce-k 16384)
     fi
     recipe+=(-a resnet50v1 --size 224 --batch-size 128 --lr 0.06 --epochs 240)
 fi

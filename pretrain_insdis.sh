@@ -3,7 +3,7 @@
 #   bash pretrain_insdis.sh                      ResNet-18, 64-pixel views of the embedded 6,000 images of Fashion-MNIST
 #   SHARDS=/imagenet-shards bash pretrain_insdis.sh        ResNet-50, ImageNet, batch 128, lr .03 in all, 240 epochs, NCE, K 16384
 # The published recipes, with the authors' figures (of CMC's code) in the linear probe; linear_insdis.sh takes the same RECIPE.
-# On ImageNet all have 200 epochs, lr x .1 after 120 and 160, and 4 GPUs x 32 images: NPROC=4.
+# On ImageNet they have 200 epochs, lr x .1 after 120 and 160. All had 4 GPUs x 32 images: NPROC=4.
 #   RECIPE=softmax        top-1 58.5, K 16384        RECIPE=softmax-4096   top-1 57.1, K 4096
 #   RECIPE=nce-4096       top-1 56.5, NCE, K 4096    RECIPE=100            ImageNet-100, top-1 69.1: softmax, 240 epochs
 # Add or override any flag: bash pretrain_insdis.sh --epochs 1. Variables: SHARDS OUTPUT RECIPE NPROC.

@@ -1,16 +1,18 @@
 """Methods with memory banks: CMC (arXiv 1906.05849) contrasts colour channels, InsDis (1805.01978) contrasts crops."""
 
 import re
-from argparse import Namespace
+from argparse import SUPPRESS, Namespace
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
-from cmc.color import SPACES, color_views
+from cmc.color import SPACES, channels_of, color_views, view_names
 from cmc.memory import Bank, Scores, draw_rows, last_places
-from cmc.nets import ARCHS, TwoBranches
+from cmc.nets import ARCHS, Branches
+from cmc.views import Views, bank_names, branch_names, chosen, graph_pairs
 from utils.data.views import moco_v1_view
 from utils.learning import backbones, mixture
 from utils.learning.criterion import criterion
@@ -24,6 +26,10 @@ def check_arch(args: Namespace) -> None:
         raise ValueError(f"--arch {args.arch}: CMC has {', '.join(ARCHS)}; pass one of them")
     if args.arch == "alexnet" and args.size != 224:
         raise ValueError(f"--size {args.size}: AlexNet's fully connected layers need 224; pass 224")
+
+
+def mean(values: list[torch.Tensor]) -> torch.Tensor:
+    return torch.stack(values).mean()
 
 
 class MemoryBank(Method):
@@ -61,26 +67,28 @@ class MemoryBank(Method):
     def bn_groups(args: Namespace) -> int:
         return args.bn_splits
 
-    def __init__(self, args: Namespace, samples: int, encoder: Any, banks: list[str]):
+    def __init__(self, args: Namespace, samples: int, encoder: Any, banks: list[str], pairs: dict[str, tuple[int, int]]):
+        """banks: one for each encoder. pairs: name of a criterion -> (number of the encoder, number of its queries' bank)."""
         super().__init__(args, samples)
         self.bn_splits, self.samples, self.negatives, self.momentum = args.bn_splits, samples, args.nce_k, args.nce_m
         self.mixture = mixture.Mixture(args)
         self.encoder = encoder
         self.banks: Any = nn.ModuleDict({name: Bank(samples, args.nce_dim) for name in banks})
-        self.criteria: Any = nn.ModuleDict({name: criterion(args.loss, args.nce_t, samples) for name in banks})
+        self.pairs = pairs
+        self.criteria: Any = nn.ModuleDict({name: criterion(args.loss, args.nce_t, samples) for name in pairs})
 
     def chance(self, batch_size: int) -> float:
         return sum(c.chance(1 + self.negatives) for c in self.criteria.values())
 
-    def inputs(self, batch: Batch) -> list[torch.Tensor]:
-        """The encoders' inputs, n x channels x H x W each."""
-        return batch.views
+    def inputs(self, batch: Batch, rng: np.random.Generator) -> list[torch.Tensor]:
+        """The encoders' inputs, n x channels x H x W each, mixed by --im-type."""
+        return self.mixture(batch.views, rng)
 
     @torch.no_grad()
     def targets(self, batch: Batch, step: Step) -> Targets:
         """group_size: images in a BatchNorm group; rows: of the banks, first of the image itself, then of its negatives."""
         n, ids = len(batch), batch.sample_ids
-        views = tuple(self.mixture(self.inputs(batch), step.rng))
+        views = tuple(self.inputs(batch, step.rng))
         places = range(dist.rank() * n, (dist.rank() + 1) * n)
         negatives = dist.on_device(draw_rows(step.seed, step.number, places, self.samples, self.negatives), ids.device)
         rows = torch.cat([ids.unsqueeze(1).to(negatives.dtype), negatives], 1)  # n x (1 + K)
@@ -89,16 +97,19 @@ class MemoryBank(Method):
         return Targets({"group_size": n // self.bn_splits}, views=views, rows=rows)
 
     def forward(self, batch: Batch, targets: Targets, step: Step) -> tuple[torch.Tensor, Stats]:
-        """The features of each encoder go into its own bank. With two banks they are contrasted with the other bank."""
+        """The features of each encoder go into its own bank, and are contrasted with the banks of `pairs`."""
         names = list(self.banks)
         features = [self.embed(e, x, targets.group_size) for e, x in zip(self.encoders(), targets.views, strict=True)]  # n x C
         for name, f in zip(names, features, strict=True):
             self.seen[name].append(f.detach())
-        pairs = zip(reversed(names), features, strict=True)
-        found = {name: self.criteria[name](self.scores(f, self.banks[name].memory, targets.rows)) for name, f in pairs}
-        stats = {f"top1_{name}": top1 for name, (_, top1) in found.items()} if len(found) > 1 else {}
-        stats["top1"] = sum(top1 for _, top1 in found.values()) / len(found)
-        return sum(loss for loss, _ in found.values()), stats
+        losses, top1 = [], dict[str, list[torch.Tensor]]()
+        for pair, (query, bank) in self.pairs.items():
+            scores = self.scores(features[query], self.banks[names[bank]].memory, targets.rows)
+            loss, right = self.criteria[pair](scores)
+            losses.append(loss)
+            top1.setdefault(names[bank], []).append(right)
+        stats: Stats = {f"top1_{name}": mean(found) for name, found in top1.items()} if len(losses) > 1 else {}
+        return sum(losses), stats | {"top1": mean([x for found in top1.values() for x in found])}
 
     @torch.no_grad()
     def commit(self, step: Step) -> None:
@@ -107,25 +118,34 @@ class MemoryBank(Method):
         last = last_places(sample_ids, self.samples)
         for name, bank in self.banks.items():
             bank.update(dist.gather(torch.cat(self.seen[name]))[last], sample_ids, self.momentum)
-            self.criteria[name].commit()
+        for c in self.criteria.values():
+            c.commit()
 
 
 class CMC(MemoryBank):
-    """L is contrasted with the bank of ab, ab with the bank of L."""
+    """Each view of a crop is contrasted with the banks of the other views: L with that of ab, ab with that of L."""
 
     ARCH = "resnet50v1"
-    IDENTITY = ("space",)
+    IDENTITY = ("space", "graph")
 
     @staticmethod
     def add_flags(group) -> None:
         MemoryBank.add_flags(group)
-        group.add_argument("--space", choices=SPACES, default="Lab", help="colour space of the views: first channel, other two")
+        add = group.add_argument
+        add("--space", action=Views, default="Lab", metavar="SPACE",
+            help=f"colour space of two views, its first channel and its other two: {', '.join(SPACES)}")  # fmt: skip
+        add("--views", action=Views, dest="space", nargs="+", default=SUPPRESS, metavar="PART",
+            help="two or more views, instead of --space: parts of colour spaces, such as L ab Y CbCr HSV-H")  # fmt: skip
+        add("--graph", choices=("full", "core"), default="full",
+            help="pairs of views to contrast: all of them, or the first of --views with each other one")  # fmt: skip
         group.set_defaults(arch=CMC.ARCH)
 
     @staticmethod
     def check(args: Namespace, samples: int) -> None:
         MemoryBank.check(args, samples)
         check_arch(args)
+        if args.graph == "core" and len(view_names(args.space)) == 2:
+            raise ValueError("--graph core: is the full graph if there are two views; leave it out, or pass more --views")
         if args.arch == "alexnet":
             mixture.check_group(args, 2, "AlexNet's fully connected layers need two")
 
@@ -135,7 +155,10 @@ class CMC(MemoryBank):
 
     @staticmethod
     def add_probe_flags(group) -> None:
-        group.add_argument("--space", choices=SPACES, help="colour space; default: the checkpoint's, or Lab for `random`")
+        add = group.add_argument
+        add("--space", action=Views, metavar="SPACE",
+            help="colour space, or views joined by +; default: the checkpoint's, or Lab for `random`")  # fmt: skip
+        add("--only-views", nargs="+", metavar="PART", help="take the features of these views alone; default: of all")
 
     @classmethod
     def probe(cls, arch: str, trained: Mapping[str, Any]) -> dict[str, Any]:
@@ -145,28 +168,38 @@ class CMC(MemoryBank):
 
     @staticmethod
     def frozen(args: Namespace) -> backbones.Probed:
-        """Both branches; layers 1 to 5 of AlexNet, 6 of a ResNet."""
+        """The branches of the chosen views; layers 1 to 5 of AlexNet, 6 of a ResNet."""
         check_arch(args)
-        trunk = TwoBranches(args.arch)
-        return backbones.Probed(trunk, trunk.layers, "fc", lambda x, of: trunk.features(*color_views(x, args.space), of))
+        names, views = branch_names(args.space), chosen(args)
+        trunk = Branches(args.arch, {names[view]: channels_of(view) for view in views})
+        space = "+".join(views)
+        return backbones.Probed(trunk, trunk.layers, "fc", lambda x, of: trunk.features(color_views(x, space), of))
 
     @staticmethod
     def trunk(state_dict, args):
-        """Both branches, as this code or the released one saved them, without their fc layers."""
+        """The branches of the chosen views, as this code or the released one saved them, without their fc layers."""
         names = {re.sub("^(module[.])?(encoder[.])?(module[.])?", "", name): value for name, value in state_dict.items()}
-        branches = {name: value for name, value in names.items() if name.startswith(("l_to_ab.", "ab_to_l."))}
-        return {name: value for name, value in branches.items() if not name.split(".")[1].startswith("fc")}
+        wanted = [branch_names(args.space)[view] for view in chosen(args)]
+        found = {name: value for name, value in names.items() if name.partition(".")[0] in wanted}
+        return {name: value for name, value in found.items() if not name.split(".")[1].startswith("fc")}
 
     def __init__(self, args: Namespace, samples: int):
-        super().__init__(args, samples, TwoBranches(args.arch, args.nce_dim), ["l", "ab"])
+        channels = {name: channels_of(view) for view, name in branch_names(args.space).items()}
+        banks = bank_names(args.space)
+        pairs = graph_pairs(len(banks), args.graph)
+        # a Z for each pair, as published: it depends on encoder and bank. With two views a bank has one pair, and names it
+        criteria = {banks[b] if len(banks) == 2 else f"{banks[q]}_{banks[b]}": (q, b) for q, b in pairs}
+        super().__init__(args, samples, Branches(args.arch, channels, args.nce_dim), banks, criteria)
         self.space = args.space
 
     def encoders(self) -> list[nn.Module]:
-        return [self.encoder.l_to_ab, self.encoder.ab_to_l]
+        return list(self.encoder.children())
 
-    def inputs(self, batch: Batch) -> list[torch.Tensor]:
-        """n x 1 x H x W and n x 2 x H x W. As published, a mixture is made after the conversion."""
-        return list(color_views(batch.views[0], self.space))
+    def inputs(self, batch: Batch, rng: np.random.Generator) -> list[torch.Tensor]:
+        """n x 1 or 2 x H x W each. As published, the conversion is first, then the mixture, of all channels as one image."""
+        views = color_views(batch.views[0], self.space)
+        (mixed,) = self.mixture([torch.cat(views, 1)], rng)
+        return list(mixed.split([view.shape[1] for view in views], 1))
 
 
 class InsDis(MemoryBank):
@@ -188,8 +221,8 @@ class InsDis(MemoryBank):
 
     def __init__(self, args: Namespace, samples: int):
         backbones.feature_shape(backbones.build_trunk(args), args.arch, args.size, args.size)  # refuses a bad arch
-        encoder = backbones.build(args.arch, args.output_stride, num_classes=args.nce_dim)
-        super().__init__(args, samples, encoder, ["image"])
+        encoder = backbones.build(args.arch, args.output_stride, zero_init_last=False, num_classes=args.nce_dim)
+        super().__init__(args, samples, encoder, ["image"], {"image": (0, 0)})
 
     def encoders(self) -> list[nn.Module]:
         return [self.encoder]

@@ -1,7 +1,12 @@
 """Colour spaces of CMC's views (docs/methods.md, "CMC"), for a batch on any device, equal to scikit-image's conversions.
 
 Each conversion takes n x 3 x H x W RGB in [0, 1], float32, and returns the three channels of the space in its usual units.
+A view is a part of a space: one channel, or two neighbours.
 """
+
+import difflib
+import re
+from collections import Counter
 
 import numpy as np
 import torch
@@ -88,6 +93,7 @@ def hed(x: torch.Tensor) -> torch.Tensor:
 
 CURVED = {"Lab": lab, "HSV": hsv, "HED": hed, "LUV": luv, "XYZ": xyz}
 SPACES = tuple(SCALES)
+FIRST, OTHERS = slice(0, 1), slice(1, 3)  # the channels of the two views of a space
 
 
 def per_channel(values, x: torch.Tensor) -> torch.Tensor:
@@ -99,12 +105,59 @@ def convert(rgb: torch.Tensor, space: str) -> torch.Tensor:
     return linear(rgb, *LINEAR[space]) if space in LINEAR else CURVED[space](rgb)
 
 
-def color_views(views: torch.Tensor, space: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """n x 3 x H x W, uint8 or normalized with ImageNet's mean -> normalized n x 1 x H x W (L) and n x 2 x H x W (ab)."""
+def _parts() -> dict[str, tuple[str, slice]]:
+    """Name of a view -> (space, its channels).
+
+    A name that several spaces have is that of Lab or YCbCr, the published spaces. In the others the space comes first: HSV-H.
+    """
+    found = []
+    for space in SPACES:
+        channels = re.findall("[A-Z][br]?|[ab]", space)[:3]
+        found += [(space, "".join(channels[part]), part) for part in (FIRST, OTHERS, slice(0, 2), slice(1, 2), slice(2, 3))]
+    spaces = Counter(name for _, name, _ in found)
+
+    def short(space, name):
+        return space in ("Lab", "YCbCr") or (spaces[name] == 1 and space != "RGB-CIE")  # R alone would be sRGB's
+
+    return {name if short(space, name) else f"{space}-{name}": (space, part) for space, name, part in found}
+
+
+PARTS = _parts()
+
+
+def view_names(space: str) -> list[str]:
+    """The views of a value of --space: L and ab of `Lab`, the named ones of `L+ab+Y`."""
+    two = [name for name, (of, part) in PARTS.items() if of == space and part in (FIRST, OTHERS)]
+    return two or space.split("+")
+
+
+def space_of(views: list[str]) -> str:
+    """The value of --space with these views; a name of a space if they are its two. Raises ValueError."""
+    for name in views:
+        if name not in PARTS:
+            near = [part for part in PARTS if part.endswith(f"-{name}")] or difflib.get_close_matches(name, PARTS, 3, 0)
+            raise ValueError(f"{name} is no part of a colour space; pass {' or '.join(near)}")
+        if views.count(name) > 1:
+            raise ValueError(f"{name} is there twice; pass each view once")
+    if len(views) < 2:
+        raise ValueError("one view has nothing to be contrasted with; pass two, such as L ab")
+    return next((space for space in SPACES if view_names(space) == views), "+".join(views))
+
+
+def channels_of(view: str) -> int:
+    part = PARTS[view][1]
+    return part.stop - part.start
+
+
+def color_views(views: torch.Tensor, space: str) -> list[torch.Tensor]:
+    """n x 3 x H x W, uint8 or normalized with ImageNet's mean -> the normalized views of --space, n x 1 or 2 x H x W each."""
     if views.is_floating_point():
         rgb = (views * per_channel(STD, views) + per_channel(MEAN, views)).clamp(0, 1)
     else:
         rgb = views.float() / 255
-    middle, half = SCALES[space]
-    x = (convert(rgb, space) - per_channel(middle, rgb)) / per_channel(half, rgb)
-    return x[:, :1], x[:, 1:]
+    parts, whole = [PARTS[name] for name in view_names(space)], {}
+    for of, _ in parts:
+        if of not in whole:
+            middle, half = SCALES[of]
+            whole[of] = (convert(rgb, of) - per_channel(middle, rgb)) / per_channel(half, rgb)
+    return [whole[of][:, part] for of, part in parts]

@@ -1,4 +1,7 @@
-"""CMC's networks: two networks side by side, one for L and one for ab (docs/methods.md, "CMC")."""
+"""CMC's networks: one for each view, side by side (docs/methods.md, "CMC")."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
@@ -49,7 +52,7 @@ class HalfResNet(ResNet):
 
     def __init__(self, in_channels: int, dim: int, block, depths, width: float):
         channels = tuple(int(c * width) for c in (64, 128, 256, 512))
-        super().__init__(block, depths, num_classes=dim, in_chans=in_channels, channels=channels)
+        super().__init__(block, depths, num_classes=dim, in_chans=in_channels, channels=channels, zero_init_last=False)
 
     def maps(self, x, layers=(6,)) -> dict[int, torch.Tensor]:
         """The pooled features."""
@@ -64,16 +67,18 @@ def half(arch: str, in_channels: int, dim: int = 0) -> AlexNet | HalfResNet:
     return HalfResNet(in_channels, dim, block, depths, WIDTHS[arch[-2:]])
 
 
-class TwoBranches(nn.Module):
-    """A branch for the first channel of a colour space and one for the other two."""
+class Branches(nn.Module):
+    """A branch for each view. channels: name of a branch -> channels of its view."""
 
-    def __init__(self, arch: str, dim: int = 0):
+    def __init__(self, arch: str, channels: Mapping[str, int], dim: int = 0):
         super().__init__()
-        self.l_to_ab, self.ab_to_l = half(arch, 1, dim), half(arch, 2, dim)
-        self.layers: tuple[int, ...] = self.l_to_ab.layers  # that can be probed
+        for name, in_channels in channels.items():
+            self.add_module(name, half(arch, in_channels, dim))
+        self.layers: tuple[int, ...] = (AlexNet if arch == "alexnet" else HalfResNet).layers  # that can be probed
 
-    def features(self, first, others, layers) -> dict[int, torch.Tensor]:
-        """layer -> n x C for a linear probe: the maps of both branches, pooled to about 9,000 numbers and flattened."""
-        a, b = self.l_to_ab.maps(first, layers), self.ab_to_l.maps(others, layers)
-        joined = {layer: torch.cat([a[layer].float(), b[layer].float()], 1) for layer in layers}
+    def features(self, views: Sequence[torch.Tensor], layers) -> dict[int, torch.Tensor]:
+        """layer -> n x C for a linear probe: the maps of all branches, pooled to about 9,000 numbers for two, flattened."""
+        branches: Any = self.children()
+        maps = [branch.maps(x, layers) for branch, x in zip(branches, views, strict=True)]
+        joined = {layer: torch.cat([found[layer].float() for found in maps], 1) for layer in layers}
         return {layer: POOLS[layer](x).flatten(1) for layer, x in joined.items()}

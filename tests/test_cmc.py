@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 import main_pretrain
 from cmc.color import color_views
 from cmc.memory import Bank, Scores, draw_rows, last_places
-from cmc.nets import ARCHS, TwoBranches
+from cmc.nets import ARCHS, Branches
 from methods import METHODS
 from utils.learning.criterion import Nce, Softmax, criterion
 from utils.learning.method import Step
@@ -229,18 +229,18 @@ def test_step__in_bf16_scores_and_loss_are_float32(name):
     assert torch.cosine_similarity(*gradients, dim=0) > 0.8
 
 
-def twenty_steps(name):
-    """Banks and criteria of this process after 20 steps of training, each process with its own images."""
-    method = build(name)
+def ten_steps(name, *flags):
+    """Banks and criteria of this process after ten steps of training, each process with its own images."""
+    method = build(name, *flags)
     model = dist.data_parallel(method, torch.device("cpu"))
-    args = method_args(name)
+    args = method_args(name, *flags)
     torch.manual_seed(dist.rank())
     optimizer = torch.optim.SGD(method.parameters(), 0.01)
-    for number in range(20):
-        step = Step(number, 20, 0)
+    for number in range(10):
+        step = Step(number, 10, 0)
         index = torch.from_numpy(step.rng.permutation(IMAGES)[:8])
         index[7] = index[0]  # an image in the place of an unusable one, on both processes
-        loss, _ = forward(model, own_part(batch_of(uint8_views(args, seed=number), index)), Step(number, 20, 0))
+        loss, _ = forward(model, own_part(batch_of(uint8_views(args, seed=number), index)), Step(number, 10, 0))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -248,9 +248,9 @@ def twenty_steps(name):
     return {k: v for k, v in method.state_dict().items() if k.startswith(("banks", "criteria"))}
 
 
-@pytest.mark.parametrize("name", ["cmc", "insdis"])
-def test_banks__replicas_stay_identical(name):
-    first, second = spawn(twenty_steps, name)
+@pytest.mark.parametrize("name, flags", [("cmc", ["--views", "L", "ab", "Y"]), ("insdis", [])])
+def test_banks__replicas_stay_identical(name, flags):
+    first, second = spawn(ten_steps, name, *flags)
     assert first.keys() == second.keys() and all(torch.equal(value, second[k]) for k, value in first.items())
     rows = [v for k, v in first.items() if "memory" in k]
     assert all(((row.norm(dim=1) - 1).abs() < 1e-5).sum() > 30 for row in rows)  # most images were seen
@@ -258,13 +258,15 @@ def test_banks__replicas_stay_identical(name):
 
 # ---- networks
 
+TWO = {"l_to_ab": 1, "ab_to_l": 2}
+
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_two_branches__layer_shapes(arch):
+def test_branches__layer_shapes(arch):
     with torch.device("meta"):
-        trunk = TwoBranches(arch).eval()
-        found = trunk.features(torch.empty(2, 1, 224, 224), torch.empty(2, 2, 224, 224), trunk.layers)
-        with_head = TwoBranches(arch, 128).eval()
+        trunk = Branches(arch, TWO).eval()
+        found = trunk.features([torch.empty(2, 1, 224, 224), torch.empty(2, 2, 224, 224)], trunk.layers)
+        with_head = Branches(arch, TWO, 128).eval()
         heads = [with_head.l_to_ab(torch.empty(2, 1, 224, 224)).shape, with_head.ab_to_l(torch.empty(2, 2, 224, 224)).shape]
     if arch == "alexnet":
         wanted = {1: 96 * 10 * 10, 2: 256 * 6 * 6, 3: 384 * 5 * 5, 4: 384 * 5 * 5, 5: 256 * 6 * 6}
@@ -277,7 +279,7 @@ def test_two_branches__layer_shapes(arch):
 
 
 def test_alexnet__published_channels_and_maps():
-    branch = TwoBranches("alexnet", 128).l_to_ab.eval()
+    branch = Branches("alexnet", TWO, 128).l_to_ab.eval()
     shapes = [tuple(x.shape[1:]) for x in branch.maps(torch.zeros(1, 1, 224, 224), branch.layers).values()]
     assert shapes == [(48, 27, 27), (128, 13, 13), (192, 13, 13), (192, 13, 13), (128, 6, 6)]
     assert [branch.fc6[0].out_features, branch.fc7[0].out_features, branch.fc8.out_features] == [2048, 2048, 128]

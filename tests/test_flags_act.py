@@ -20,7 +20,7 @@ OTHER = {  # another value of each flag; a tuple also has the flags that it need
     "shift_enable": "0", "shift_range": "5", "shift_beta": ("9", "--shift-range", "29"),
     "im_type": "IM", "unmix_prob": "0.5", "overlap": "0.2", "moco_mlp_dim": "48", "moco_m_cos": "", "loss_t": "0.7",
     "loss_loc": "0.3", "loss_crop": "0.3", "flip_aware_location": "", "nce_dim": "24", "nce_k": "12", "nce_t": "0.3",
-    "nce_m": "0.9", "space": "HSV",
+    "nce_m": "0.9", "space": "HSV", "views": "L ab Y", "graph": ("core", "--views", "L", "ab", "Y"),
     **{name: (value, "--im-type", "IM", *much) for name, value, much in (
         ("g_alpha", "9", ["--g-prob", "1"]), ("g_num", "5", ["--g-prob", "1"]), ("g_prob", "1", []),
         ("r_beta", "9", ["--r-prob", "1"]), ("r_num", "5", ["--r-prob", "1"]), ("r_prob", "1", []),
@@ -34,7 +34,7 @@ OF_TRAINING = ["arch", "lr", "momentum", "weight_decay", "trust", "warmup_epochs
 def own_flags(name):
     parser = argparse.ArgumentParser()
     METHODS[name].add_flags(parser.add_argument_group())
-    return [action.dest for action in parser._actions if action.dest != "help"]
+    return [action.option_strings[0][2:].replace("-", "_") for action in parser._actions if action.dest != "help"]
 
 
 def other(name, flag):

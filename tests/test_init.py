@@ -10,7 +10,7 @@ from helpers import build, forward, method_args, spawn, tiny, uint8_batch
 from test_weights_in import LAYOUTS, filled
 
 import main_pretrain
-from cmc.nets import TwoBranches
+from cmc.nets import Branches
 from utils.learning.method import Step
 from utils.run import checkpoint, dist
 
@@ -93,7 +93,7 @@ def test_init__a_head_or_queue_of_another_shape_starts_fresh(tmp_path, capsys):
 
 def test_init__from_cmcs_release_both_branches(tmp_path):
     torch.manual_seed(8)
-    branches = filled(TwoBranches("resnet18v1", 16), 3)
+    branches = filled(Branches("resnet18v1", {"l_to_ab": 1, "ab_to_l": 2}, 16), 3)
     torch.save({"model": {f"encoder.module.{n}": v for n, v in branches.state_dict().items()}}, tmp_path / "c.pth")
     method, _, _ = started(tmp_path / "c.pth", "cmc")
     assert all(torch.equal(v, method.state_dict()[f"encoder.{n}"]) for n, v in branches.state_dict().items())

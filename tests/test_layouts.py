@@ -280,7 +280,7 @@ def test_build_trunk__of_our_own_checkpoint_has_its_colour_space(tmp_path):
     paths = ["--method", "cmc", "--pretrained", str(tmp_path / "c.pth"), *PROBE, "--size", "64"]
     frozen, probe = opened(*paths)
     x = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
-    wanted = frozen.trunk.features(*color_views(x, "HSV"), (6,))[6]
+    wanted = frozen.trunk.features(color_views(x, "HSV"), (6,))[6]
     assert probe.space == "HSV" and torch.equal(frozen.features(x, "fp32")[6], wanted)
     with pytest.raises(ValueError, match="--space YIQ: .*c.pth was trained with HSV; leave it out"):
         opened(*paths, "--space", "YIQ")

@@ -19,6 +19,7 @@ VARIANTS = {
     "multi-crop": ("moco", "--local-crops", "4"),
     "moco-v1": ("moco", "--moco-head", "linear", "--loss", "nce", "--aug", "v1"),
     "cmc, softmax, HSV": ("cmc", "--loss", "softmax", "--space", "HSV"),
+    "cmc, three views": ("cmc", "--views", "L", "ab", "Y", "--graph", "core"),
     "moco, IM": ("moco", "--im-type", "IM", "--g-prob", "0.5", "--r-prob", "0.5"),
     "moco, Un-Mix": ("moco", "--unmix-prob", "0.5"),
     "cmc, region": ("cmc", "--im-type", "region", "--r-prob", "0.5"),

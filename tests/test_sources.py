@@ -1,5 +1,6 @@
 """Inputs and output folders that could be mistaken for others."""
 
+import hashlib
 import io
 import json
 import shutil
@@ -10,6 +11,7 @@ from PIL import Image
 from test_imagenet2wds import convert, draw, flat, refused, samples  # noqa: F401
 
 import imagenet2wds
+from utils.data import sources
 from utils.data.index import load_index
 from utils.data.reader import Reader
 from utils.data.sources import read_subset
@@ -95,6 +97,17 @@ def test_read_subset__only_these_classes_with_new_numbers(tmp_path):
         found = sorted((int(f.label), Image.open(io.BytesIO(f.image)).getpixel((0, 0))[0])
                        for f in (Reader(index)(i, False) for i in range(index.total)))  # fmt: skip
         assert found == [(0, 40)] * each + [(1, 120)] * each
+
+
+def test_read_subset__a_published_list_is_verified_by_its_hash(tmp_path, capsys, monkeypatch):
+    source, chosen = two_splits(tmp_path / "source"), tmp_path / "imagenet100.txt"
+    chosen.write_text("n04\nn02\n")
+    error = refused(capsys, "-i", source, "-o", tmp_path / "out", "--imagenet-subset", chosen)
+    found = hashlib.sha256(b"n04\nn02\n").hexdigest()[:16]
+    assert f"--imagenet-subset {chosen}: its sha256 is {found}, that of the published list 79f3f1552ccc478c; download" in error
+    monkeypatch.setitem(sources.PUBLISHED, "imagenet100.txt", hashlib.sha256(chosen.read_bytes()).hexdigest())
+    convert(source, tmp_path / "out", "--imagenet-subset", chosen)
+    assert load_index(str(tmp_path / "out/train")).classes == ("n02", "n04")
 
 
 @pytest.mark.parametrize("text, more, message", [

@@ -158,10 +158,10 @@ def test_arch_of__every_resnet_that_it_names():
 
 @pytest.mark.parametrize("arch", ["alexnet", "resnet18v1", "resnet18v2", "resnet50v1", "resnet101v3"])
 def test_arch_of__cmcs_networks(arch):
-    from cmc.nets import TwoBranches
+    from cmc.nets import Branches
 
     with torch.device("meta"):
-        state = TwoBranches(arch, 128).state_dict()
+        state = Branches(arch, {"l_to_ab": 1, "ab_to_l": 2}, 128).state_dict()
     assert layouts.arch_of({f"encoder.module.{name}": value for name, value in state.items()}) == arch
 
 

@@ -1,6 +1,7 @@
 """The splits that imagenet2wds.py finds in its input."""
 
 import argparse
+import hashlib
 import os
 import tarfile
 from collections import Counter
@@ -15,6 +16,9 @@ from utils.data.names import positions
 from utils.data.splits import Files, Split
 from utils.data.torchvision_sets import extract_imagenet, from_torchvision
 from utils.run.streams import validation_split
+
+# name -> sha256 of published lists of classes: of the CMC authors (docs/methods.md, "CMC, InsDis, MoCo-v1")
+PUBLISHED = {"imagenet100.txt": "79f3f1552ccc478ce24bd934b4573625db584ddc1f4643ae23c994a94cb11397"}
 
 
 def find_splits(args: argparse.Namespace) -> list[Split]:
@@ -125,12 +129,18 @@ def class_names(source: Path) -> set[str]:
 def read_subset(path: str, source: Path) -> set[str]:
     """The classes in a list. A line, or its first word, is a class; # starts a comment.
 
-    Raises ValueError for a list that cannot be read or is empty, and for a class that the source does not have.
+    Raises ValueError for a list that cannot be read or is empty, for one with the name of a published list and another sha256,
+    and for a class that the source does not have.
     """
     try:
-        lines = [line.partition("#")[0].strip() for line in Path(path).read_text("utf-8-sig").splitlines()]
+        content = Path(path).read_bytes()
+        lines = [line.partition("#")[0].strip() for line in content.decode("utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--imagenet-subset {path}: cannot be read ({error}); pass a file with a class on each line") from None
+    digest, published = hashlib.sha256(content).hexdigest(), PUBLISHED.get(Path(path).name)
+    if published not in (None, digest):
+        raise ValueError(f"--imagenet-subset {path}: its sha256 is {digest[:16]}, that of the published list {published[:16]}; "
+                         "download it again, or give a list of your own another name")  # fmt: skip
     known = class_names(source)
     chosen = {line if line in known else line.split()[0] for line in lines if line}
     if not chosen:

@@ -145,7 +145,7 @@ def build_trunk(args: Namespace, method: type[Method], source: Source) -> Frozen
     """The trunk of --arch with weights of --pretrained or random ones, or `pixels`. Raises ValueError if they do not fit."""
     if args.pretrained == pixels.NAME:
         return Frozen(pixels.probed())
-    for name in method.IDENTITY:
+    for name in (name for name in method.IDENTITY if name in args):  # the others do not change the trunk
         value, trained = vars(args)[name], source.flags.get(name)
         if value is None:
             raise ValueError(f"--{name.replace('_', '-')}: {source.path} does not contain it; pass the value of its training")

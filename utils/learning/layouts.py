@@ -36,7 +36,7 @@ CHUNKED = ((r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),)  # DINOv2 puts its blocks
 
 # the first row with a mark that occurs is the layout of a file (docs/methods.md, "Checkpoint layouts")
 LAYOUTS = (
-    Layout("CMC", r"\b(l_to_ab|ab_to_l)\.", r"(encoder\.)?", method="cmc", only=True),
+    Layout("CMC", r"\b(l_to_ab|ab_to_l|view_[\w-]+\.conv(1|_block_1))\.", r"(encoder\.)?", method="cmc", only=True),
     Layout("MosRep", r"\bprojector_q\.", r"encoder_q\.", method="mosrep", only=True),
     Layout("MoCo-v1", r"\bencoder_q\.(fc|head|classifier)\.weight$", r"encoder_q\.", method="moco", only=True),
     Layout("MoCo-v2", r"\bencoder_q\.", r"encoder_q\.", method="moco", only=True),
@@ -129,7 +129,8 @@ def arch_of(state_dict: Mapping[str, torch.Tensor], stated: str | None = None) -
     trunk = trunk_state(state_dict)
     cmc = layout.title == "CMC"
     if cmc:
-        trunk = {name.removeprefix("l_to_ab."): value for name, value in trunk.items() if name.startswith("l_to_ab.")}
+        branch = next((found[0] for name in trunk if (found := re.match(r"(l_to_ab|view_[\w-]+)[.]", name))), "l_to_ab.")
+        trunk = {name.removeprefix(branch): value for name, value in trunk.items() if name.startswith(branch)}
     if any(name.startswith("conv_block_") for name in trunk):
         return "alexnet"
     if not {"conv1.weight", "layer1.0.conv1.weight", "layer1.0.conv2.weight"} <= trunk.keys():

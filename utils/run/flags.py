@@ -50,7 +50,13 @@ class Parser(argparse.ArgumentParser):
         return Group(self, self.groups[title], identity)
 
     def parse_known_args(self, args=None, namespace=None):
-        flags, unknown = super().parse_known_args(_dashed(args), Flags() if namespace is None else namespace)
+        args = _dashed(args)
+        typed: dict[str, argparse.Action] = {}  # two flags may set one value: two forms of one flag
+        for name in (arg.partition("=")[0] for arg in args):
+            action = self._option_string_actions.get(name)
+            if action and typed.setdefault(action.dest, action) is not action:
+                self.error(f"{typed[action.dest].option_strings[0]} and {name}: are two forms of one flag; leave one out")
+        flags, unknown = super().parse_known_args(args, Flags() if namespace is None else namespace)
         flags.outside = frozenset(self.outside)
         return flags, unknown
 
