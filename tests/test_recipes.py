@@ -118,7 +118,7 @@ def test_config__every_flag_is_the_published_one(project, number, commands):  # 
             found = probe_args(argv)
         assert script == "main_lincls.py" and found.pretrained == args.output_dir
         assert (found.method, found.arch) == (args.method, args.arch)
-        space = {"space": args.space if "flags" in content else None} if args.method == "cmc" else {}
+        space = {"space": args.space if "flags" in content else None, "only_views": None} if args.method == "cmc" else {}
         assert decisive(found) == probe | {"arch": args.arch} | space
     assert variables.get("SHARDS") in commands[0]
 
