@@ -3,13 +3,14 @@
 import re
 from argparse import SUPPRESS, Namespace
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from cmc.color import SPACES, channels_of, color_views, view_names
+from cmc.color import PARTS, SCALES, SPACES, channels_of, color_views, view_names
 from cmc.memory import Bank, Scores, draw_rows, last_places
 from cmc.nets import ARCHS, Branches
 from cmc.views import Views, bank_names, branch_names, chosen, graph_pairs
@@ -19,6 +20,11 @@ from utils.learning.criterion import criterion
 from utils.learning.method import Batch, Method, Stats, Step, Targets, ViewSpec
 from utils.learning.probes import of_cmc_code
 from utils.run import dist, flags
+
+
+def _view(name: str, views: torch.Tensor) -> torch.Tensor:
+    """n x 3 x H x W of the loader -> one view, normalized."""
+    return color_views(views, name)[0]
 
 
 def check_arch(args: Namespace) -> None:
@@ -174,6 +180,20 @@ class CMC(MemoryBank):
         trunk = Branches(args.arch, {names[view]: channels_of(view) for view in views})
         space = "+".join(views)
         return backbones.Probed(trunk, trunk.layers, "fc", lambda x, of: trunk.features(color_views(x, space), of))
+
+    @staticmethod
+    def networks(trunk: Any, args: Namespace) -> dict[str, backbones.Network]:
+        """The branches of ResNets, by the names of their banks: timm's ResNets with other widths. timm lacks this AlexNet."""
+        found: dict[str, backbones.Network] = {}
+        for view, bank in zip(view_names(args.space), bank_names(args.space), strict=True):
+            if args.arch != "alexnet" and view in chosen(args):
+                branch, (space, part) = trunk.get_submodule(branch_names(args.space)[view]), PARTS[view]
+                channels = [branch.get_submodule(f"layer{stage}.0.conv1").out_channels for stage in (1, 2, 3, 4)]
+                options = {"in_chans": channels_of(view), "channels": channels}
+                pixels = f"{view} of {space} in its usual units"
+                mean, std = (tuple(values)[part] for values in SCALES[space])
+                found[bank] = backbones.Network(branch, args.arch[:-2], options, partial(_view, view), pixels, mean, std)
+        return found
 
     @staticmethod
     def trunk(state_dict, args):

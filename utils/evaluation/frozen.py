@@ -15,7 +15,6 @@ from utils.learning.backbones import Probed
 from utils.learning.method import Method
 from utils.run import checkpoint, dist, weights
 from utils.run.flags import Parser, typed
-from utils.run.log import say
 
 FLAG = "--pretrained"
 Methods = Mapping[str, type[Method]]
@@ -155,5 +154,7 @@ def build_trunk(args: Namespace, method: type[Method], source: Source) -> Frozen
     if source.path:
         state = method.trunk(source.state, args)
         layouts.load_trunk(probed.trunk, state, probed.classifier, f"{FLAG} {source.path}", source.state)
-        say(f"{source.path}: {source.layout}, {len(probed.trunk.state_dict())} tensors, trunk {args.arch}")
+        if dist.rank() == 0:  # not `say`, because torch.hub has no TensorBoard
+            tensors = len(probed.trunk.state_dict())
+            print(f"{source.path}: {source.layout}, {tensors} tensors, trunk {args.arch}", flush=True)
     return Frozen(probed)

@@ -3,7 +3,7 @@
 import difflib
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import timm
@@ -12,7 +12,7 @@ from timm.models import register_model
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import nn
 
-from utils.data.photometric import normalized
+from utils.data.photometric import MEAN, STD, normalized
 
 POOLED = 6  # the layer number of a trunk's pooled features, because AlexNet has layers 1 to 5
 
@@ -25,6 +25,19 @@ class Probed:
     layers: tuple[int, ...]  # numbers of the layers that can be probed
     classifier: str  # name of the submodule that is not part of the trunk; weights below it are left out
     features: Callable[[torch.Tensor, Sequence[int]], dict[int, torch.Tensor]]  # (n x 3 x H x W, layers) -> layer -> n x C
+
+
+@dataclass(frozen=True)
+class Network:
+    """A trunk, or a branch of it, as a timm model without classifier: what an export writes."""
+
+    model: nn.Module  # `inputs` -> n x C
+    arch: str  # its name in timm
+    options: dict[str, Any] = field(default_factory=dict)  # other keywords of timm.create_model
+    inputs: Callable[[torch.Tensor], torch.Tensor] = normalized  # n x 3 x H x W uint8 -> the input of `model`
+    pixels: str = "RGB in [0, 1]"  # the input before `mean` and `std`
+    mean: tuple[float, ...] = MEAN
+    std: tuple[float, ...] = STD
 
 
 def add_flags(group, default: int | None = None) -> None:

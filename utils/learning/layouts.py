@@ -56,7 +56,11 @@ LAYOUTS = (
         r"(encoder\.)?",
         method="insdis",
     ),  # fmt: skip
-    Layout("SimSiam, BYOL or older solo-learn", r"\bencoder\.(module\.)?(conv1|stem|patch_embed|features)\b", r"encoder\."),
+    Layout(
+        "SimSiam, BYOL or older solo-learn",
+        r"\bencoder\.(module\.)?(conv1|conv_stem|stem|patch_embed|features)\b",
+        r"encoder\.",
+    ),
     Layout("MoCo-v3", r"\bmomentum_encoder\.", r"momentum_encoder\.", "(fc|head)[.]", method="w2ssl", attention=12),
     Layout("torchvision or timm", ""),
 )

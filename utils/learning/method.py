@@ -24,7 +24,7 @@ from utils.data.batch import Batch
 from utils.data.photometric import normalized
 from utils.data.views import ViewSpec
 from utils.learning import amp, backbones, layouts
-from utils.learning.backbones import Probed
+from utils.learning.backbones import Network, Probed
 from utils.learning.contrast import in_groups
 from utils.run import dist, streams
 
@@ -131,6 +131,15 @@ class Method(nn.Module, ABC):
     def frozen(args: Namespace) -> Probed:
         """The trunk of evaluations, with random weights. Raises ValueError for an --arch or --size that cannot work."""
         return backbones.probed(args)
+
+    @staticmethod
+    def networks(trunk: nn.Module, args: Namespace) -> dict[str, Network]:
+        """Branch -> its network in timm, of the trunk of `frozen`. A trunk of one network has the branch "".
+
+        A trunk that timm does not have is left out.
+        """
+        options = {"output_stride": args.output_stride} if args.output_stride else {}
+        return {"": Network(trunk, args.arch, options)}
 
     @staticmethod
     def add_probe_flags(group) -> None:

@@ -1,9 +1,10 @@
 """Files that appear whole or not at all, and files of JSON lines."""
 
+import errno
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -23,6 +24,31 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
         _rename(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_files(path: Path, contents: Mapping[str, bytes]) -> Iterator[Path]:
+    """A folder of files, or the file of the only name "", to look at before it gets its name, which must be free.
+
+    Yields its temporary path, with the same last name. After an error nothing is left.
+    """
+    folder = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    folder.mkdir()
+    try:
+        temporary = folder / path.name
+        if "" not in contents:
+            temporary.mkdir()
+        for name, content in contents.items():
+            with open(temporary / name, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        yield temporary
+        if path.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+        _rename(temporary, path)
+    finally:
+        shutil.rmtree(folder)
 
 
 def second_name(path: Path, name: str) -> None:
