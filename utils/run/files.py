@@ -9,8 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from tqdm import tqdm
-
 
 @contextmanager
 def atomic(path: Path) -> Iterator[BinaryIO]:
@@ -78,6 +76,8 @@ def read_lines(path: Path) -> list[dict]:
         except (ValueError, TypeError):
             lost += 1
     if lost:
+        from tqdm import tqdm  # here: torch.hub imports this module without it
+
         tqdm.write(f"warning: {path}: {lost} lines are corrupt and removed")
     if lost or rest:
         with atomic(path) as file:
@@ -112,6 +112,8 @@ class Lines:
             self.warned = False
         except OSError as error:
             if not self.warned:
+                from tqdm import tqdm
+
                 tqdm.write(f"warning: {self.path} cannot be written ({error.strerror}); its lines wait, training continues")
             self.warned = True
 

@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 from utils.run import dist
 from utils.run.files import Lines, atomic, encoded, read_lines, write_json
@@ -26,6 +24,8 @@ PACKAGES = ("torch", "torchvision", "timm", "webdataset", "numpy", "pillow")
 def say(*words) -> None:
     """Print on the first process only, without breaking its progress bar."""
     if dist.rank() == 0:
+        from tqdm import tqdm  # here, as TensorBoard below: torch.hub imports this module and has neither
+
         try:
             tqdm.write(" ".join(str(w) for w in words))
             sys.stdout.flush()  # Python writes to a file in large pieces otherwise
@@ -76,6 +76,8 @@ class Log:
             with atomic(path) as file:
                 file.write(encoded(kept))
             self.lines = Lines(path)
+            from torch.utils.tensorboard import SummaryWriter
+
             self.writer = SummaryWriter(folder, purge_step=start[0] * steps + start[1] + 1)
         self._reset()
 
@@ -90,6 +92,8 @@ class Log:
 
     def epoch(self, epoch: int, first_step: int = 0):
         """The steps of an epoch, from `first_step` on, under a progress bar on a terminal."""
+        from tqdm import tqdm
+
         self.at = epoch
         self._reset()
         hide = None if dist.rank() == 0 else True  # None: hidden where stderr is no terminal
