@@ -22,8 +22,6 @@ from contextlib import contextmanager, suppress
 from http.client import HTTPException
 from pathlib import Path
 
-from tqdm import tqdm
-
 from utils.run.files import atomic
 from utils.run.flags import one_line_errors
 from utils.run.log import say
@@ -221,6 +219,8 @@ def _copy(url, part):
             tag.unlink()
         if version and not version.startswith("W/"):
             tag.write_text(version)
+        from tqdm import tqdm  # here, because torch.hub imports this module without it
+
         bar = tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=part.name[1:-5], leave=False, disable=None)
         with bar, open(part, "ab" if resumed else "wb") as file:
             while data := answer.read(BLOCK):
