@@ -17,9 +17,11 @@ import math
 import sys
 from argparse import Namespace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -35,13 +37,13 @@ from utils.evaluation.classifiers import Classifiers, evaluate, largest_change
 from utils.evaluation.frozen import Frozen, Source, add_weights_flags, build_trunk, read_source
 from utils.evaluation.session import default_folder
 from utils.learning import amp, optim
-from utils.run import checkpoint, dist, flags, lock, resume, signals
+from utils.run import checkpoint, dist, flags, lock, resume, signals, streams
 from utils.run.engine import Engine, StepInputs
 from utils.run.log import Log, say
 
 PROG = "main_lincls.py"
 KEY = "probe"  # of the identity in a checkpoint
-OLDER = {"aug": "crop"}  # flags that older probes have not
+OLDER = {"aug": "crop", "val_fraction": None}  # flags that older probes have not
 
 
 def get_args(argv: list[str] | None = None, source: Source | None = None) -> flags.Flags:
@@ -62,7 +64,10 @@ def get_args(argv: list[str] | None = None, source: Source | None = None) -> fla
     add = group.add_argument
     add("--epochs", type=int, help="number of epochs")
     add("--batch-size", type=int, help="global batch: images of a step over all processes")
-    add("--lr", type=float, help="learning rate for a batch of 256; scaled once by batch size / 256")
+    add("--lr", type=float, nargs="+", metavar="LR",
+        help="learning rate for a batch of 256; scaled once by batch size / 256. Several are probed in one pass")  # fmt: skip
+    add("--val-fraction", type=float, metavar="F",
+        help="share of the training images that choose among several --lr; they are not trained on; default: 0.1")  # fmt: skip
     add("--momentum", type=float, default=0.9, help="momentum of SGD")
     add("--weight-decay", type=float, default=0.0, help="weight decay of SGD")
     add("--trust", type=float, help="trust coefficient of layer-wise adaptive rates; 0 is plain SGD")
@@ -72,6 +77,10 @@ def get_args(argv: list[str] | None = None, source: Source | None = None) -> fla
     flags.add_run_flags(parser, None, "folder of results; default: `linear` in the run's folder, or linear-FILE beside a FILE")
     parser.set_defaults(amp="fp32", **METHODS[source.method].probe(source.arch, source.flags))
     args = parser.parse_args(argv)
+    if isinstance(args.lr, list) and len(args.lr) == 1:
+        args.lr = args.lr[0]
+    if isinstance(args.lr, list) and args.val_fraction is None:
+        args.val_fraction = 0.1
     if args.resize is None:
         args.resize = args.size * 256 // 224
     if args.output_dir is None:
@@ -81,8 +90,15 @@ def get_args(argv: list[str] | None = None, source: Source | None = None) -> fla
 
 def check(args: Namespace, train: Index, val: Index) -> None:
     """Raise ValueError for flags and data that cannot work."""
+    if isinstance(args.lr, list):
+        if len(set(args.lr)) < len(args.lr):
+            raise ValueError(f"{flags.typed('lr', args.lr)}: has a value twice; pass it once")
+        flags.in_range("--val-fraction", args.val_fraction, 1 / train.total, 0.9)
+    elif args.val_fraction is not None:
+        raise ValueError(f"--val-fraction {args.val_fraction}: is for the choice among several --lr; leave it out")
     supervised.check(args, train, val, specs(args))
     flags.in_range("--trust", args.trust, 0, 1)
+    flags.check_batch(args, train.total - len(held_out(args, train)))
 
 
 def specs(args: Namespace) -> list[ViewSpec]:
@@ -91,18 +107,42 @@ def specs(args: Namespace) -> list[ViewSpec]:
     return [view("train", args.size, (args.crop_min, 1.0))]
 
 
-def rates(args: Namespace) -> list[float]:
-    """The learning rate of each epoch."""
-    lr = optim.scaled_lr(args.lr, args.batch_size)
-    return [optim.lr_at(lr, epoch, args.epochs, drops=args.lr_steps, gamma=args.lr_gamma) for epoch in range(args.epochs)]
+def lrs_of(args: Namespace) -> list[float]:
+    """The values of --lr."""
+    return args.lr if isinstance(args.lr, list) else [args.lr]
+
+
+def held_out(args: Namespace, train: Index) -> np.ndarray:
+    """The ids of the training images on which the best of several --lr is chosen; none for a single one."""
+    return streams.held_out(args.seed, train.total, args.val_fraction or 0)
+
+
+def rates(args: Namespace) -> list[list[float]]:
+    """The learning rates of each epoch, in the order of --lr."""
+    lrs = [optim.scaled_lr(lr, args.batch_size) for lr in lrs_of(args)]
+    schedule = {"drops": args.lr_steps, "gamma": args.lr_gamma}
+    return [[optim.lr_at(lr, epoch, args.epochs, **schedule) for lr in lrs] for epoch in range(args.epochs)]
+
+
+def optimizer_of(args: Namespace, fc: Classifiers) -> torch.optim.Optimizer:
+    """SGD with a group of parameters for each learning rate."""
+    optimizer = optim.sgd(fc.parameters(), 0.0, args.momentum, args.weight_decay, args.trust)
+    (group,) = optimizer.param_groups
+    optimizer.param_groups.clear()
+    for copy, lr in enumerate(rates(args)[0]):
+        own = [fc.fc[str(head)].parameters() for head, (_, number) in fc.heads.items() if number == copy]
+        optimizer.add_param_group({**group, "lr": lr, "params": list(chain(*own))})
+    return optimizer
 
 
 def warn_if_slow(args: Namespace, steps: int) -> None:
     """Warn if layer-wise rates keep the classifiers near their random start. steps: of an epoch."""
-    change = largest_change(args.trust, args.momentum, steps * sum(rates(args)))
-    if args.trust and change < 1:
-        say(f"warning: --trust {args.trust:g} with --lr {args.lr:g}: in {steps * args.epochs} steps a weight of the classifier "
-            f"changes by at most {100 * math.expm1(change):.2g} %, too little to learn; pass --trust 0, plain SGD")  # fmt: skip
+    for lr, values in zip(lrs_of(args), zip(*rates(args), strict=True), strict=True):
+        change = largest_change(args.trust, args.momentum, steps * sum(values))
+        if args.trust and change < 1:
+            most = f"{100 * math.expm1(change):.2g} %"
+            say(f"warning: --trust {args.trust:g} with --lr {lr:g}: in {steps * args.epochs} steps a weight of the classifier "
+                f"changes by at most {most}, too little to learn; pass --trust 0, plain SGD")  # fmt: skip
 
 
 @lock.released()
@@ -122,14 +162,14 @@ def main(argv: list[str] | None = None) -> None:
         torch.manual_seed(args.seed)
         frozen = build_trunk(args, METHODS[args.method], source)
         args.layer = frozen.choose(args.layer, args.arch)
-        fc = Classifiers(frozen.widths(args.size), len(train_index.classes or ()), args.seed).to(device)
+        classes, copies = len(train_index.classes or ()), len(lrs_of(args))
+        fc = Classifiers(frozen.widths(args.size), classes, args.seed, copies).to(device)
         dry = args.dry_run is not None
         resume_from = dist.first_process_does(lambda: resume.open_run(args.output_dir, args.resume, dry))
         frozen.to(device).to(memory_format=torch.channels_last)
-        lr = optim.scaled_lr(args.lr, args.batch_size)
-        optimizer = optim.sgd(fc.parameters(), lr, args.momentum, args.weight_decay, args.trust)
+        optimizer = optimizer_of(args, fc)
         identity = flags.meaning(args) | {"weights": source.sha256, "train": train_index.hash, "val": val_index.hash}
-        progress = supervised.start_of(args.layer)
+        progress = supervised.start_of(fc.heads)
 
         def load(saved):
             fc.load_state_dict(checkpoint.unprefixed(saved["state_dict"]))
@@ -137,25 +177,30 @@ def main(argv: list[str] | None = None) -> None:
 
         if resume_from:
             progress |= supervised.restore(resume_from, args, KEY, identity, load, OLDER)
-        start, steps = (progress["epoch"], progress["step"]), steps_per_epoch(train_index.total, args.batch_size)
+        held = held_out(args, train_index)
+        learned = train_index.part(np.setdiff1d(np.arange(train_index.total), held)) if len(held) else train_index
+        start, steps = (progress["epoch"], progress["step"]), steps_per_epoch(learned.total, args.batch_size)
         if dry:
-            return say_workers(args, train_index, specs(args), steps)
+            return say_workers(args, learned, specs(args), steps)
         resumed, facts = resume_from if start > (0, 0) else None, {"train_index": train_index.hash, "val_index": val_index.hash}
         dist.first_process_does(lambda: resume.begin(Path(args.output_dir), args, resumed, start, device=str(device), **facts))
         trunk_hash = checkpoint.weights_hash(frozen.trunk)
     published = METHODS[args.method].probe(args.arch, source.flags)
     other = " ".join(flags.typed(name, vars(args)[name]) for name, value in published.items() if vars(args)[name] != value)
     say(f"linear probe of {args.pretrained}: {source.facts}, protocol of {args.method}{other and f' except {other}'}")
-    say(f"{train_index.total} training and {val_index.total} validation images, batch {args.batch_size}, learning rate "
-        f"{args.lr} x {args.batch_size} / 256 = {lr:.4g}, epochs {progress['epoch']} to {args.epochs}")  # fmt: skip
+    lrs, scaled = (" ".join(f"{lr:{form}}" for lr in values) for values, form in ((lrs_of(args), ""), (rates(args)[0], ".4g")))
+    say(f"{learned.total} training and {val_index.total} validation images, batch {args.batch_size}, learning rate "
+        f"{lrs} x {args.batch_size} / 256 = {scaled}, epochs {progress['epoch']} to {args.epochs}")  # fmt: skip
     warn_if_slow(args, steps)
     with flags.one_line_ends(PROG, args.batch_size):
-        stopped_by = train(args, train_index, val_index, frozen, fc, optimizer, progress, identity, device)
+        held_index = train_index.part(held) if len(held) else None
+        stopped_by = train(args, learned, val_index, frozen, fc, optimizer, progress, identity, device, held_index)
     if checkpoint.weights_hash(frozen.trunk) != trunk_hash:
         raise RuntimeError("the frozen trunk changed during the probe; its result would be wrong and is not written")
     if not stopped_by:
         with flags.one_line_errors(PROG, (OSError,)):
-            supervised.report(args, progress, {"checkpoint_sha256": source.sha256, "trunk_sha256": trunk_hash})
+            chosen, facts = choose(args, fc, progress)
+            supervised.report(args, chosen, facts | {"checkpoint_sha256": source.sha256, "trunk_sha256": trunk_hash})
         return dist.teardown()
     say(signals.stopped(stopped_by, args.resume))
     dist.teardown()
@@ -163,8 +208,12 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def train(args: Namespace, train_index: Index, val_index: Index, frozen: Frozen, fc: Classifiers,
-          optimizer: torch.optim.Optimizer, progress: dict, identity: dict, device: torch.device) -> int:  # fmt: skip
-    """Train and update `progress`, until the end or a signal. Returns the signal, or 0."""
+          optimizer: torch.optim.Optimizer, progress: dict, identity: dict, device: torch.device,
+          held: Index | None = None) -> int:  # fmt: skip
+    """Train and update `progress`, until the end or a signal. Returns the signal, or 0.
+
+    held: the images on which the best learning rate is chosen; after the last epoch their top-1 is the entry `held_out`.
+    """
     steps = steps_per_epoch(train_index.total, args.batch_size)
     folder, start, lrs = Path(args.output_dir), (progress["epoch"], progress["step"]), rates(args)
     model = dist.data_parallel(fc, device)
@@ -172,8 +221,11 @@ def train(args: Namespace, train_index: Index, val_index: Index, frozen: Frozen,
     plan = training_plan(train_index, args.batch_size, args.seed, epochs, first_step=start[1])
     batches = load_batches(train_index, specs(args), plan, args.seed, args.workers, device, args.photometric)
     bad = BadSamples(folder, train_index.total + val_index.total, args.max_bad)
-    ends = {layer: f"_layer{layer}" if len(args.layer) > 1 else "" for layer in args.layer}  # suffixes of the metrics' names
-    chance = len(fc.fc) * math.log(len(train_index.classes or ()))  # the loss is a sum over the layers
+    ends = dict.fromkeys(fc.heads, "")  # suffixes of the metrics' names
+    for head, (layer, copy) in fc.heads.items():
+        ends[head] += f"_layer{layer}" if len(args.layer) > 1 else ""
+        ends[head] += f"_lr{lrs_of(args)[copy]:g}" if len(lrs_of(args)) > 1 else ""
+    chance = len(fc.fc) * math.log(len(train_index.classes or ()))  # the loss is a sum over the heads
 
     def content(epoch: int, step: int) -> dict[str, Any]:
         state = {"state_dict": checkpoint.prefixed(fc), "optimizer": optimizer.state_dict()}
@@ -184,29 +236,50 @@ def train(args: Namespace, train_index: Index, val_index: Index, frozen: Frozen,
         Engine(args, steps, optimizer, amp.scaler("fp32"), log, device, content) as engine,
     ):
         for epoch in epochs:
-            optim.set_lr(optimizer, lrs[epoch])
+            for group, lr in zip(optimizer.param_groups, lrs[epoch], strict=True):
+                group["lr"] = lr
             for step in log.epoch(epoch, start[1] if epoch == start[0] else 0):
                 with log.waiting():
                     batch = next(batches)
                 logits = model(frozen.features(batch.views[0], args.amp))
-                loss = sum(F.cross_entropy(x, batch.labels) for x in logits.values())  # the layers' gradients are independent
+                loss = sum(F.cross_entropy(x, batch.labels) for x in logits.values())  # the heads' gradients are independent
                 stats = engine.update(loss, StepInputs(epoch, step))
-                for layer, x in logits.items():
-                    stats[f"top1{ends[layer]}"] = (x.argmax(1) == batch.labels).float().mean() * 100
-                log.add(step, loss, stats, lrs[epoch], batch.bad)
+                for head, x in logits.items():
+                    stats[f"top1{ends[head]}"] = (x.argmax(1) == batch.labels).float().mean() * 100
+                log.add(step, loss, stats, lrs[epoch][0], batch.bad)
                 if engine.done(epoch, step + 1):
                     return engine.stopped_by
-            result = evaluate(args, val_index, frozen, fc, device, bad, partial(engine.asked_to_stop, epoch))
+            stop = partial(engine.asked_to_stop, epoch)
+            result = evaluate(args, val_index, frozen, fc, device, bad, stop)
+            if result and held and epoch + 1 == args.epochs:
+                chosen_on = evaluate(args, held, frozen, fc, device, bad, stop)
+                result = chosen_on and {head: {**r, "held_out": chosen_on[head]["top1"]} for head, r in result.items()}
             if result is None:
                 return engine.stopped_by
-            for layer, found in result.items():
-                at = f"layer {layer} " if ends[layer] else ""
-                say(f"epoch {epoch}: validation {at}top-1 {found['top1']:.2f} %, top-5 {found['top5']:.2f} %")
-            log.scalars(epoch, {f"val_{n}{ends[layer]}": v for layer, r in result.items() for n, v in r.items()})
+            for head, found in result.items():
+                at = ends[head].replace("_layer", "layer ").replace("_lr", " lr ").strip()
+                say(f"epoch {epoch}: validation {at}{at and ' '}top-1 {found['top1']:.2f} %, top-5 {found['top5']:.2f} %")
+            log.scalars(epoch, {f"val_{n}{ends[head]}": v for head, r in result.items() for n, v in r.items()})
             supervised.note(progress, epoch, result)
             engine.save(epoch + 1, 0)
         engine.finish()
     return 0
+
+
+def choose(args: Namespace, fc: Classifiers, progress: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The `best` and `last` of each layer with its best learning rate; and facts about all rates, if there are several."""
+    last, lrs = progress["last"], lrs_of(args)
+    heads = {layer: [head for head, (own, _) in fc.heads.items() if own == layer] for layer in args.layer}
+    chosen = {layer: max(own, key=lambda head: last[head].get("held_out", 0.0)) for layer, own in heads.items()}
+    of_layers = {name: {layer: progress[name][head] for layer, head in chosen.items()} for name in ("best", "last")}
+    if len(lrs) == 1:
+        return of_layers, {}
+    every = {layer: {f"{lrs[fc.heads[head][1]]:g}": {name: progress[name][head] for name in ("best", "last")} for head in own}
+             for layer, own in heads.items()}  # fmt: skip
+    best = {layer: lrs[fc.heads[head][1]] for layer, head in chosen.items()}
+    for layer, lr in best.items():
+        say(f"Layer {layer}: --lr {lr:g} is the best on {args.val_fraction:g} of the training images")
+    return of_layers, {"lr": best, "rates": every}
 
 
 if __name__ == "__main__":

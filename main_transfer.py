@@ -93,11 +93,10 @@ def open_sets(args: Namespace) -> dict[str, Splits]:
         test = "test" if (folder / "test").is_dir() else "val"
         found = {"train": "train", "test": test} | ({"val": "val"} if test == "test" and (folder / "val").is_dir() else {})
         sets[name] = {split: load_index(str(folder / part), "--sets", **opened) for split, part in found.items()}
-        classes = sets[name]["train"].classes or ()
-        for split, part in found.items():
-            session.check_labels("--sets", str(folder / part), index := sets[name][split])
-            if classes[: len(index.classes or ())] != index.classes:  # of foreign shards only the largest label is known
-                raise ValueError(f"--sets {folder}: the classes of {part}/ are not those of train/; convert them together")
+        parts = [("--sets", str(folder / part), sets[name][split]) for split, part in found.items()]
+        for part in parts:
+            session.check_labels(*part)
+            session.check_same_classes(parts[0], part)
         if "val" not in found and round(args.val_fraction * sets[name]["train"].total) == 0:
             raise ValueError(f"--val-fraction {args.val_fraction}: is no image of {folder / 'train'}; pass a larger one")
     return sets
@@ -157,8 +156,9 @@ def measure(args: flags.Flags, name: str, splits: Splits, frozen: Frozen, hashes
     say(f"{name}: {', '.join(f'{index.total} {split}' for split, index in splits.items())} images, fitting logistic regression")
     whole = {split: [features.gathered(x) for x in (p.values, p.labels, p.sample_ids)] for split, p in parts.items()}
     if "val" not in whole:
-        held = streams.transfer_split(args.seed).permutation(train.total)[: round(args.val_fraction * train.total)]
-        mask = torch.isin(whole["train"][2].cpu(), torch.from_numpy(held)).to(device=whole["train"][2].device)
+        ids = whole["train"][2]
+        held = torch.from_numpy(streams.held_out(args.seed, train.total, args.val_fraction)).to(ids.device)
+        mask = torch.isin(ids, held)
         whole |= {"val": [x[mask] for x in whole["train"]], "train": [x[~mask] for x in whole["train"]]}
     (x, y, _), (val_x, val_y, _), (test_x, test_y, _) = (whole[split] for split in ("train", "val", "test"))
     found = logistic.linear_transfer((x, y), (val_x, val_y), (test_x, test_y), len(train.classes or ()), metric, stop)

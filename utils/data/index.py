@@ -58,6 +58,14 @@ class Index:
     def labelled(self) -> bool:
         return self.classes is not None
 
+    def part(self, ids: np.ndarray) -> "Index":
+        """The index of these samples, in ascending order. Shards without any are left out."""
+        parts = np.split(ids, np.searchsorted(ids, self.first[1:-1]))
+        within = [part - first for part, first in zip(parts, self.first, strict=False)]  # positions in each shard
+        kept = within if self.kept is None else [old[new] for old, new in zip(self.kept, within, strict=True)]
+        chosen = [(shard, positions) for shard, positions in zip(self.shards, kept, strict=True) if len(positions)]
+        return replace(self, shards=tuple(shard for shard, _ in chosen), kept=tuple(positions for _, positions in chosen))
+
     @property
     def hash(self) -> str:
         """sha256 of the content of the shards, and of the choice of images; it does not depend on their path."""
@@ -134,11 +142,8 @@ def _names(spec, flag, file, remote):
 
 
 def _listed(index, images, names, source):
-    """The images of an index whose file names a list has. Shards without any are left out."""
-    chosen = positions([name for shard in index.shards for name in names[shard.name]], images, source)
-    parts = np.split(chosen, np.searchsorted(chosen, index.first[1:-1]))
-    kept = [(shard, part - first) for shard, part, first in zip(index.shards, parts, index.first, strict=False) if len(part)]
-    return replace(index, shards=tuple(shard for shard, _ in kept), kept=tuple(part for _, part in kept))
+    """The images of an index whose file names a list has."""
+    return index.part(positions([name for shard in index.shards for name in names[shard.name]], images, source))
 
 
 def _exists(path):

@@ -16,21 +16,31 @@ from utils.learning import amp
 from utils.run import dist, streams
 from utils.run.flags import RunError
 
+Head = int | str  # the name of a classifier
+
 
 class Classifiers(nn.Module):
-    """A linear classifier for each layer. Weights are N(0, 0.01) and depend on seed and layer only; biases are 0."""
+    """Linear classifiers on layers: heads. Weights are N(0, 0.01) and depend on seed and layer only; biases are 0.
 
-    def __init__(self, widths: dict[int, int], classes: int, seed: int):
+    copies: heads of each layer, which learn with different rates. heads: name -> (layer, number of the copy). The first copy
+    has the layer's number as its name.
+    """
+
+    def __init__(self, widths: dict[int, int], classes: int, seed: int, copies: int = 1):
         super().__init__()
         self.fc = nn.ModuleDict()
+        self.heads: dict[Head, tuple[int, int]] = {}
         for layer, width in widths.items():
-            self.fc[str(layer)] = fc = nn.Linear(width, classes)
-            rng = torch.Generator().manual_seed(streams.classifier_seed(seed, layer))
-            nn.init.normal_(fc.weight, std=0.01, generator=rng)
-            nn.init.zeros_(fc.bias)
+            for copy in range(copies):
+                head: Head = f"{layer}_{copy}" if copy else layer
+                self.heads[head] = layer, copy
+                self.fc[str(head)] = fc = nn.Linear(width, classes)
+                rng = torch.Generator().manual_seed(streams.classifier_seed(seed, layer))
+                nn.init.normal_(fc.weight, std=0.01, generator=rng)
+                nn.init.zeros_(fc.bias)
 
-    def forward(self, features: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:  # n x C each -> n x classes each
-        return {layer: self.fc[str(layer)](f) for layer, f in features.items()}
+    def forward(self, features: dict[int, torch.Tensor]) -> dict[Head, torch.Tensor]:  # n x C each -> n x classes each
+        return {head: self.fc[str(head)](features[layer]) for head, (layer, _) in self.heads.items()}
 
 
 class Tuned(nn.Module):
@@ -46,7 +56,7 @@ class Tuned(nn.Module):
         with amp.autocast(x.device, amp_name):
             return {layer: f.float() for layer, f in self._features(x, self.layers).items()}
 
-    def forward(self, x: torch.Tensor) -> dict[int, torch.Tensor]:  # n x 3 x H x W -> layer -> n x classes
+    def forward(self, x: torch.Tensor) -> dict[Head, torch.Tensor]:  # n x 3 x H x W -> head -> n x classes
         return self.fc(self.features(x, self.amp))
 
 
@@ -61,13 +71,13 @@ def largest_change(trust: float, momentum: float, lrs: float) -> float:
 
 @torch.no_grad()
 def evaluate(args: Namespace, index: Index, frozen: Frozen | Tuned, fc: Classifiers, device: torch.device, bad: BadSamples,
-             asked_to_stop: Callable[[], bool] = lambda: False) -> dict[int, dict[str, float]] | None:  # fmt: skip
-    """layer -> top1 and top5 in % over the whole index, and the number of `unusable` images.
+             asked_to_stop: Callable[[], bool] = lambda: False) -> dict[Head, dict[str, float]] | None:  # fmt: skip
+    """head -> top1 and top5 in % over the whole index, and the number of `unusable` images.
 
     Each image counts once over all processes. None if `asked_to_stop()` is true. All processes call it equally often.
     """
     spec = ViewSpec("test", args.size, resize=args.resize)
-    right = torch.zeros(len(fc.fc), 2, dtype=torch.long, device=device)  # layers x (top-1, top-5)
+    right = torch.zeros(len(fc.fc), 2, dtype=torch.long, device=device)  # heads x (top-1, top-5)
     seen = torch.zeros((), dtype=torch.long, device=device)
     met, plan = [], evaluation_plan(index, args.batch_size)
     for batch in load_batches(index, [spec], plan, args.seed, args.workers, device, args.photometric):
@@ -86,6 +96,6 @@ def evaluate(args: Namespace, index: Index, frozen: Frozen | Tuned, fc: Classifi
     if not count:
         raise RunError(f"--val-shards {args.val_shards}: none of its {unusable} images can be used; pass others")
     return {
-        int(layer): {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "unusable": unusable}
-        for layer, (top1, top5) in zip(fc.fc, totals, strict=True)
+        head: {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "unusable": unusable}
+        for head, (top1, top5) in zip(fc.heads, totals, strict=True)
     }

@@ -2,7 +2,7 @@
 
 import math
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from utils.data.index import Index
 from utils.data.limits import check_workers
 from utils.data.views import ViewSpec
+from utils.evaluation.classifiers import Head
 from utils.evaluation.session import check_classes
 from utils.run import checkpoint, dist, flags
 from utils.run.files import write_json
@@ -67,15 +68,15 @@ def restore(path: Path, args: Namespace, key: str, identity: dict[str, Any], loa
     return {name: saved.get(name) for name in ("epoch", "step", "best", "last")}
 
 
-def start_of(layers: Sequence[int]) -> dict[str, Any]:
+def start_of(heads: Iterable[Head]) -> dict[str, Any]:
     """The progress of a run before its first step."""
-    return {"epoch": 0, "step": 0, "best": {layer: {"top1": -1.0} for layer in layers}, "last": None}
+    return {"epoch": 0, "step": 0, "best": {head: {"top1": -1.0} for head in heads}, "last": None}
 
 
-def note(progress: dict[str, Any], epoch: int, result: dict[int, Metrics]) -> None:
-    """Note a validation: for each layer the last and the best one. A checkpoint that is being written keeps the old ones."""
-    progress["last"] = {layer: {"epoch": epoch, **found} for layer, found in result.items()}
-    best = {layer: max(progress["best"][layer], found, key=lambda r: r["top1"]) for layer, found in progress["last"].items()}
+def note(progress: dict[str, Any], epoch: int, result: dict[Head, Metrics]) -> None:
+    """Note a validation: the last and the best one of each classifier. A checkpoint that is being written keeps the old."""
+    progress["last"] = {head: {"epoch": epoch, **found} for head, found in result.items()}
+    best = {head: max(progress["best"][head], found, key=lambda r: r["top1"]) for head, found in progress["last"].items()}
     progress["best"] = best
 
 

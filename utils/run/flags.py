@@ -163,11 +163,12 @@ def _reason(error: Exception, batch: int | None) -> str | None:
 
 
 def positive(flag_names: list[str], args: argparse.Namespace) -> None:
-    """Raise ValueError for the first of these flags with a value of 0 or less."""
+    """Raise ValueError for the first of these flags with a value of 0 or less, or a list of values with one."""
     for name in flag_names:
-        value = getattr(args, name.removeprefix("--").replace("-", "_"))
-        if not value > 0:  # nan too
-            raise ValueError(f"{name} {value}: must be above 0")
+        found = getattr(args, name.removeprefix("--").replace("-", "_"))
+        for value in found if isinstance(found, list) else [found]:
+            if not value > 0:  # nan too
+                raise ValueError(f"{name} {value}: must be above 0")
 
 
 def in_range(flag: str, value: float, low: float, high: float) -> None:

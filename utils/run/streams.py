@@ -53,9 +53,9 @@ def validation_split(seed: int, label: int) -> np.random.Generator:
     return np.random.default_rng([seed, label, 3])
 
 
-def transfer_split(seed: int) -> np.random.Generator:
-    """The training images on which main_transfer.py chooses l2, if a data set has no validation part."""
-    return np.random.default_rng([seed, 0, 4])
+def held_out(seed: int, images: int, share: float) -> np.ndarray:
+    """The training images on which an evaluation chooses l2 or a learning rate: ids in ascending order."""
+    return np.sort(np.random.default_rng([seed, 0, 4]).permutation(images)[: round(share * images)])
 
 
 def mirrored_copy(seed: int) -> np.random.Generator:
