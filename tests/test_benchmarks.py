@@ -9,7 +9,7 @@ import pytest
 from helpers import forkserver
 from shards_helpers import one_photograph, write_shards
 
-from benchmarks import input_pipeline, plan, step
+from benchmarks import input_pipeline, knn, plan, step
 from benchmarks.input_pipeline import VIEWS, pil_chain
 from methods import METHODS
 from utils.run.cpu import peak_memory
@@ -48,6 +48,14 @@ def test_plan__ends_with_a_line_of_json(capsys, monkeypatch):
     for found in result.values():
         assert 0 < found["first_step_s"] < 60 and found["node_mib"] < 2048
     assert result["2000000 local"]["worker_mib"] < 8
+
+
+def test_knn__ends_with_a_line_of_json(capsys, monkeypatch):
+    monkeypatch.setattr(step, "processes", forkserver)
+    knn.main(["--images", "30000", "--queries", "512", "--width", "16", "--memory", "16", "--k", "20"])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result.keys() == {"plain", "16"} and all(found["cpu_s"] > 0 for found in result.values())
+    assert result["16"]["memory_mib"] < 32 < result["plain"]["memory_mib"]  # plain has 30000 x 512 similarities, 59 MiB
 
 
 def test_pil_chain__has_the_operations_of_a_view():
