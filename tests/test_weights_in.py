@@ -147,6 +147,29 @@ def test_build_trunk__a_resnet_of_torchvision_is_recognized_by_its_shapes(tmp_pa
     assert args.arch == arch
 
 
+@pytest.mark.parametrize("arch, name", [("mobilenetv2_100", "mobilenet_v2"), ("efficientnet_b0", "efficientnet_b0"),
+                                        ("convnext_tiny", "convnext_tiny")])  # fmt: skip
+def test_build_trunk__under_torchvisions_own_names(tmp_path, arch, name):
+    torch.manual_seed(0)
+    model = torchvision.models.get_model(name, weights=None, num_classes=3).eval()
+    torch.save({"model": model.state_dict()}, tmp_path / "c.pth")
+    frozen, _ = opened("--pretrained", tmp_path / "c.pth", "--arch", arch, *PROBE)
+    model.classifier[-1] = torch.nn.Identity()
+    x = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        torch.testing.assert_close(frozen.trunk(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_build_trunk__torchvisions_network_may_be_another_one(tmp_path, monkeypatch):
+    """As efficientnet_b5: its BatchNorm adds 1e-3 to the variance, timm's 1e-5."""
+    torch.manual_seed(0)
+    model = torchvision.models.mobilenet_v2(weights=None, norm_layer=lambda n: torch.nn.BatchNorm2d(n, eps=1e-3))
+    monkeypatch.setattr(torchvision.models, "get_model", lambda name, weights: model)
+    torch.save(model.state_dict(), tmp_path / "c.pth")
+    with pytest.raises(ValueError, match="--arch mobilenetv2_100: torchvision's mobilenet_v2 is another network"):
+        opened("--pretrained", tmp_path / "c.pth", "--arch", "mobilenetv2_100", *PROBE)
+
+
 def test_arch_of__every_resnet_that_it_names():
     for arch in layouts.RESNETS.values():
         with torch.device("meta"):

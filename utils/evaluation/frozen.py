@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from utils.evaluation import pixels
-from utils.learning import amp, layouts
+from utils.learning import amp, layouts, torchvision_names
 from utils.learning.backbones import Probed
 from utils.learning.method import Method
 from utils.run import checkpoint, dist, weights
@@ -152,7 +152,7 @@ def build_trunk(args: Namespace, method: type[Method], source: Source) -> Frozen
             raise ValueError(f"{typed(name, value)}: {source.path} was trained with {trained}; leave it out")
     probed = method.frozen(args)
     if source.path:
-        state = method.trunk(source.state, args)
+        state = torchvision_names.converted(method.trunk(source.state, args), probed.trunk, args.arch)
         layouts.load_trunk(probed.trunk, state, probed.classifier, f"{FLAG} {source.path}", source.state)
         if dist.rank() == 0:  # not `say`, because torch.hub has no TensorBoard
             tensors = len(probed.trunk.state_dict())

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from utils.learning import layouts
+from utils.learning import layouts, torchvision_names
 from utils.learning.method import Method
 
 
@@ -20,7 +20,8 @@ def load(method: Method, args: Namespace, state: Mapping[str, torch.Tensor], sam
     """
     probed = method.frozen(args)
     try:
-        layouts.load_trunk(probed.trunk, method.trunk(dict(state), args), probed.classifier, source, state)
+        theirs_trunk = torchvision_names.converted(method.trunk(dict(state), args), probed.trunk, args.arch)
+        layouts.load_trunk(probed.trunk, theirs_trunk, probed.classifier, source, state)
     except ValueError:
         if (arch := layouts.arch_of(state)) not in (None, args.arch):
             raise ValueError(f"{source}: its trunk is {arch}, not {args.arch}; pass --arch {arch}") from None
