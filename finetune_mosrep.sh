@@ -22,7 +22,7 @@ use_checkpoint "$OUTPUT" "pretrain_$METHOD.sh" "$@"
 if [[ $SAMPLE ]]; then
     use_recipe
     # not a published protocol: few labels give few steps
-    recipe=(--size 64 --resize 64 --crop-min 0.5 --batch-size 64 --lr 0.12 --lr-head 1.2 --lr-steps --eval-every 5)
+    recipe=(--size 64 --resize 64 --crop-min 0.5 --batch-size 64 --lr 0.04 --lr-head 0.4 --lr-steps --eval-every 5)
     if [[ $METHOD != cmc && ! ${IMAGES:-} ]]; then # the shards are in random order
         IMAGES=${TRAIN%/train}/10percent.txt
         head -n 600 "$TRAIN/names.txt" >"$IMAGES"
