@@ -133,3 +133,11 @@ def test_cmc__a_run_of_another_precision_resumes(images, tmp_path, capsys):
     assert "warning: --amp was bf16 in checkpoint_0000.pth.tar, is now fp32" in capsys.readouterr().out
     main_pretrain.main([*tiny("cmc"), *flags, *argv, "2", "--resume", "auto"])  # all its epochs are done
     assert checkpoint.read(tmp_path / checkpoint.LATEST, "--resume")["epoch"] == 2
+
+
+def test_cmc__trains_on_images_without_labels(images, tmp_path):
+    """As on the unlabelled part of STL-10."""
+    argv = ["--shards", f"{images}/plain", "--nce-t", "0.1", "--epochs", "2", "--output-dir", str(tmp_path)]
+    main_pretrain.main([*tiny("cmc"), *FLAGS, *argv])
+    saved = checkpoint.read(tmp_path / checkpoint.LATEST, "--resume")
+    assert (saved["flags"]["nce_t"], saved["epoch"]) == (0.1, 2)
