@@ -15,7 +15,7 @@ from utils.run import dist
 
 K = (1, 10, 20, 100, 200)
 QUERIES, ROWS = 1024, 16384  # the most test and training images of a chunk
-PAIR = 32  # bytes that a pair of a chunk takes: its similarity in float64 and float32, its key, and a copy
+PAIR = 48  # bytes that a pair of a chunk takes at most: its similarity in float64 and float32, its key, and copies
 NONE = torch.iinfo(torch.int64).min  # the key of no image
 LOW = 2**32 - 1
 
