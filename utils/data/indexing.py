@@ -99,10 +99,11 @@ def _scanned(place: Path) -> dict[str, dict]:
     """The results of an interrupted scan, by the name of the shard."""
     found = {}
     for file in place.parent.glob(f"{place.name}.scanned.*"):
-        for line in file.read_bytes().splitlines():
-            with contextlib.suppress(ValueError):  # an incomplete line
-                scan = json.loads(line)
-                found[scan["shard"]["name"]] = scan
+        with contextlib.suppress(FileNotFoundError):  # another run has just finished the index
+            for line in file.read_bytes().splitlines():
+                with contextlib.suppress(ValueError):  # an incomplete line
+                    scan = json.loads(line)
+                    found[scan["shard"]["name"]] = scan
     return found
 
 

@@ -132,7 +132,7 @@ def _wait(keys):
             if now != seen:
                 seen, since = now, time.monotonic()
             elif time.monotonic() - since > _limit:
-                raise
+                raise td.DistStoreError(f"no sign of it for {_limit:g} s") from None
 
 
 def gather_objects(obj) -> list:
