@@ -41,7 +41,7 @@ INSDIS = BANK | {"arch": "resnet50", "loss": "softmax"}
 CMC = BANK | {"arch": "resnet50v1", "graph": "full"}
 
 PROBE = {"size": 224, "resize": 256, "momentum": 0.9, "weight_decay": 0.0, "layer": None, "aug": "crop", "crop_min": 0.08,
-         "amp": "fp32", "lr_steps": [], "lr_gamma": 0.1}  # fmt: skip
+         "amp": "fp32", "lr_steps": [], "lr_gamma": 0.1, "val_fraction": None}  # fmt: skip
 LARC = PROBE | {"epochs": 90, "batch_size": 4096, "lr": 3.2, "trust": 0.001}
 OF_W2SSL = PROBE | {"epochs": 100, "batch_size": 256, "lr": 0.1, "trust": 0.0}
 STEPS = PROBE | {"epochs": 60, "batch_size": 256, "lr": 30.0, "trust": 0.0, "lr_steps": [30, 40, 50], "lr_gamma": 0.2}
