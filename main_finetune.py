@@ -198,6 +198,7 @@ def train(args: Namespace, train_index: Index, val_index: Index, model: Tuned, o
                     batch = next(batches)
                 (logits,) = parallel(batch.views[0]).values()
                 loss = F.cross_entropy(logits, batch.labels)
+                engine.backward(loss)
                 stats = engine.update(loss, StepInputs(epoch, step))
                 stats["top1"] = (logits.argmax(1) == batch.labels).float().mean() * 100
                 log.add(step, loss, stats, lrs[0], batch.bad)

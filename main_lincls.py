@@ -243,6 +243,7 @@ def train(args: Namespace, train_index: Index, val_index: Index, frozen: Frozen,
                     batch = next(batches)
                 logits = model(frozen.features(batch.views[0], args.amp))
                 loss = sum(F.cross_entropy(x, batch.labels) for x in logits.values())  # the heads' gradients are independent
+                engine.backward(loss)
                 stats = engine.update(loss, StepInputs(epoch, step))
                 for head, x in logits.items():
                     stats[f"top1{ends[head]}"] = (x.argmax(1) == batch.labels).float().mean() * 100

@@ -32,6 +32,7 @@ from utils.evaluation import monitor
 from utils.evaluation.frozen import open_weights
 from utils.evaluation.monitor import Monitor
 from utils.learning import amp, initial, optim
+from utils.learning.accumulate import accumulate
 from utils.learning.method import Method, Step
 from utils.run import checkpoint, dist, flags, lock, replay, resume
 from utils.run.engine import Engine, NotFinite, StepInputs
@@ -57,6 +58,8 @@ def get_args(argv=None) -> Flags:
     add("--lanes", type=int, identity=True, help="ranges of an epoch; default: largest of 64, 32, .. 1 that divides the batch")
     optimization = parser.group("optimization")
     add = optimization.add_argument
+    add("--accumulate", type=int, default=1, identity=False,
+        help="slices of each process's batch: only one at a time needs memory; holds whole groups of --bn-splits")  # fmt: skip
     add("--epochs", type=int, default=200, help="number of epochs")
     add("--batch-size", type=int, default=256, help="global batch: images of a step over all processes")
     add("--lr", type=float, default=0.03, help="learning rate for a batch of 256; scaled once by batch size / 256")
@@ -79,7 +82,9 @@ def get_args(argv=None) -> Flags:
     monitor.add_flags(parser.group("measured during training", identity=False))
     if failed:  # one process computes it, with the processes of the run as groups of BatchNorm
         groups = failed["processes"] * failed["flags"].get("bn_splits", 1)
-        parser.set_defaults(**(failed["flags"] | {"bn_splits": groups, "device": "auto", "replay": None}))
+        slices = failed["processes"] * failed["flags"].get("accumulate", 1)
+        one = {"bn_splits": groups, "accumulate": slices if "bn_splits" in failed["flags"] else 1}
+        parser.set_defaults(**(failed["flags"] | one | {"device": "auto", "replay": None}))
     return parser.parse_args(argv)
 
 
@@ -117,9 +122,20 @@ def check(args: Flags, samples: int, beside: tuple[ViewSpec, ...] = ()) -> None:
     if not 0 <= args.warmup_epochs < args.epochs:
         raise ValueError(f"--warmup-epochs {args.warmup_epochs:g}: must be at least 0 and less than --epochs {args.epochs}")
     flags.check_batch(args, samples, method.bn_groups(args))
+    check_slices(args, method.bn_groups(args))
     lanes_of(args.lanes, args.batch_size)
     check_workers([*method.views(args), *beside], args.batch_size // dist.world(), args.workers)
     method.check(args, samples)
+
+
+def check_slices(args: Flags, groups: int) -> None:
+    """Raise ValueError unless each slice of --accumulate holds whole BatchNorm groups."""
+    if args.accumulate < 1 or groups % args.accumulate:
+        if "bn_splits" in args:
+            raise ValueError(f"--accumulate {args.accumulate}: a slice holds whole BatchNorm groups; --bn-splits is {groups}; "
+                             f"pass a divisor of it, or --bn-splits {max(1, args.accumulate)}")  # fmt: skip
+        raise ValueError(f"--accumulate {args.accumulate}: the BatchNorm of {args.method} takes the whole batch of a process; "
+                         "leave it out")  # fmt: skip
 
 
 @lock.released()
@@ -220,7 +236,7 @@ def train(args, index, method, model, optimizer, scaler, start, init, lr, device
                 with log.waiting():
                     batch = next(batches)
                 step.seed_torch()
-                loss, stats = model(batch, method.targets(batch, step), step)
+                loss, stats = accumulate(model, batch, method.targets(batch, step), step, args.accumulate, engine.backward)
                 stats |= engine.update(loss, StepInputs(epoch, step_in_epoch, batch))
                 method.commit(step)
                 log.add(step_in_epoch, loss, stats, lr_now, batch.bad)
@@ -245,14 +261,14 @@ def compute_again(args, device):
     saved = replay.read_failed_step(args.replay)
     method = build(args, saved["images"], device)
 
-    def loss_of(saved):
+    def loss_of(saved, backward):
         step = Step(saved["epoch"] * saved["steps"] + saved["step"], args.epochs * saved["steps"], args.seed)
         step.seed_torch()
         views, ids = [view.to(device) for view in saved["views"]], saved["samples"].to(device)
         batch = Batch(views, saved["flips"], ids, torch.full_like(ids, -1), [])
-        return method(batch, method.targets(batch, step), step)[0]
+        return accumulate(method, batch, method.targets(batch, step), step, args.accumulate, backward)[0]
 
-    again = replay.run(method, saved, loss_of, amp.scaler(args.amp))
+    again = replay.run(method, saved, amp.scaler(args.amp), loss_of)
     sys.exit(0 if again else 1)
 
 

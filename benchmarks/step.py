@@ -25,6 +25,7 @@ from benchmarks import plain
 from mosrep.builder import Projector
 from utils.data.batch import Batch
 from utils.learning import amp, optim
+from utils.learning.accumulate import accumulate
 from utils.learning.method import Step
 from utils.run import dist
 from utils.run.cpu import keep_freed_memory, peak_memory
@@ -131,7 +132,7 @@ def train_step(method, model, args, votes=None):
     engine.votes = votes or engine.votes
 
     def train(batch, step):
-        loss, _ = model(batch, method.targets(batch, step), step)
+        loss, _ = accumulate(model, batch, method.targets(batch, step), step, args.accumulate, engine.backward)
         engine.update(loss, StepInputs(0, step.number))
         method.commit(step)
 

@@ -2,7 +2,7 @@
 
 import re
 from argparse import SUPPRESS, Namespace
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from cmc.nets import ARCHS, Branches
 from cmc.views import Views, bank_names, branch_names, chosen, graph_pairs
 from utils.data.views import moco_v1_view
 from utils.learning import backbones, mixture
+from utils.learning.contrast import statistics_kept
 from utils.learning.criterion import criterion
 from utils.learning.method import Batch, Method, Stats, Step, Targets, ViewSpec
 from utils.learning.probes import of_cmc_code
@@ -98,22 +99,35 @@ class MemoryBank(Method):
         places = range(dist.rank() * n, (dist.rank() + 1) * n)
         negatives = dist.on_device(draw_rows(step.seed, step.number, places, self.samples, self.negatives), ids.device)
         rows = torch.cat([ids.unsqueeze(1).to(negatives.dtype), negatives], 1)  # n x (1 + K)
+        targets = Targets({"group_size": n // self.bn_splits}, views=views, rows=rows)
         self.sample_ids = ids
         self.seen: dict[str, list[torch.Tensor]] = {name: [] for name in self.banks}
-        return Targets({"group_size": n // self.bn_splits}, views=views, rows=rows)
+        if not all(c.ready for c in self.criteria.values()):  # the first step of NCE
+            with statistics_kept(self.encoder):
+                for pair, _, scores in self.scored(self.features(targets), rows):
+                    self.criteria[pair].start(scores)
+        return targets
+
+    def features(self, targets: Targets) -> list[torch.Tensor]:
+        """n x C of each encoder."""
+        return [self.embed(e, x, targets.group_size) for e, x in zip(self.encoders(), targets.views, strict=True)]
+
+    def scored(self, features: list[torch.Tensor], rows: torch.Tensor) -> Iterator[tuple[str, str, torch.Tensor]]:
+        """(pair, name of its bank, scores n x (1 + K)) for each of `pairs`."""
+        names = list(self.banks)
+        for pair, (query, bank) in self.pairs.items():
+            yield pair, names[bank], self.scores(features[query], self.banks[names[bank]].memory, rows)
 
     def forward(self, batch: Batch, targets: Targets, step: Step) -> tuple[torch.Tensor, Stats]:
         """The features of each encoder go into its own bank, and are contrasted with the banks of `pairs`."""
-        names = list(self.banks)
-        features = [self.embed(e, x, targets.group_size) for e, x in zip(self.encoders(), targets.views, strict=True)]  # n x C
-        for name, f in zip(names, features, strict=True):
+        features = self.features(targets)
+        for name, f in zip(self.banks, features, strict=True):
             self.seen[name].append(f.detach())
         losses, top1 = [], dict[str, list[torch.Tensor]]()
-        for pair, (query, bank) in self.pairs.items():
-            scores = self.scores(features[query], self.banks[names[bank]].memory, targets.rows)
+        for pair, name, scores in self.scored(features, targets.rows):
             loss, right = self.criteria[pair](scores)
             losses.append(loss)
-            top1.setdefault(names[bank], []).append(right)
+            top1.setdefault(name, []).append(right)
         stats: Stats = {f"top1_{name}": mean(found) for name, found in top1.items()} if len(losses) > 1 else {}
         return sum(losses), stats | {"top1": mean([x for found in top1.values() for x in found])}
 

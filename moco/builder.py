@@ -9,7 +9,7 @@ from torch import nn
 
 from utils.data.views import moco_v1_view, moco_v2_view
 from utils.learning import backbones, mixture
-from utils.learning.contrast import key_copy
+from utils.learning.contrast import key_copy, statistics_kept
 from utils.learning.criterion import criterion
 from utils.learning.key_queue import KeyQueue
 from utils.learning.method import Batch, Stats, Step, Targets
@@ -101,16 +101,24 @@ class MoCo(KeyQueue):
     def targets(self, batch: Batch, step: Step) -> Targets:
         """group_size: images in a BatchNorm group; share: of the image itself in its Un-Mix view."""
         n = len(batch)
+        group_size = n // self.bn_splits
         x_q, x_k = self.mixture(batch.views[:2], step.rng)  # n x 3 x H x W each
         k = dist.own(self.keys(self.encoder_k, x_k, step), n)  # n x C
+        if not self.criterion.ready:  # the first step of NCE
+            with statistics_kept(self.encoder_q):
+                self.criterion.start(self.scores(self.embed(self.encoder_q, x_q, group_size), k))
         mixed, share = x_q[:0], 1.0  # without Un-Mix
         if self.unmix_prob is not None:
             mixed, share = mixture.un_mix(x_q, self.unmix_prob, self.bn_splits, step.rng)  # n x 3 x H x W
-        return Targets({"group_size": n // self.bn_splits, "share": share}, query=x_q, keys=k, mixed=mixed)
+        return Targets({"group_size": group_size, "share": share}, query=x_q, keys=k, mixed=mixed)
+
+    def scores(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        """Column 0 is the positive, the others are the queue. q, k: n x C. -> n x (1 + K)."""
+        return torch.cat([(q * k).sum(1, keepdim=True), q @ self.queue], dim=1)
 
     def contrast(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Column 0 is the positive, the others are the queue. q, k: n x C. -> (loss, top-1 in %)."""
-        return self.criterion(torch.cat([(q * k).sum(1, keepdim=True), q @ self.queue], dim=1))  # of n x (1 + K)
+        """(loss, top-1 in %) of n x C queries and keys."""
+        return self.criterion(self.scores(q, k))
 
     def forward(self, batch: Batch, targets: Targets, step: Step) -> tuple[torch.Tensor, Stats]:
         k, group_size = targets.keys, targets.group_size

@@ -25,6 +25,11 @@ def engine_of(optimizer, folder="none", scaler=None, **flags):
     return Engine(args, 10, optimizer, scaler or amp.scaler("fp32"), None, CPU, None)
 
 
+def updated(engine, loss, inputs):
+    engine.backward(loss)
+    return engine.update(loss, inputs)
+
+
 def one_weight(value=2.0):
     weight = torch.nn.Parameter(torch.tensor([value]))
     return weight, torch.optim.SGD([weight], lr=0.5, fused=True)
@@ -32,7 +37,7 @@ def one_weight(value=2.0):
 
 def test_update__is_the_optimizers_and_returns_the_gradients_norm():
     weight, optimizer = one_weight()
-    stats = engine_of(optimizer).update((3 * weight).sum(), StepInputs(0, 0))
+    stats = updated(engine_of(optimizer), (3 * weight).sum(), StepInputs(0, 0))
     assert weight.item() == 2 - 0.5 * 3 and weight.grad is None
     assert stats.keys() == {"grad_norm"} and stats["grad_norm"].item() == 3
 
@@ -44,7 +49,7 @@ def test_update__is_not_made_if_loss_or_gradient_is_not_finite(where, factor):
     # the square root of 0 is finite, its gradient is not
     loss = weight.sqrt().sum() if where == "gradient" else (weight.detach() * factor + 0 * weight).sum()
     with pytest.raises(NotFinite, match="epoch 3, step 7") as error:
-        engine_of(optimizer).update(loss, StepInputs(3, 7, "the batch"))
+        updated(engine_of(optimizer), loss, StepInputs(3, 7, "the batch"))
     assert error.value.inputs == (3, 7, "the batch")
     assert weight.item() in (0.0, 2.0)
 
@@ -54,12 +59,11 @@ def test_update__an_overflow_of_fp16s_scaler_is_skipped_and_reported():
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
     engine, skipped = engine_of(optimizer, scaler=scaler), []
     for step in range(3):  # 8 x 2^127 and 8 x 2^126 are infinite in float32
-        skipped.append(
-            engine.update((8 * weight).sum() if step < 2 else (2 * weight).sum(), StepInputs(0, step))["skipped"].item()
-        )
+        loss = (8 * weight).sum() if step < 2 else (2 * weight).sum()
+        skipped.append(updated(engine, loss, StepInputs(0, step))["skipped"].item())
     assert skipped == [1, 1, 0] and weight.item() == 2 - 0.5 * 2
     with pytest.raises(NotFinite):  # a loss that is not finite is still a failure
-        engine.update((weight * float("inf")).sum(), StepInputs(0, 3))
+        updated(engine, (weight * float("inf")).sum(), StepInputs(0, 3))
 
 
 def vote(rank_bad, wishes):

@@ -1,6 +1,7 @@
 """Parts of contrastive methods: InfoNCE, the key encoder's moving average, shuffle-BN, the queue, BatchNorm groups."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -59,6 +60,26 @@ def enqueue_(queue: Tensor, pointer: Tensor, keys: Tensor) -> None:
     pointer.add_(len(keys)).remainder_(queue.shape[1])
 
 
-def in_groups(forward: Callable, x: Tensor, group_size: int) -> Tensor:
-    """Apply `forward` to slices of `group_size` rows, as separate processes would: BatchNorm sees one slice at a time."""
-    return torch.cat([forward(part) for part in x.split(group_size)]) if group_size < len(x) else forward(x)
+def in_groups(network: nn.Module, x: Tensor, group_size: int) -> Tensor:
+    """Apply `network` to slices of `group_size` rows, as separate processes would: BatchNorm sees one slice at a time.
+
+    The running statistics follow the first slice, as those of a checkpoint follow the first process.
+    """
+    first, *others = x.split(group_size)
+    out = [network(first)]
+    with statistics_kept(network):
+        out += [network(part) for part in others]
+    return torch.cat(out) if others else out[0]
+
+
+@contextmanager
+def statistics_kept(network: nn.Module) -> Iterator[None]:
+    """Inside, BatchNorm in training mode normalizes as ever, but leaves its running statistics as they are."""
+    norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True

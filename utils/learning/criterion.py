@@ -12,6 +12,8 @@ from utils.run import dist
 class Softmax(nn.Module):
     """InfoNCE: cross-entropy among all candidates."""
 
+    ready = True  # unlike Nce, it needs no look at the first scores
+
     def __init__(self, temperature: float):
         super().__init__()
         self.temperature = temperature
@@ -37,31 +39,34 @@ class Nce(nn.Module):
     """
 
     log_z: torch.Tensor
+    new_log_z: torch.Tensor
 
     def __init__(self, temperature: float, samples: int):
         super().__init__()
         self.temperature, self.samples = temperature, samples
         self.register_buffer("log_z", torch.tensor(math.inf))  # unknown until the first step
-        self.known = False  # the host's copy of isfinite(log_z): only the first step asks the other processes
+        self.ready = False  # the host's copy of isfinite(log_z)
         self.register_load_state_dict_post_hook(Nce._look)
+
+    @torch.no_grad()
+    def start(self, scores: torch.Tensor) -> None:
+        """Compute the Z of the first step, before its first `forward`. scores: n x (1 + K), of all images of this process."""
+        logits = scores / self.temperature
+        here = logits.logsumexp((0, 1)) - math.log(logits.numel())
+        means = dist.gather(here.view(1))  # of every process
+        self.new_log_z = means.logsumexp(0) - math.log(len(means)) + math.log(self.samples)
 
     def forward(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """scores: n x (1 + K). -> (mean loss, top-1 accuracy in %)."""
-        log_p = scores / self.temperature
-        self.new_log_z = self.log_z if self.known else self._estimate(log_p.detach())
-        log_p, log_noise = log_p - self.new_log_z, math.log((scores.shape[1] - 1) / self.samples)
+        log_p = scores / self.temperature - (self.log_z if self.ready else self.new_log_z)
+        log_noise = math.log((scores.shape[1] - 1) / self.samples)
         right, wrong = log_p[:, 0], log_p[:, 1:]
         loss = nn.functional.softplus(log_noise - right) + nn.functional.softplus(wrong - log_noise).sum(1)
         top1 = (scores.detach().argmax(1) == 0).float().mean() * 100
         return loss.mean(), top1
 
-    def _estimate(self, logits):
-        here = logits.logsumexp((0, 1)) - math.log(logits.numel())
-        means = dist.gather(here.view(1))  # of every process
-        return means.logsumexp(0) - math.log(len(means)) + math.log(self.samples)
-
     def _look(self, _):
-        self.known = bool(self.log_z.isfinite())
+        self.ready = bool(self.log_z.isfinite())
 
     def chance(self, candidates: int) -> float:
         """The loss if every candidate has P = 1 / n."""
@@ -71,8 +76,9 @@ class Nce(nn.Module):
     @torch.no_grad()
     def commit(self) -> None:
         """Keep Z, after the optimizer's update."""
-        self.log_z.copy_(self.new_log_z)
-        self.known = True
+        if not self.ready:
+            self.log_z.copy_(self.new_log_z)
+            self.ready = True
 
 
 def criterion(loss: str, temperature: float, samples: int) -> Softmax | Nce:

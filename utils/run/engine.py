@@ -90,12 +90,15 @@ class Engine:
         self.saver.wait()
         self.signals.__exit__()
 
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradients of a loss to those that the next update takes."""
+        self.scaler.scale(loss).backward()
+
     def update(self, loss: torch.Tensor, inputs: StepInputs) -> dict[str, torch.Tensor]:
-        """Backward and the optimizer's step, if loss and gradient are finite on every process; otherwise raises NotFinite.
+        """The optimizer's step, if loss and gradient are finite on every process; otherwise raises NotFinite.
 
         An overflow under fp16's scaler is no failure: the scaler skips the step and tries a smaller scale. Returns stats.
         """
-        self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         finite, scaled = norm.isfinite(), self.scaler.is_enabled()

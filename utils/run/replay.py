@@ -52,11 +52,12 @@ def read_failed_step(path: str) -> dict:
     return saved
 
 
-def run(method: torch.nn.Module, saved: dict, loss_of: Callable[[dict], torch.Tensor], scaler: torch.amp.GradScaler) -> bool:
+def run(method: torch.nn.Module, saved: dict, scaler: torch.amp.GradScaler,
+        loss_of: Callable[[dict, Callable[[torch.Tensor], None]], torch.Tensor]) -> bool:  # fmt: skip
     """Compute the step in one process, with the run's processes as BatchNorm groups; print where numbers are not finite.
 
-    method: has `bn_splits` times as many groups as the run. loss_of: computes the loss of `saved` by `method`. Returns whether
-    the step failed again.
+    method: has `bn_splits` times as many groups as the run. loss_of: computes the loss of `saved` by `method`, and gives each
+    part of it to a function that goes backward. Returns whether the step failed again.
     """
     method.load_state_dict(checkpoint.unprefixed(saved["state_dict"]))
     strange: list[str] = []
@@ -70,8 +71,7 @@ def run(method: torch.nn.Module, saved: dict, loss_of: Callable[[dict], torch.Te
     for name, module in method.named_modules():
         module.register_forward_hook(partial(look, name or "the method"))
     method.train()
-    loss = loss_of(saved)
-    scaler.scale(loss).backward()
+    loss = loss_of(saved, lambda part: scaler.scale(part).backward())
     gradients = {name: p.grad for name, p in method.named_parameters() if p.grad is not None}
     bad = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
     weights = [name for name, value in method.named_parameters() if not value.isfinite().all()]

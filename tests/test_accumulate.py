@@ -1,0 +1,68 @@
+"""Slices of a batch, one after another, are as many processes."""
+
+import functools
+from argparse import Namespace
+
+import pytest
+import torch
+from helpers import METHODS, build, method_args, own_part, spawn, uint8_batch
+
+from utils.learning import amp, optim
+from utils.learning.accumulate import accumulate
+from utils.learning.method import Step
+from utils.run import dist
+from utils.run.engine import Engine, StepInputs
+
+CPU = torch.device("cpu")
+LR = 2e-5  # small, so that a step hardly magnifies the rounding of the step before
+CASES = {name: (name,) for name in METHODS if "bn_splits" in method_args(name)} | {
+    "multi-crop": ("moco", "--local-crops", "2"),
+    "un-mix": ("moco", "--unmix-prob", "0.5"),
+    "mixture": ("moco", "--im-type", "IM", "--g-prob", "0.5", "--r-prob", "0.5"),
+    "moco nce": ("moco", "--loss", "nce"),
+    "cmc softmax": ("cmc", "--loss", "softmax"),
+}
+MORE = {"cmc": ["--size", "64"]}  # of 32 pixels BatchNorm's groups would have one value for each image
+
+
+def three_steps(name, flags, splits, slices):
+    """The losses and the whole state of a method after three steps, on this process's part of three batches."""
+    method = build(name, "--bn-splits", str(splits), *flags)
+    model = dist.data_parallel(method, CPU)
+    optimizer = optim.sgd(method.parameters(), LR, 0.9, 1e-4)
+    saves = Namespace(output_dir="none", save_steps=0, save_minutes=0, keep=1)
+    engine = Engine(saves, 9, optimizer, amp.scaler("fp32"), None, CPU, None)
+    found = []
+    for number in range(3):
+        batch = own_part(uint8_batch(method_args(name, *flags), seed=number))
+        step = Step(number, 9, 5)
+        loss, stats = accumulate(model, batch, method.targets(batch, step), step, slices, engine.backward)
+        engine.update(loss, StepInputs(0, number))
+        method.commit(step)
+        means = torch.stack([loss, *stats.values()]) / dist.world()
+        found.append(dist.total(means.float()))
+    return found, dict(method.state_dict())
+
+
+@pytest.mark.parametrize(("processes", "slices"), [(1, 4), (2, 2)])
+@pytest.mark.parametrize("case", CASES)
+def test_accumulate__slices_equal_processes(case, processes, slices):
+    losses, state = whole(case)
+    sliced_losses, sliced = spawn(three_steps, *flags_of(case), slices, slices, processes=processes)[0]
+    for a, b in zip(losses, sliced_losses, strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
+    start = build(*flags_of(case)[:1], *flags_of(case)[1]).state_dict()
+    for key, value in state.items():
+        change = (value - start[key]).abs().max().item()
+        assert (value - sliced[key]).abs().max().item() <= 2e-6 + 0.01 * change, key
+
+
+@functools.cache
+def whole(case):
+    """Of the first of four processes, each with a batch of its own."""
+    return spawn(three_steps, *flags_of(case), 1, 1, processes=4)[0]
+
+
+def flags_of(case):
+    name, *flags = CASES[case]
+    return name, [*flags, "--batch-size", "16", *MORE.get(name, [])]
