@@ -69,7 +69,7 @@ class MoCo(KeyQueue):
         super().__init__(args, samples)
         self.local_crops, self.unmix_prob = args.local_crops, args.unmix_prob
         self.mixture = mixture.Mixture(args)
-        self.criterion = criterion(args.loss, args.moco_t, samples)
+        self.criterion: Any = criterion(args.loss, args.moco_t, samples)
         smallest = args.size // 2 if args.local_crops else args.size
         backbones.feature_shape(backbones.build_trunk(args), args.arch, args.size, smallest)  # refuses a bad arch
         self.encoder_q, self.encoder_k = (self.encoder(args) for _ in range(2))
