@@ -8,6 +8,8 @@ import pytest
 import torch
 from test_launchers import ROOT, bash, project  # noqa: F401
 
+import main_finetune
+import main_knn
 import main_lincls
 import main_pretrain
 from methods import METHODS
@@ -97,11 +99,11 @@ def probe_args(argv):
 
 
 def test_config__has_a_row_for_every_expected_number():
-    numbers = [number for number, commands in rows() if len(commands) == 2 or "pretrain" in commands[0]]
+    numbers = [number for number, commands in rows() if len(commands) == 2 or "pretrain_" in commands[0]]
     assert sorted(numbers) == sorted(EXPECTED)
 
 
-@pytest.mark.parametrize("number, commands", [row for row in rows() if "pretrain" in row[1][0]])
+@pytest.mark.parametrize("number, commands", [row for row in rows() if "pretrain_" in row[1][0]])
 def test_config__every_flag_is_the_published_one(project, number, commands):  # noqa: F811
     """The probe reads the run's own checkpoint, and then one of the same run that does not contain its flags."""
     pretrain, gpus, probe = EXPECTED[number]
@@ -123,7 +125,7 @@ def test_config__every_flag_is_the_published_one(project, number, commands):  # 
     assert variables.get("SHARDS") in commands[0]
 
 
-@pytest.mark.parametrize("number, commands", [row for row in rows() if "CHECKPOINT" in row[1][0]])
+@pytest.mark.parametrize("number, commands", [row for row in rows() if "CHECKPOINT" in row[1][0] and "linear_" in row[1][0]])
 def test_config__released_weights_have_the_same_probe(project, number, commands):  # noqa: F811
     variables = dict(v.split("=") for v in shlex.split(commands[0])[:-2])
     save(project / variables["CHECKPOINT"])
@@ -141,3 +143,43 @@ def test_config__without_recipe_the_checkpoint_decides_the_probe(project, number
     _, argv, _ = run(project, re.sub("RECIPE=[^ ]*", f"OUTPUT={args.output_dir}", commands[1]))
     with contextlib.chdir(project):
         assert decisive(probe_args(argv)) == EXPECTED[number][2] | {"arch": "resnet50"}
+
+
+SWAV = {"epochs": 20, "batch_size": 256, "momentum": 0.9, "weight_decay": 0.0, "lr_steps": [12, 16], "lr_gamma": 0.2,
+        "crop_min": 0.08, "size": 224, "resize": 256, "nesterov": False, "steps": 0}  # fmt: skip
+OTHERS = {  # number -> run, and the flags of the protocol
+    **{number: (run, {"k": [1], "size": 224, "resize": 256, "dtype": "fp16", "amp": "fp32"})
+       for number, run in (("55.7", "moco"), ("56.0", "moco-multicrop"), ("61.7", "mosrep"))},
+    **{number: (run, SWAV | {"lr": 0.02, "lr_head": 5.0})
+       for number, run in (("43.5", "moco"), ("45.4", "moco-multicrop"), ("52.8", "mosrep"))},
+    **{number: (run, SWAV | {"lr": 0.01, "lr_head": 0.2})
+       for number, run in (("58.9", "moco"), ("60.8", "moco-multicrop"), ("65.7", "mosrep"))},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("number", OTHERS)
+def test_config__other_evaluations_have_their_protocol(project, number):  # noqa: F811
+    (command,) = dict(rows())[number]
+    folder, protocol = OTHERS[number]
+    save(project / "output" / folder / "checkpoint_latest.pth.tar", method=folder.partition("-")[0], arch="resnet50")
+    python, script, *argv = shlex.split(command)
+    if python != "python":
+        script, argv, _ = run(project, command)
+    module = {m.PROG: m for m in (main_knn, main_finetune)}[script]
+    with contextlib.chdir(project):
+        args = module.get_args(argv, read_source("p", METHODS, argv))
+    assert args.pretrained == f"output/{folder}"
+    assert vars(args) | protocol == vars(args)
+
+
+def test_config__has_a_command_for_every_number_of_the_readme():
+    """The authors' figures, and ours: their rows have the commands beside them, or on the page docs/results.md."""
+    readme = (ROOT / "README.md").read_text()
+    authors = readme[readme.index("**These are the authors' figures.**") :].partition("Our figures")[0]
+    lines = [line for line in (ROOT / "CONFIG.md").read_text().splitlines() if "`" in line]
+    numbers = re.findall(r"(?<![\d.])\d\d\.\d(?![\d.])", authors)
+    assert len(numbers) > 15
+    assert not [number for number in numbers if not any(f"| {number} |" in line for line in lines)]
+    ours = readme[readme.index("Our figures") :].partition("\n## ")[0]
+    rows_of_ours = [line for line in ours.splitlines() if line.startswith("| ") and re.search(r"\d\d\.\d", line)]
+    assert rows_of_ours and all("`" in line or "docs/results.md" in line for line in rows_of_ours)
