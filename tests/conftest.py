@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import webdataset
+from conversions import draw
 from PIL import Image
 
 torch.set_num_threads(1)  # the computations of the tests are too small for several cores
@@ -29,3 +30,21 @@ def images(tmp_path_factory):
                     cls = {"cls": str(label)} if labelled else {}
                     tar.write({"__key__": f"{number}-{i}", "png": png.getvalue(), **cls})
     return folder
+
+
+@pytest.fixture
+def flat(tmp_path):
+    """A folder of 23 images without labels."""
+    for i in range(23):
+        draw(tmp_path / "flat" / f"{i:02d}.{'jpg' if i % 2 else 'png'}", i)
+    return tmp_path / "flat"
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """Class folders in train/ (5 dogs, 3 cats, 4 birds) and val/ (2 dogs, 1 bird)."""
+    for split, counts in {"train": {"dog": 5, "cat": 3, "bird": 4}, "val": {"dog": 2, "bird": 1}}.items():
+        for name, count in counts.items():
+            for i in range(count):
+                draw(tmp_path / "tree" / split / name / f"{i}.jpg", 100 * len(split) + 10 * len(name) + i)
+    return tmp_path / "tree"

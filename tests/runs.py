@@ -33,7 +33,13 @@ ROOT = Path(__file__).parent.parent
 FLAGS = ["--device", "cpu", "--amp", "fp32", "--workers", "0", "--print-freq", "1"]
 TWO = ["--standalone", "--nproc_per_node", "2"]  # torchrun's flags
 SCRIPT = "script"  # stands where torchrun takes a file
-MAINS = {module.PROG[5:-3]: module.main for module in (main_pretrain, main_lincls, main_finetune, main_knn, main_transfer)}
+MODULES = {module.PROG[5:-3]: module for module in (main_pretrain, main_lincls, main_finetune, main_knn, main_transfer)}
+EVALUATIONS = [name for name in MODULES if name != "pretrain"]
+TRAINED = {  # evaluations that train and resume, and their flags
+    "lincls": ["--lr", "3.2", "--trust", "0", "--epochs", "2", "--print-freq", "1"],
+    "finetune": ["--lr", "0.8", "--lr-head", "4", "--lr-steps", "--epochs", "2", "--print-freq", "1"],
+}
+AT_ONCE = [name for name in EVALUATIONS if name not in TRAINED]  # those that start again instead
 
 
 class Run:
@@ -115,7 +121,7 @@ def _train(command, before):
     torch.set_num_threads(1)
     warnings.simplefilter("error")
     exec(before, {"main_pretrain": main_pretrain})
-    MAINS[command[0]](command[1:])
+    MODULES[command[0]].main(command[1:])
 
 
 def _leave(main, *args):
@@ -160,6 +166,22 @@ def children():
 
 def pretrain(images, out, *flags, method="moco"):
     return ["pretrain", *tiny(method), *FLAGS, "--shards", f"{images}/train", "--output-dir", out, "--resume", "auto", *flags]
+
+
+def evaluation(name, images, out, *flags):
+    """The command of an evaluation, on features of a tiny trunk with random weights."""
+    trunk = ["--pretrained", "random", "--method", "moco", "--arch", "tiny_resnet", "--size", "32", "--batch-size", "8"]
+    data = {"transfer": ["--sets", images]}.get(name, ["--train-shards", f"{images}/train", "--val-shards", f"{images}/val"])
+    return [name, *trunk, *FLAGS[:6], *TRAINED.get(name, ()), *data, "--output-dir", out, *flags]
+
+
+def ended(command):
+    """Run a command in this process. -> its exit code."""
+    try:
+        MODULES[command[0]].main([str(word) for word in command[1:]])
+    except SystemExit as stop:
+        return stop.code
+    return 0
 
 
 def metrics(folder):

@@ -47,8 +47,8 @@ def three_steps(name, flags, splits, slices):
 @pytest.mark.parametrize(("processes", "slices"), [(1, 4), (2, 2)])
 @pytest.mark.parametrize("case", CASES)
 def test_accumulate__slices_equal_processes(case, processes, slices):
-    losses, state = whole(case)
-    sliced_losses, sliced = spawn(three_steps, *flags_of(case), slices, slices, processes=processes)[0]
+    losses, state = of_all(4, 1)[case]  # each process has a batch of its own
+    sliced_losses, sliced = of_all(processes, slices)[case]
     for a, b in zip(losses, sliced_losses, strict=True):
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
     start = build(*flags_of(case)[:1], *flags_of(case)[1]).state_dict()
@@ -58,9 +58,13 @@ def test_accumulate__slices_equal_processes(case, processes, slices):
 
 
 @functools.cache
-def whole(case):
-    """Of the first of four processes, each with a batch of its own."""
-    return spawn(three_steps, *flags_of(case), 1, 1, processes=4)[0]
+def of_all(processes, slices):
+    """case -> the result of the first of these processes."""
+    return all_cases(slices) if processes == 1 else spawn(all_cases, slices, processes=processes)[0]
+
+
+def all_cases(slices):
+    return {case: three_steps(*flags_of(case), slices, slices) for case in CASES}
 
 
 def flags_of(case):

@@ -6,8 +6,8 @@ import struct
 
 import numpy as np
 import pytest
+from conversions import convert, draw, samples
 from PIL import EpsImagePlugin, Image, features
-from test_imagenet2wds import convert, draw, samples
 
 import imagenet2wds
 from utils.data.encoding import EXTENSIONS, encode, extensions

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import kill
 import pytest
-from runs import TWO, Run, latest_is, metrics, pretrain, steps
+from runs import EVALUATIONS, TWO, Run, latest_is, metrics, pretrain, steps
 
 import main_pretrain
 from methods import METHODS
@@ -131,12 +131,15 @@ def listening(pid):
     return int(caught[1], 16) >> (signal.SIGUSR1 - 1) & 1
 
 
-@pytest.mark.parametrize("agent", [False, True])
-@pytest.mark.parametrize("name, code", [("SIGTERM", 0), ("SIGHUP", 0), ("SIGUSR1", 0), ("SIGINT", 130)])
-def test_main_pretrain__a_signal_during_the_imports(tmp_path, name, code, agent):
+@pytest.mark.parametrize("program, agent, name, code", [
+    *(("pretrain", agent, *of) for agent in (False, True)
+      for of in (("SIGTERM", 0), ("SIGHUP", 0), ("SIGUSR1", 0), ("SIGINT", 130))),
+    *((program, False, "SIGTERM", 0) for program in EVALUATIONS),
+])  # fmt: skip
+def test_commands__a_signal_during_the_imports(program, agent, name, code):
     """The processes of torchrun that start later end at once."""
     launch = ["-m", "utils.run.agent", *TWO] if agent else []
-    command = [sys.executable, *launch, "main_pretrain.py", "--shards", "/nowhere"]
+    command = [sys.executable, *launch, f"main_{program}.py", "--no-such-flag"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     pipes["preexec_fn"] = lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)  # it is ignored if nohup started the tests
     with subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes) as process:

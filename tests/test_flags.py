@@ -7,11 +7,8 @@ import sys
 
 import pytest
 from helpers import tiny
-from runs import Run
+from runs import AT_ONCE, EVALUATIONS, MODULES, TRAINED, Run, evaluation
 
-import main_finetune
-import main_knn
-import main_lincls
 import main_pretrain
 from methods import METHODS
 from utils.data.index import load_index
@@ -21,7 +18,9 @@ from utils.run.flags import Parser, RunError, one_line_ends, one_line_errors
 
 PRETRAIN = ["--shards", "x"]
 PROBE = ["--pretrained", "p", "--train-shards", "t", "--val-shards", "v"]
-TRAINING = [(main_pretrain.get_args, PRETRAIN), (main_lincls.get_args, PROBE), (main_finetune.get_args, PROBE)]
+REQUIRED = {"pretrain": PRETRAIN, "transfer": ["--pretrained", "p", "--sets", "s"]}
+ALL = [(module.get_args, REQUIRED.get(name, PROBE)) for name, module in MODULES.items()]
+TRAINING = [(MODULES[name].get_args, REQUIRED.get(name, PROBE)) for name in ("pretrain", *TRAINED)]
 
 
 def fails(capsys, get_args, argv):
@@ -32,17 +31,16 @@ def fails(capsys, get_args, argv):
     return lines[0]
 
 
-@pytest.mark.parametrize("get_args, required", TRAINING)
+@pytest.mark.parametrize("get_args, required", ALL)
 def test_parser__unknown_flags_and_abbreviations_are_refused(capsys, get_args, required):
     get_args(required)  # the base line is fine
-    for bad in (["--no-such-flag"], ["--epoch", "3"], ["--batch", "8"], ["--meth", "moco"], ["--out", "x"], ["--amp=int8"]):
+    for bad in (["--no-such-flag"], ["--see", "3"], ["--batch", "8"], ["--meth", "moco"], ["--out", "x"], ["--amp=int8"]):
         assert bad[0].split("=")[0] in fails(capsys, get_args, [*required, *bad])
-    assert "--epochs" in fails(capsys, get_args, [*required, "--epochs", "ten"])
-    assert re.search("ten", fails(capsys, get_args, [*required, "--epochs", "ten"]))
+    assert re.search("--seed.*ten", fails(capsys, get_args, [*required, "--seed", "ten"]))
     assert "simclr" in fails(capsys, get_args, ["--method", "simclr", *required])
     line = fails(capsys, get_args, [*required, "--batchsize", "8"])
     assert line.endswith("error: --batchsize: no such flag; did you mean --batch-size?")
-    assert fails(capsys, get_args, [*required, "stray"]).endswith("stray: no such flag; --help lists the flags")
+    assert fails(capsys, get_args, ["stray", *required]).endswith("stray: no such flag; --help lists the flags")
 
 
 @pytest.mark.parametrize("get_args, required", TRAINING)
@@ -117,13 +115,12 @@ def test_group__identity_is_of_the_group_or_of_the_flag():
     assert parser.format_help().count("where:") == 1
 
 
-@pytest.mark.parametrize("get_args, parts", [
-    (main_pretrain.get_args, ["python main_pretrain.py", "\ndata:", "\noptimization:", "\nmethod:", "\nrun:"]),
-    (main_lincls.get_args, ["\ndata:", "\noptimization:", "\nrun:"]),
-])  # fmt: skip
-def test_parser__help_has_an_example_at_its_head_and_groups(capsys, get_args, parts):
+@pytest.mark.parametrize("name", MODULES)
+def test_parser__help_has_an_example_at_its_head_and_groups(capsys, name):
     with pytest.raises(SystemExit):
-        get_args(["--help"])
+        MODULES[name].get_args(["--help"])
+    parts = [f"python main_{name}.py", "\ndata:", *["\noptimization:"] * (name not in AT_ONCE)]
+    parts += [*["\nmethod:"] * (name == "pretrain"), "\nrun:"]
     text = capsys.readouterr().out
     places = [text.find(part) for part in parts]
     assert -1 not in places and places == sorted(places)
@@ -201,7 +198,7 @@ def test_one_line_ends__a_bug_is_not_hidden(capsys, error):
     assert raised.value is error and capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("get_args, required", [*TRAINING, (main_knn.get_args, PROBE)])
+@pytest.mark.parametrize("get_args, required", ALL)
 def test_add_shard_flags__all_reach_load_index(get_args, required):
     default = {"cache_dir": None, "allow_pipe": False, "verify_shards": False, "max_pixels": flags.MAX_PIXELS}
     assert flags.shard_flags(get_args(required)) == default
@@ -213,13 +210,13 @@ def test_add_shard_flags__all_reach_load_index(get_args, required):
     assert all(parameters[name].default == value for name, value in flags.shard_flags(get_args(required)).items())
 
 
-@pytest.mark.parametrize("get_args, required", TRAINING)
-def test_check_run_flags__max_bad_is_a_share_of_at_most_a_half(capsys, get_args, required):
+@pytest.mark.parametrize("get_args, required", ALL)
+def test_check_evaluation_flags__max_bad_is_a_share_of_at_most_a_half(capsys, get_args, required):
     for value in ("0", "0.01", "0.5"):
-        flags.check_run_flags(get_args([*required, "--max-bad", value]))
+        flags.check_evaluation_flags(get_args([*required, "--max-bad", value]))
     for value in ("-0.01", "0.51", "1", "nan"):
         with pytest.raises(ValueError, match=f"--max-bad {float(value)}: must lie in"):
-            flags.check_run_flags(get_args([*required, "--max-bad", value]))
+            flags.check_evaluation_flags(get_args([*required, "--max-bad", value]))
     assert get_args(required).max_bad == 0.01
     assert "--photometric" in fails(capsys, get_args, [*required, "--photometric", "gpu"])
 
@@ -260,7 +257,7 @@ def test_meaning__leaves_out_only_place_speed_and_inputs():
         "keep",
         "dist_timeout",
     }
-    rest |= {"compile", "replay", "init", "eval_shards", "eval_every", "eval_images", "eval_neighbours"}
+    rest |= {"accumulate", "compile", "replay", "init", "eval_shards", "eval_every", "eval_images", "eval_neighbours"}
     assert flags.meaning(args).keys() == vars(args).keys() - rest
 
 
@@ -302,24 +299,13 @@ def test_main_pretrain__every_flag_that_is_parsed_is_read(images, tmp_path, monk
     assert flags <= READ
 
 
-@pytest.mark.parametrize("module", [main_lincls, main_finetune])
-def test_main_lincls__every_flag_that_is_parsed_is_read(images, tmp_path, monkeypatch, module):
-    argv = ["--pretrained", "random", "--arch", "tiny_resnet", "--size", "32", "--epochs", "1", "--batch-size", "20"]
-    argv += ["--train-shards", f"{images}/train", "--val-shards", f"{images}/val", "--output-dir", str(tmp_path)]
-    args = Recording(module.get_args([*argv, "--workers", "0", "--device", "cpu", "--amp", "fp32"]))
+@pytest.mark.parametrize("name", EVALUATIONS)
+def test_evaluations__every_flag_that_is_parsed_is_read(images, tmp_path, monkeypatch, name):
+    module = MODULES[name]
+    args = Recording(module.get_args([str(word) for word in evaluation(name, images, tmp_path)[1:]]))
     monkeypatch.setattr(module, "get_args", lambda argv, source: args)
     READ.clear()
     module.main()
-    assert set(vars(args)) - READ == {"device", "dist_timeout"}  # read before, by a parser of their own
-
-
-def test_main_knn__every_flag_that_is_parsed_is_read(images, tmp_path, monkeypatch):
-    argv = ["--pretrained", "random", "--arch", "tiny_resnet", "--size", "32", "--batch-size", "20", "--device", "cpu"]
-    argv += ["--train-shards", f"{images}/train", "--val-shards", f"{images}/val", "--output-dir", str(tmp_path)]
-    args = Recording(main_knn.get_args([*argv, "--workers", "0"]))
-    monkeypatch.setattr(main_knn, "get_args", lambda argv, source: args)
-    READ.clear()
-    main_knn.main()
     assert set(vars(args)) - READ == {"device", "dist_timeout"}  # read before, by a parser of their own
 
 

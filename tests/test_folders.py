@@ -5,7 +5,7 @@ import shutil
 from collections import Counter
 
 import pytest
-from test_imagenet2wds import convert, draw, files, refused, samples, tree  # noqa: F401
+from conversions import convert, draw, refused, samples
 
 from utils.data.folders import list_images
 from utils.data.index import load_index
@@ -21,7 +21,7 @@ EXPECTED = {"bird": 4, "cat": 3, "dog": 5}  # of tree/train
 
 
 @pytest.mark.parametrize("target", [".", "..", "../..", "{t}"])
-def test_list_images__link_to_a_parent_folder_adds_no_images(tree, tmp_path, capsys, target):  # noqa: F811
+def test_list_images__link_to_a_parent_folder_adds_no_images(tree, tmp_path, capsys, target):
     (tree / "train" / "cat" / "loop").symlink_to(target.format(t=tree / "train"))
     (tree / "train" / "cat" / "second").symlink_to(target.format(t=tree / "train"))
     shutil.rmtree(tree / "val")
@@ -32,14 +32,14 @@ def test_list_images__link_to_a_parent_folder_adds_no_images(tree, tmp_path, cap
     assert "link to a parent folder (cat/loop" in capsys.readouterr().out
 
 
-def test_list_images__links_to_each_other_end(tree):  # noqa: F811
+def test_list_images__links_to_each_other_end(tree):
     (tree / "train" / "cat" / "dogs").symlink_to("../dog")
     (tree / "train" / "dog" / "cats").symlink_to("../cat")
     listing = list_images(tree / "train")
     assert len(listing.files.names) == 4 + (3 + 5) + (5 + 3) and len(listing.skipped) == 2
 
 
-def test_list_images__link_to_a_folder_elsewhere_is_followed(tree, tmp_path):  # noqa: F811
+def test_list_images__link_to_a_folder_elsewhere_is_followed(tree, tmp_path):
     draw(tmp_path / "elsewhere" / "deep" / "0.jpg")
     (tree / "train" / "cat" / "more").symlink_to(tmp_path / "elsewhere")
     (tree / "train" / "cow").symlink_to(tmp_path / "elsewhere")
@@ -49,7 +49,7 @@ def test_list_images__link_to_a_folder_elsewhere_is_followed(tree, tmp_path):  #
 
 
 @pytest.mark.parametrize("name", ["bird", "dog/deeper"])
-def test_list_images__unreadable_folder_is_refused(tree, tmp_path, capsys, monkeypatch, name):  # noqa: F811
+def test_list_images__unreadable_folder_is_refused(tree, tmp_path, capsys, monkeypatch, name):
     """A faked error: permissions do not stop root, who may run the tests. Without the folder, labels would shift."""
     folder, scandir = tree / "train" / name, os.scandir
     draw(folder / "0.jpg")
@@ -65,7 +65,7 @@ def test_list_images__unreadable_folder_is_refused(tree, tmp_path, capsys, monke
     assert not (tmp_path / "out").exists()
 
 
-def test_has_images__unreadable_folder_next_to_train_is_ignored(tree, tmp_path, monkeypatch):  # noqa: F811
+def test_has_images__unreadable_folder_next_to_train_is_ignored(tree, tmp_path, monkeypatch):
     (tree / "private").mkdir()
     scandir = os.scandir
 
@@ -79,7 +79,7 @@ def test_has_images__unreadable_folder_next_to_train_is_ignored(tree, tmp_path, 
     assert classes_and_counts(tmp_path / "out" / "train") == EXPECTED
 
 
-def test_list_images__link_to_a_missing_class_folder_is_refused(tree, tmp_path, capsys):  # noqa: F811
+def test_list_images__link_to_a_missing_class_folder_is_refused(tree, tmp_path, capsys):
     (tree / "train" / "ant").symlink_to(tmp_path / "unmounted" / "ant")
     line = refused(capsys, "-i", tree, "-o", tmp_path / "out", "-j", 1)
     assert f"-i {tree}/train/ant: cannot be read (a link to a missing file or folder); fix or remove it" in line
@@ -89,7 +89,7 @@ SYSTEM = ["@eaDir", "$RECYCLE.BIN", "__MACOSX", ".ipynb_checkpoints", "lost+foun
 
 
 @pytest.mark.parametrize("name", SYSTEM)
-def test_list_images__system_folder_is_no_class(tree, tmp_path, capsys, name):  # noqa: F811
+def test_list_images__system_folder_is_no_class(tree, tmp_path, capsys, name):
     for place in (tree, tree / "train", tree / "train" / "cat", tree / "val"):
         draw(place / name / "0.jpg")
     convert(tree, tmp_path / "out")
@@ -106,7 +106,7 @@ def test_list_images__system_folder_next_to_flat_images(tmp_path):
     assert len(samples(tmp_path / "out" / "train")) == 1
 
 
-def test_list_images__appledouble_files_are_no_images(tree, tmp_path, capsys):  # noqa: F811
+def test_list_images__appledouble_files_are_no_images(tree, tmp_path, capsys):
     for name in ("cat/._0.jpg", "cat/._1.jpg", "dog/._0.jpg"):
         (tree / "train" / name).write_bytes(b"\0\5\26\7")
     (tree / "train" / "dog" / ".hidden.png").write_bytes(b"x")
@@ -117,13 +117,13 @@ def test_list_images__appledouble_files_are_no_images(tree, tmp_path, capsys):  
     assert f"{tree}/train: skipped AppleDouble files (._*) 3, hidden images 1" in capsys.readouterr().out
 
 
-def test_list_images__folder_without_images_is_named(tree, tmp_path, capsys):  # noqa: F811
+def test_list_images__folder_without_images_is_named(tree, tmp_path, capsys):
     (tree / "train" / "ant").mkdir()
     convert(tree, tmp_path / "out")
     assert f"{tree}/train: no class for 1 folders without images: ant" in capsys.readouterr().out
 
 
-def test_imagenet2wds__other_files_are_counted_in_one_line(tree, tmp_path, capsys):  # noqa: F811
+def test_imagenet2wds__other_files_are_counted_in_one_line(tree, tmp_path, capsys):
     for i in range(8):
         (tree / "train" / "cat" / f"{i}.HEIC").write_bytes(b"x")
     for i in range(4):
@@ -135,7 +135,7 @@ def test_imagenet2wds__other_files_are_counted_in_one_line(tree, tmp_path, capsy
     assert classes_and_counts(tmp_path / "out" / "train") == EXPECTED
 
 
-def test_list_images__image_without_extension_is_used(tree, tmp_path):  # noqa: F811
+def test_list_images__image_without_extension_is_used(tree, tmp_path):
     shutil.copy(tree / "train" / "cat" / "0.jpg", tree / "train" / "cat" / "image")
     draw(tree / "train" / "dog" / "picture", format="BMP")
     convert(tree, tmp_path / "out")
@@ -143,7 +143,7 @@ def test_list_images__image_without_extension_is_used(tree, tmp_path):  # noqa: 
     assert Counter(extension for extension, _, _ in samples(tmp_path / "out" / "train")) == {"jpg": 13, "png": 1}
 
 
-def test_list_images__file_vanishes_while_it_is_listed(tree, tmp_path, capsys, monkeypatch):  # noqa: F811
+def test_list_images__file_vanishes_while_it_is_listed(tree, tmp_path, capsys, monkeypatch):
     scandir = os.scandir
 
     def late(path="."):

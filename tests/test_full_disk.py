@@ -7,12 +7,11 @@ import subprocess
 import pytest
 import torch
 from helpers import SMALL, tiny
-from runs import FLAGS, metrics, steps
+from runs import EVALUATIONS, FLAGS, ended, evaluation, metrics, steps
 
-import main_pretrain
 from methods import METHODS
 from utils.learning.method import Step
-from utils.run import saver
+from utils.run import lock, saver
 from utils.run.checkpoint import saved_in
 
 # TensorBoard's own thread ends with a traceback when the disk is full; the log then continues without it
@@ -34,11 +33,7 @@ def disk(tmp_path):
 
 def train(images, out, method, *flags):
     """-> the exit code."""
-    try:
-        main_pretrain.main([*tiny(method), *SAVING, "--shards", f"{images}/train", "--output-dir", str(out), *flags])
-    except SystemExit as stop:
-        return stop.code
-    return 0
+    return ended(["pretrain", *tiny(method), *SAVING, "--shards", f"{images}/train", "--output-dir", out, *flags])
 
 
 def checkpoints(out):
@@ -110,3 +105,25 @@ def test_main_pretrain__stopped_while_the_disk_is_full_is_an_error(images, disk,
     assert f"error: --output-dir {disk}: the last checkpoint could not be written" in printed.err
     assert "and start again: there is none before" in printed.err and "and saved" not in printed.out
     assert len(steps(disk)) == 3
+
+
+@pytest.mark.parametrize("name", EVALUATIONS)
+def test_evaluations__a_full_disk_is_one_line(images, disk, capsys, monkeypatch, name):
+    """It is full once the folder is locked. The same command is complete when there is room again."""
+    filler, take = disk / "filler", lock.take
+
+    def take_and_fill(folder):
+        take(folder)
+        with pytest.raises(OSError, match="No space"), open(filler, "wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+
+    command = evaluation(name, images, disk / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(lock, "take", take_and_fill)
+        assert ended(command) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if ": error: " in line]
+    assert len(lines) == 1 and lines[0].startswith(f"main_{name}.py: error: ") and "No space left on device" in lines[0]
+    assert not list(disk.rglob("result.json"))
+    filler.unlink()
+    assert ended(command) == 0 and list(disk.rglob("result.json"))

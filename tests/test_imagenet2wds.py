@@ -19,6 +19,7 @@ import scipy.io
 import torch
 import torchvision
 import webdataset
+from conversions import convert, draw, files, refused, samples
 from PIL import Image
 
 import imagenet2wds
@@ -26,68 +27,6 @@ from utils.data.index import load_index
 
 ROOT = Path(imagenet2wds.__file__).parent
 SAMPLE = ROOT / "data"
-
-
-def draw(path, seed=0, **kwargs):
-    """Write an image of noise, 20 x 16 pixels."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(seed).integers(256, size=(16, 20, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(path, **kwargs)
-    return path
-
-
-@pytest.fixture
-def flat(tmp_path):
-    """A folder of 23 images without labels."""
-    for i in range(23):
-        draw(tmp_path / "flat" / f"{i:02d}.{'jpg' if i % 2 else 'png'}", i)
-    return tmp_path / "flat"
-
-
-@pytest.fixture
-def tree(tmp_path):
-    """Class folders in train/ (5 dogs, 3 cats, 4 birds) and val/ (2 dogs, 1 bird)."""
-    for split, counts in {"train": {"dog": 5, "cat": 3, "bird": 4}, "val": {"dog": 2, "bird": 1}}.items():
-        for name, count in counts.items():
-            for i in range(count):
-                draw(tmp_path / "tree" / split / name / f"{i}.jpg", 100 * len(split) + 10 * len(name) + i)
-    return tmp_path / "tree"
-
-
-def convert(source, target, *flags):
-    imagenet2wds.main(["-i", str(source), "-o", str(target), "-j", "1", *map(str, flags)])
-
-
-def refused(capsys, *argv):
-    """The last line that main prints on stderr, where a progress bar may come before it. The exit code is 2."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        imagenet2wds.main([str(a) for a in argv])
-    assert stop.value.code == 2
-    line = capsys.readouterr().err.rstrip("\n").splitlines()[-1]
-    assert line.startswith("imagenet2wds.py: error: ")
-    return line
-
-
-def samples(folder):
-    """[(extension, image bytes, label or None)] of all shards in a folder, in order, by tarfile alone."""
-    found = []
-    for path in sorted(folder.glob("*.tar")):
-        groups = {}
-        with tarfile.open(path) as tar:
-            for member in tar.getmembers():
-                key, _, extension = member.name.partition(".")
-                groups.setdefault(key, {})[extension] = tar.extractfile(member).read()
-        for members in groups.values():
-            label = members.pop("cls", None)
-            ((extension, data),) = members.items()
-            found.append((extension, data, None if label is None else int(label)))
-    return found
-
-
-def files(folder):
-    """{path: bytes} of everything below a folder."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def test_imagenet2wds__jpeg_and_png_are_copied_byte_for_byte(flat, tmp_path):

@@ -2,9 +2,6 @@
 
 import json
 import math
-import os
-import signal
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -189,34 +186,6 @@ def test_main_knn__bad_input_is_one_line(data, tmp_path, capsys, flags, message)
         run(data, tmp_path, *flags)
     line = capsys.readouterr().err.splitlines()[-1]  # before it may stand the bar of an index that is made first
     assert line.startswith("main_knn.py: error: ") and message in line
-
-
-SLOW = """
-import time
-from utils.evaluation import {module}
-real = {module}.{name}
-{module}.{name} = lambda *args, **options: (print("there", flush=True), time.sleep(0.3), real(*args, **options))[2]
-"""
-
-
-@pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes in /proc")
-@pytest.mark.parametrize("name, code, processes, module, step", [
-    ("SIGTERM", 0, 1, "features", "evaluation_plan"), ("SIGUSR1", 0, 2, "features", "evaluation_plan"),
-    ("SIGINT", 130, 1, "knn", "_keys"), ("SIGTERM", 0, 2, "knn", "_keys"),
-])  # fmt: skip
-def test_main_knn__ends_in_time_after_a_signal(data, tmp_path, name, code, processes, module, step):
-    """While it computes features, and while it compares them; one process of two gets the signal."""
-    before, launch = SLOW.format(module=module, name=step), TWO if processes == 2 else ()
-    flags = ["--batch-size", "2", "--memory", "0.01"]
-    with Run(tmp_path, ["knn", *command(data, tmp_path / "out", *flags)], launch, before=before) as command_run:
-        command_run.until(lambda: "there" in command_run.said())
-        pids = command_run.pids()
-        os.kill(pids[-1], getattr(signal, name))
-        assert command_run.end(20) == code, command_run.said()
-    last = [line for line in command_run.said().splitlines() if line != "there"][-1]
-    assert last == f"Stopped by {name} before the end. The same command starts again.", command_run.said()
-    assert "Traceback" not in command_run.said() and not (tmp_path / "out/result.json").exists()
-    assert not (tmp_path / "out/.lock").exists()
 
 
 def test_main_knn__the_default_ks_are_those_that_exist(data, tmp_path):

@@ -8,7 +8,7 @@ import time
 
 import pytest
 from helpers import forkserver
-from runs import TWO, Run, pretrain, steps
+from runs import EVALUATIONS, TWO, Run, ended, evaluation, pretrain, steps
 
 from utils.run import lock, resume
 
@@ -62,14 +62,14 @@ def holder(folder, seconds=60):
     return process
 
 
-def test_take__names_the_other_process_and_is_free_when_that_is_killed(tmp_path):
+def test_take__names_the_other_process_and_is_free_when_that_is_killed(tmp_path, monkeypatch):
     other = holder(tmp_path)
-    start = time.monotonic()
-    for ask in (lock.take, lock.check):
-        with pytest.raises(
-            ValueError, match=f"--output-dir {tmp_path}: process {other.pid} on {lock.socket.gethostname()} is run"
-        ):
-            ask(tmp_path)
+    start, message = time.monotonic(), f"--output-dir {tmp_path}: process {other.pid} on {lock.socket.gethostname()} is run"
+    with monkeypatch.context() as patch:
+        patch.setattr(lock, "ENDING", 0.5)
+        for ask in (lock.take, lock.check):
+            with pytest.raises(ValueError, match=message):
+                ask(tmp_path)
     other.kill()
     other.join()
     lock.check(tmp_path)
@@ -114,18 +114,22 @@ def test_take__a_file_of_nobody_is_taken_at_once(tmp_path, capsys, content):
     assert capsys.readouterr().out == ""
 
 
+IMPATIENT = "from utils.run import lock; lock.ENDING = 0.5"
+
+
 @pytest.mark.parametrize("launch", [(), TWO])
-def test_main_pretrain__a_second_start_in_one_folder_is_refused(images, tmp_path, launch):
+def test_main_pretrain__a_second_start_in_one_folder_is_refused(images, tmp_path, monkeypatch, launch):
     """Only the first process of each takes part; a killed run leaves nothing that a third start would wait for."""
     out = tmp_path / "run"
     with Run(tmp_path, pretrain(images, out, "--epochs", "999", "--save-steps", "1"), launch) as first:
         first.until(lambda: len(steps(out)) >= 2)
         before = json.loads((out / "config.json").read_text())
-        with Run(tmp_path, pretrain(images, out, "--epochs", "1000")) as second:
+        with Run(tmp_path, pretrain(images, out, "--epochs", "1000"), before=IMPATIENT) as second:
             assert second.end() == 2
             assert second.said().count(": error: ") == 1 and f"error: --output-dir {out}: process " in second.said()
             assert "Traceback" not in second.said() and "5 steps per epoch" not in second.said()
-        with pytest.raises(ValueError, match="is running in it"):
+        with monkeypatch.context() as patch, pytest.raises(ValueError, match="is running in it"):
+            patch.setattr(lock, "ENDING", 0.5)
             resume.open_run(out, "auto", dry=True)
         assert json.loads((out / "config.json").read_text()) == before
         assert len((out / "starts.jsonl").read_text().splitlines()) == 1
@@ -133,3 +137,14 @@ def test_main_pretrain__a_second_start_in_one_folder_is_refused(images, tmp_path
     start = time.monotonic()
     resume.open_run(out, "auto")
     assert time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize("name", EVALUATIONS)
+def test_evaluations__a_folder_in_use_is_refused(images, tmp_path, capsys, monkeypatch, name):
+    monkeypatch.setattr(lock, "ENDING", 0.1)
+    other = holder(tmp_path)
+    assert ended(evaluation(name, images, tmp_path)) == 2
+    assert f"main_{name}.py: error: --output-dir {tmp_path}: process {other.pid} on " in capsys.readouterr().err
+    other.kill()
+    other.join()
+    assert not list(tmp_path.rglob("result.json"))

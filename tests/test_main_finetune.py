@@ -9,15 +9,15 @@ import signal
 import numpy as np
 import pytest
 import torch
+from conversions import convert, draw
 from helpers import TINY, file_hash, opened, spawn
-from runs import FLAGS, TWO, Run, metrics, same, steps, without_clock
-from test_imagenet2wds import convert, draw
+from runs import FLAGS, metrics, same, steps, without_clock
 
 import main_finetune
 import main_pretrain
 from methods import METHODS
 from utils.evaluation.frozen import read_source
-from utils.run import checkpoint, dist, engine
+from utils.run import checkpoint, engine
 
 TUNED = [*FLAGS, "--method", "moco", "--arch", "tiny_resnet", "--size", "32", "--batch-size", "8", "--lr", "0.8"]
 TUNED += ["--lr-head", "4", "--lr-steps"]
@@ -253,61 +253,26 @@ def tuned_and_left(images, out):
     return kept
 
 
-# ---------------------------------------------------------------- kills and signals
+# ---------------------------------------------------------------- stops
 
 
-def signalled(images, out, where, number, rank=0):
-    """The exit code of a run that gets a signal with call `number` of an engine's function."""
-    real, calls = getattr(engine.Engine, where), []
+def test_main_finetune__a_signal_in_a_shortened_epoch(images, tmp_path, monkeypatch):
+    """tests/test_signals.py and tests/test_preemption.py have all other kinds of end."""
+    whole = tune(images, tmp_path / "whole", "--steps", 7)
+    real, calls = engine.Engine.done, []
 
     def and_signal(self, *args):
         calls.append(None)
-        if len(calls) == number and dist.rank() == rank:
+        if len(calls) == 6:
             os.kill(os.getpid(), signal.SIGTERM)
         return real(self, *args)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine.Engine, where, and_signal)
-        with pytest.raises(SystemExit) as stop:
-            main_finetune.main(command(images, out, "--steps", 7))
-    return stop.value.code
-
-
-@pytest.mark.parametrize("processes, where, number, place", [
-    (1, "done", 2, (0, 3)), (1, "asked_to_stop", 2, (0, 5)), (1, "done", 6, (1, 2)), (1, "asked_to_stop", 3, (1, 5)),
-    (2, "done", 2, (0, 3)), (2, "asked_to_stop", 2, (0, 5)),
-])  # fmt: skip
-def test_main_finetune__a_signal_saves_and_the_run_resumes(images, tmp_path, processes, where, number, place):
-    """In training, in the evaluation of a whole and of a shortened epoch."""
-    out, whole, more = tmp_path / "out", tmp_path / "whole", ("--steps", 7)
-    if processes == 1:
-        codes = [signalled(images, out, where, number)]
-        tune(images, whole, *more)
-    else:
-        codes = spawn(signalled, images, out, where, number, 1)
-        spawn(tune, images, whole, *more)
-    saved = checkpoint.read(out / checkpoint.LATEST, "x")
-    assert not any(codes) and (saved["epoch"], saved["step"]) == place and not (out / "result.json").exists()
-    more = (*more, "--resume", "auto")
-    if processes == 1:
-        tune(images, out, *more)
-    else:
-        spawn(tune, images, out, *more)
-    ours, theirs = (checkpoint.read(folder / checkpoint.LATEST, "x") for folder in (out, whole))
-    assert all(same(ours[name], theirs[name]) for name in ("state_dict", "optimizer", "best", "last", "epoch", "step"))
-    assert without_clock(metrics(out)) == without_clock(metrics(whole))
-
-
-def test_main_finetune__killed_it_is_the_unbroken_run(images, tmp_path):
-    """With SIGKILL, both processes, inside an epoch and again."""
-    argv = ["finetune", *command(images, tmp_path / "out", "--epochs", 3, "--save-steps", 2, "--resume", "auto")]
-    spawn(tune, images, tmp_path / "whole", "--epochs", 3, "--save-steps", 2)
-    for at in (4, 9):
-        with Run(tmp_path, argv, TWO) as run:
-            run.until(lambda at=at: len(steps(tmp_path / "out")) >= at)
-            run.kill()
-    with Run(tmp_path, argv, TWO) as run:
-        assert run.end() == 0, run.said()
+    monkeypatch.setattr(engine.Engine, "done", and_signal)
+    with pytest.raises(SystemExit, match="0"):
+        tune(images, tmp_path / "out", "--steps", 7)
+    saved = checkpoint.read(tmp_path / "out" / checkpoint.LATEST, "x")
+    assert (saved["epoch"], saved["step"]) == (1, 2) and not (tmp_path / "out/result.json").exists()
+    assert tune(images, tmp_path / "out", "--steps", 7, "--resume", "auto")["last"] == whole["last"]
     assert same(weights(tmp_path / "out"), weights(tmp_path / "whole"))
     assert without_clock(metrics(tmp_path / "out")) == without_clock(metrics(tmp_path / "whole"))
 

@@ -13,7 +13,6 @@ import torch
 import webdataset
 from helpers import spawn
 from PIL import Image
-from runs import TWO, Run
 from sklearn.linear_model import LogisticRegression
 
 import main_transfer
@@ -159,26 +158,24 @@ def test_main_transfer__features_of_a_file_need_no_images(data, tmp_path, few, m
     assert result(tmp_path / "a", "three")["validation"] == result(tmp_path / "b", "three")["validation"]
 
 
-SLOW = """
-import time
-from utils.evaluation import logistic
-real = logistic.Problem.fit
-logistic.Problem.fit = lambda *args, **options: (print("fits", flush=True), time.sleep(0.3), real(*args, **options))[2]
-"""
+def test_main_transfer__a_signal_leaves_the_results_of_finished_sets(data, tmp_path, few, monkeypatch, capsys):
+    real = logistic.linear_transfer
 
+    def and_signal(train, *rest):
+        if (tmp_path / "two/result.json").exists():
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(train, *rest)
 
-@pytest.mark.parametrize("launch", [(), TWO], ids=["one process", "two"])
-def test_main_transfer__ends_in_time_after_a_signal_and_keeps_finished_sets(data, tmp_path, few, launch):
-    transfer(tmp_path, "--sets", data / "two")
+    monkeypatch.setattr(logistic, "linear_transfer", and_signal)
+    with pytest.raises(SystemExit, match="0"):
+        transfer(tmp_path, "--sets", data / "two", data / "three")
     kept = (tmp_path / "two/result.json").read_bytes()
-    argv = ["--pretrained", "pixels", *FLAGS, "--output-dir", tmp_path, "--sets", data / "two", data / "three"]
-    with Run(tmp_path, ["transfer", *argv], launch, before=SLOW) as run:
-        run.until(lambda: "fits" in run.said())
-        os.kill(run.pids()[-1], signal.SIGTERM)  # under torchrun, the second process
-        assert run.end(30) == 0, run.said()
-    assert run.said().splitlines()[-1] == "Stopped by SIGTERM before the end. The same command starts again."
-    assert (tmp_path / "two/result.json").read_bytes() == kept and not (tmp_path / "three/result.json").exists()
-    assert "two: measured before" in run.said() and not (tmp_path / ".lock").exists()
+    assert not (tmp_path / "three/result.json").exists() and not (tmp_path / ".lock").exists()
+    monkeypatch.undo()
+    monkeypatch.setattr(logistic, "GRID", GRID[20::6])
+    transfer(tmp_path, "--sets", data / "two", data / "three")
+    assert "two: measured before" in capsys.readouterr().out
+    assert (tmp_path / "two/result.json").read_bytes() == kept and (tmp_path / "three/result.json").exists()
 
 
 BAD = {

@@ -1,5 +1,6 @@
 """Runs that are killed, at any moment and in any way, and started again."""
 
+import json
 import os
 import random
 import re
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import in_two
-from runs import TWO, Run, metrics, pretrain, same, steps, without_clock
+from runs import AT_ONCE, TRAINED, TWO, Run, ended, evaluation, metrics, pretrain, same, steps, without_clock
 
 from methods import METHODS
 from utils.run import checkpoint
@@ -111,6 +112,43 @@ def test_main_pretrain__continues_with_another_number_of_processes(images, tmp_p
     old, new = metrics(whole / "run")[first:], metrics(folder / "run")
     assert [line["loss"] for line in new] == pytest.approx([line["loss"] for line in old], rel=1e-3)
     assert new[0]["loss"] == pytest.approx(old[0]["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_evaluations__killed_they_are_the_unbroken_run(images, tmp_path, name):
+    """With SIGKILL, both processes, once in each epoch."""
+    command = evaluation(name, images, tmp_path / "out", "--save-steps", "2", "--resume", "auto")
+    for at in (4, 8):
+        with Run(tmp_path, command, TWO) as run:
+            run.until(lambda at=at: len(steps(tmp_path / "out")) >= at)
+            run.kill()
+    for folder in ("out", "whole"):
+        with Run(tmp_path, [*command, "--output-dir", tmp_path / folder], TWO) as run:
+            assert run.end() == 0, run.said()
+    ours, theirs = (torch.load(tmp_path / folder / checkpoint.LATEST, weights_only=True) for folder in ("out", "whole"))
+    assert all(same(ours[part], theirs[part]) for part in ("state_dict", "optimizer", "best", "last", "epoch", "step"))
+    assert without_clock(metrics(tmp_path / "out")) == without_clock(metrics(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("name", AT_ONCE)
+def test_evaluations__killed_they_start_again(images, tmp_path, name):
+    """With SIGKILL, both processes, inside the write of the features."""
+    before = """
+import time
+from utils.evaluation import features
+real = features.padded
+features.padded = lambda *args: (print("there", flush=True), time.sleep(9), real(*args))[2]
+"""
+    command = evaluation(name, images, tmp_path / "out", "--features", tmp_path / "f.safetensors")
+    with Run(tmp_path, command, TWO, before=before) as run:
+        run.until(lambda: run.said().count("there") == 2)
+        run.kill()
+    assert not (tmp_path / "f.safetensors").exists()
+    with Run(tmp_path, command, TWO) as run:
+        assert run.end() == 0, run.said()
+    assert ended(evaluation(name, images, tmp_path / "whole")) == 0
+    results = [json.loads(next((tmp_path / folder).rglob("result.json")).read_text()) for folder in ("out", "whole")]
+    assert results[0].pop("protocol") and results[1].pop("protocol") and results[0] == results[1]
 
 
 def test_main_pretrain__torchrun_starts_all_again_when_one_is_killed(images, tmp_path, unbroken):

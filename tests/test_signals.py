@@ -1,5 +1,6 @@
 """Signals to any process: all processes save and stop at the same step, and the run resumes without a difference."""
 
+import functools
 import json
 import os
 import re
@@ -12,9 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import spawn, tiny
-from runs import FLAGS, TWO, Run, metrics, pretrain, same, steps, without_clock
+from runs import FLAGS, TRAINED, TWO, Run, ended, evaluation, metrics, pretrain, same, steps, without_clock
 
-import main_lincls
 import main_pretrain
 from methods import METHODS
 from utils.learning.method import Step
@@ -23,21 +23,11 @@ from utils.run.signals import TOGETHER, Signals, exit_code
 
 NAMED = {"SIGTERM": 0, "SIGUSR1": 0, "SIGINT": 130, "SIGHUP": 0}  # and the exit code of a run that has saved
 WHOLE = [(epoch, step) for epoch in range(2) for step in range(5)]
-PROBE = ["--pretrained", "random", "--arch", "tiny_resnet", "--size", "64", "--batch-size", "8", "--lr", "3.2", "--trust", "0"]
-
-
-def ended(main, argv):
-    """The exit code of a main function."""
-    try:
-        main([str(word) for word in argv])
-    except SystemExit as stop:
-        return stop.code
-    return 0
 
 
 def train(images, out, method, *flags):
     argv = [*tiny(method), *FLAGS, "--shards", f"{images}/train", "--epochs", "2", "--output-dir", out, *flags]
-    return ended(main_pretrain.main, argv)
+    return ended(["pretrain", *argv])
 
 
 def interrupted(images, out, method, name, number, rank=0):
@@ -107,15 +97,14 @@ def test_main_pretrain__a_signal_at_the_end_of_an_epoch_or_of_the_run(images, tm
     assert steps(tmp_path) == WHOLE and same(state(tmp_path)["state_dict"], state(unbroken("moco"))["state_dict"])
 
 
-# ---------------------------------------------------------------- the probe
+# ---------------------------------------------------------------- evaluations
 
 
-def probe(images, out, *flags):
-    splits = ["--train-shards", f"{images}/train", "--val-shards", f"{images}/val"]
-    return ended(main_lincls.main, [*PROBE, *FLAGS, *splits, "--epochs", "2", "--output-dir", out, *flags])
+def evaluated(name, images, out, *flags):
+    return ended(evaluation(name, images, out, *flags))
 
 
-def probe_interrupted(images, out, where, number, rank=0):
+def evaluation_interrupted(name, images, out, where, number, rank=0):
     """The call `number` of the engine's function `where` comes with a signal to one process."""
     real, calls = getattr(engine.Engine, where), []
 
@@ -127,28 +116,72 @@ def probe_interrupted(images, out, where, number, rank=0):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine.Engine, where, and_signal)
-        return probe(images, out)
+        return evaluated(name, images, out)
 
 
 def result(folder):
     return {name: value for name, value in json.loads((folder / "result.json").read_text()).items() if name != "protocol"}
 
 
-@pytest.mark.parametrize(
-    "where, number, place", [("done", 2, (0, 3)), ("asked_to_stop", 2, (0, 5)), ("asked_to_stop", 3, (1, 5))]
-)
-@pytest.mark.parametrize("processes", [1, 2])
-def test_main_lincls__a_signal_saves_and_the_probe_resumes(images, tmp_path, processes, where, number, place):
+def on(processes, function, *args):
+    """The exit codes of a function on so many processes."""
+    return [function(*args)] if processes == 1 else spawn(function, *args)
+
+
+@pytest.fixture(scope="module")
+def whole(images, tmp_path_factory):
+    """Folders of uninterrupted evaluations, by name and number of processes."""
+
+    @functools.cache
+    def run(name, processes):
+        folder = tmp_path_factory.mktemp("whole")
+        assert not any(on(processes, evaluated, name, images, folder))
+        return folder
+
+    return run
+
+
+@pytest.mark.parametrize("processes, where, number, place", [
+    (1, "done", 2, (0, 3)), (1, "asked_to_stop", 2, (0, 5)), (1, "asked_to_stop", 3, (1, 5)),
+    (2, "done", 2, (0, 3)), (2, "asked_to_stop", 2, (0, 5)),
+])  # fmt: skip
+@pytest.mark.parametrize("name", TRAINED)
+def test_evaluations__a_signal_saves_and_the_run_resumes(images, tmp_path, whole, name, processes, where, number, place):
     """In training, and in an evaluation, which is done again from its start."""
-    out, whole, last = tmp_path / "out", tmp_path / "whole", processes - 1
-    if processes == 1:
-        codes = [probe_interrupted(images, out, where, number), probe(images, whole)]
-    else:
-        codes = [*spawn(probe_interrupted, images, out, where, number, last), *spawn(probe, images, whole)]
-    assert not any(codes) and (latest(out)["epoch"], latest(out)["step"]) == place and not (out / "result.json").exists()
-    again = [probe(images, out, "--resume", "auto")] if processes == 1 else spawn(probe, images, out, "--resume", "auto")
-    assert not any(again) and same(latest(out)["state_dict"], latest(whole)["state_dict"])
-    assert result(out) == result(whole) and without_clock(metrics(out)) == without_clock(metrics(whole))
+    out, unbroken = tmp_path / "out", whole(name, processes)
+    assert not any(on(processes, evaluation_interrupted, name, images, out, where, number, processes - 1))
+    assert (latest(out)["epoch"], latest(out)["step"]) == place and not (out / "result.json").exists()
+    assert not any(on(processes, evaluated, name, images, out, "--resume", "auto"))
+    ours, theirs = latest(out), latest(unbroken)
+    assert all(same(ours[part], theirs[part]) for part in ("state_dict", "optimizer", "best", "last", "epoch", "step"))
+    assert result(out) == result(unbroken) and without_clock(metrics(out)) == without_clock(metrics(unbroken))
+
+
+SLOW = """
+import time
+from utils.evaluation import features, knn, logistic
+real = {step}
+{step} = lambda *args, **options: (print("there", flush=True), time.sleep(0.3), real(*args, **options))[2]
+"""
+
+
+@pytest.mark.parametrize("command, signal_name, processes, step", [
+    ("knn", "SIGTERM", 1, "features.evaluation_plan"), ("knn", "SIGUSR1", 2, "features.evaluation_plan"),
+    ("knn", "SIGINT", 1, "knn._keys"), ("knn", "SIGTERM", 2, "knn._keys"),
+    ("transfer", "SIGTERM", 1, "logistic.Problem.fit"), ("transfer", "SIGUSR1", 2, "logistic.Problem.fit"),
+])  # fmt: skip
+def test_evaluations__end_in_time_after_a_signal(images, tmp_path, command, signal_name, processes, step):
+    """While they compute features, and later; one process of two gets the signal."""
+    flags = ["--batch-size", "2", *(["--memory", "0.01"] if command == "knn" else [])]
+    words = evaluation(command, images, tmp_path / "out", *flags)
+    with Run(tmp_path, words, TWO if processes == 2 else (), before=SLOW.format(step=step)) as run:
+        run.until(lambda: "there" in run.said())
+        os.kill(run.pids()[-1], getattr(signal, signal_name))
+        assert run.end(20) == NAMED[signal_name], run.said()
+    last = [line for line in run.said().splitlines() if line != "there"][-1]
+    assert last == f"Stopped by {signal_name} before the end. The same command starts again.", run.said()
+    assert "Traceback" not in run.said() and not list((tmp_path / "out").rglob("result.json"))
+    assert not (tmp_path / "out/.lock").exists()
 
 
 # ---------------------------------------------------------------- real processes

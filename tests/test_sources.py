@@ -7,8 +7,8 @@ import shutil
 
 import pytest
 import webdataset
+from conversions import convert, draw, refused, samples
 from PIL import Image
-from test_imagenet2wds import convert, draw, flat, refused, samples  # noqa: F401
 
 import imagenet2wds
 from utils.data import sources
@@ -37,7 +37,7 @@ def test_check__source_of_same_names_and_sizes(tmp_path, capsys):
     refused(capsys, "-i", tmp_path / "b", "-o", tmp_path / "out")
 
 
-def test_load_index__unfinished_conversion_names_the_script(flat, tmp_path):  # noqa: F811
+def test_load_index__unfinished_conversion_names_the_script(flat, tmp_path):
     convert(flat, tmp_path / "out", "--shard-size", 5)
     (tmp_path / "out/train/index.json").unlink()
     (tmp_path / "out/train/train-000004.tar").unlink()
@@ -46,19 +46,19 @@ def test_load_index__unfinished_conversion_names_the_script(flat, tmp_path):  # 
 
 
 @pytest.mark.parametrize("text", ["", "[]", "5"])
-def test_check__conversion_json_damaged(flat, tmp_path, capsys, text):  # noqa: F811
+def test_check__conversion_json_damaged(flat, tmp_path, capsys, text):
     convert(flat, tmp_path / "out")
     (tmp_path / "out/train/conversion.json").write_text(text)
     assert "-o " in refused(capsys, "-i", flat, "-o", tmp_path / "out")
 
 
-def test_files__dangling_link_is_unreadable(flat, tmp_path):  # noqa: F811
+def test_files__dangling_link_is_unreadable(flat, tmp_path):
     (flat / "z.jpg").symlink_to(tmp_path / "nowhere.jpg")
     convert(flat, tmp_path / "out")
     assert "z.jpg" in (tmp_path / "out/train/bad_images.txt").read_text()
 
 
-def test_check__foreign_tmp_is_not_deleted(flat, tmp_path, capsys):  # noqa: F811
+def test_check__foreign_tmp_is_not_deleted(flat, tmp_path, capsys):
     (tmp_path / "out/train").mkdir(parents=True)
     (tmp_path / "out/train/.precious.tmp").write_text("x")
     refused(capsys, "-i", flat, "-o", tmp_path / "out")
@@ -70,7 +70,7 @@ def test_load_index__folder_named_like_a_shard(tmp_path):
         load_index(str(tmp_path))
 
 
-def test_imagenet2wds__full_disk_names_the_flag(flat, tmp_path, capsys, monkeypatch):  # noqa: F811
+def test_imagenet2wds__full_disk_names_the_flag(flat, tmp_path, capsys, monkeypatch):
     def full(self, sample):
         raise OSError(28, "No space left on device")
 
@@ -155,7 +155,7 @@ def test_find_splits__subset_skips_splits_without_labels(tmp_path, capsys, flat_
     assert printed == [f"--imagenet-subset {chosen}: {line}, without class folders"]
 
 
-def test_find_splits__subset_of_a_train_split_without_labels(flat, tmp_path, capsys):  # noqa: F811
+def test_find_splits__subset_of_a_train_split_without_labels(flat, tmp_path, capsys):
     (flat / "n01").mkdir()  # an empty folder: the images have no labels
     (tmp_path / "classes.txt").write_text("n01\n")
     error = refused(capsys, "-i", flat, "-o", tmp_path / "out", "--imagenet-subset", tmp_path / "classes.txt")

@@ -9,8 +9,8 @@ import pytest
 import scipy.io
 import torch
 import torchvision
+from conversions import convert, draw, refused, samples
 from shards_helpers import write_shards
-from test_imagenet2wds import convert, draw, refused, samples
 
 from utils.data import names as names_module
 from utils.data.index import load_index
