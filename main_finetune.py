@@ -25,18 +25,17 @@ import torch.nn.functional as F
 
 from methods import METHODS
 from utils.data.bad_samples import BadSamples
-from utils.data.index import Index, load_index_together
+from utils.data.index import Index
 from utils.data.loader import load_batches
 from utils.data.measure import say_workers
 from utils.data.shards import steps_per_epoch, training_plan
 from utils.data.views import ViewSpec
-from utils.evaluation import supervised
+from utils.evaluation import session, supervised
 from utils.evaluation.classifiers import Classifiers, Tuned, evaluate
 from utils.evaluation.frozen import Source, add_weights_flags, build_trunk, read_source
-from utils.evaluation.session import default_folder
 from utils.learning import amp, optim
 from utils.learning.method import Step
-from utils.run import checkpoint, dist, flags, lock, resume, signals
+from utils.run import checkpoint, dist, flags, lock, signals
 from utils.run.engine import Engine, StepInputs
 from utils.run.log import Log, say
 
@@ -72,7 +71,7 @@ def get_args(argv: list[str] | None = None, source: Source | None = None) -> fla
     if args.resize is None:
         args.resize = args.size * 256 // 224
     if args.output_dir is None:
-        args.output_dir = default_folder(args.pretrained, "finetune")
+        args.output_dir = session.default_folder(args.pretrained, "finetune")
     return args
 
 
@@ -109,16 +108,8 @@ def rates(args: Namespace, number: int, steps: int) -> list[float]:
 @lock.released()
 def main(argv: list[str] | None = None) -> None:
     with flags.one_line_errors(PROG):
-        first = flags.Parser(prog=PROG, add_help=False)
-        flags.add_run_flags(first, None, "")
-        known = first.parse_known_args(argv)[0]
-        device = dist.setup(known.device, known.dist_timeout)
-        source = read_source(PROG, METHODS, argv)
-        args = get_args(argv, source)
-        args.amp = amp.resolve(args.amp, device)
-        opened = flags.shard_flags(args)
-        train_index = load_index_together(args.train_shards, "--train-shards", images=args.images, **opened)
-        val_index = load_index_together(args.val_shards, "--val-shards", **opened)
+        args, source, device = session.start(PROG, METHODS, argv, get_args)
+        train_index, val_index = session.load_splits(args, args.images)
         check(args, train_index, val_index)
         torch.manual_seed(args.seed)
         trunk = build_trunk(args, METHODS[args.method], source)
@@ -130,10 +121,6 @@ def main(argv: list[str] | None = None) -> None:
         groups = [{"params": list(model.trunk.parameters())}, {"params": list(fc.parameters())}]
         settings = {"momentum": args.momentum, "weight_decay": args.weight_decay, "nesterov": args.nesterov}
         optimizer, scaler = torch.optim.SGD(groups, args.lr, fused=True, **settings), amp.scaler(args.amp)
-        dry = args.dry_run is not None
-        resume_from = dist.first_process_does(lambda: resume.open_run(args.output_dir, args.resume, dry))
-        identity = flags.meaning(args) | {"weights": source.sha256, "train": train_index.hash, "val": val_index.hash}
-        progress = supervised.start_of(trunk.layers)
 
         def load(saved):
             model.load_state_dict(checkpoint.unprefixed(saved["state_dict"]))
@@ -141,13 +128,10 @@ def main(argv: list[str] | None = None) -> None:
             if saved["scaler"]:  # empty unless the run is in fp16
                 scaler.load_state_dict(saved["scaler"])
 
-        if resume_from:
-            progress |= supervised.restore(resume_from, args, KEY, identity, load)
-        start, steps = (progress["epoch"], progress["step"]), steps_per_epoch(train_index.total, args.batch_size)
-        if dry:
+        steps, splits = steps_per_epoch(train_index.total, args.batch_size), (train_index, val_index)
+        progress, identity = supervised.open_run(args, KEY, source, *splits, trunk.layers, device, load)
+        if args.dry_run is not None:
             return say_workers(args, train_index, specs(args), steps)
-        resumed, facts = resume_from if start > (0, 0) else None, {"train_index": train_index.hash, "val_index": val_index.hash}
-        dist.first_process_does(lambda: resume.begin(Path(args.output_dir), args, resumed, start, device=str(device), **facts))
     say(f"fine-tuning of {args.pretrained}: {source.facts}, {args.amp}")
     lr, lr_head = rates(args, 0, steps)
     say(f"{train_index.total} training and {val_index.total} validation images, {steps} steps per epoch, "

@@ -20,12 +20,10 @@ from typing import Any
 import torch
 
 from methods import METHODS
-from utils.data.index import Index, load_index_together
-from utils.data.limits import check_workers
+from utils.data.index import Index
 from utils.evaluation import features, knn, neighbours, pixels, session
-from utils.evaluation.frozen import Frozen, Source, add_weights_flags, build_trunk, read_source
-from utils.learning import amp
-from utils.run import checkpoint, dist, flags, lock, resume, signals
+from utils.evaluation.frozen import Frozen, Source, add_weights_flags, read_source
+from utils.run import dist, flags, lock, signals
 from utils.run.files import write_json
 from utils.run.log import say
 from utils.run.text import shown_flags
@@ -43,16 +41,12 @@ def get_args(argv: list[str] | None = None, source: Source | None = None) -> fla
     add = data.add_argument
     add("--train-shards", required=True, identity=False, metavar="DIR", help="labelled shards: the neighbours")
     add("--val-shards", required=True, identity=False, metavar="DIR", help="labelled test shards; each image counts once")
-    features.add_view_flags(data)
-    add("--layer", type=int, help="number of the layer whose features are compared; default: the last")
-    add("--dtype", choices=features.DTYPES, default="fp32", help="dtype in which features are kept; fp16 takes half the memory")
-    add("--batch-size", type=int, default=256, identity=False, help="global batch: images of a step over all processes")
+    features.add_flags(data)
     add = parser.group("neighbours", identity=False).add_argument  # they decide nothing in a file of features
     add("--k", type=int, nargs="+", help="numbers of neighbours that vote; default: those of 1 10 20 100 200 that exist")
     add("--temperature", type=float, default=0.07, help="a neighbour votes with exp(similarity / temperature)")
     add("--centre", action="store_true", help="subtract the mean of the training features first")
     add("--memory", type=float, default=1024, metavar="MIB", help="memory of a process for similarities, beside the features")
-    add("--features", metavar="FILE", help="load the features from this .safetensors file; if there is none, write it")
     add("--neighbours", type=int, default=0, metavar="N", help="draw neighbours.png: N test images, N neighbours of each")
     flags.add_evaluation_flags(parser, None, "folder of results; default: `knn` in the run's folder, or knn-FILE beside a FILE")
     parser.set_defaults(amp="fp32", **({"size": 32} if source.arch == pixels.NAME else {}))
@@ -66,40 +60,22 @@ def get_args(argv: list[str] | None = None, source: Source | None = None) -> fla
 
 def check(args: Namespace, train: Index, val: Index) -> None:
     """Raise ValueError for flags and data that cannot work."""
-    flags.check_evaluation_flags(args)
-    flags.positive(["--batch-size", "--temperature", "--memory"], args)
+    features.check(args)
+    flags.positive(["--temperature", "--memory"], args)
     flags.in_range("--neighbours", args.neighbours, 0, 50)
-    features.check_view(args)
     for k in args.k or ():
         flags.in_range("--k", k, 1, train.total)
-    if args.features and not args.features.endswith(".safetensors"):
-        raise ValueError(f"--features {args.features}: must end with .safetensors; pass features.safetensors")
-    check_workers([features.test_view(args)], max(1, args.batch_size // dist.world()), args.workers)
-    session.check_classes(args.train_shards, args.val_shards, train, val)
+    session.check_classes(("--train-shards", args.train_shards, train), ("--val-shards", args.val_shards, val))
 
 
 @lock.released()
 def main(argv: list[str] | None = None) -> None:
     with flags.one_line_errors(PROG):
-        first = flags.Parser(prog=PROG, add_help=False)
-        flags.add_evaluation_flags(first, None, "")
-        known = first.parse_known_args(argv)[0]
-        device = dist.setup(known.device, known.dist_timeout)
-        source = read_source(PROG, METHODS, argv)
-        args = get_args(argv, source)
-        args.amp = amp.resolve(args.amp, device)
-        opened = flags.shard_flags(args)
-        train = load_index_together(args.train_shards, "--train-shards", **opened)
-        val = load_index_together(args.val_shards, "--val-shards", **opened)
+        args, source, device = session.start(PROG, METHODS, argv, get_args)
+        train, val = session.load_splits(args)
         check(args, train, val)
         args.k = sorted(set(args.k or [k for k in knn.K if k <= train.total]))
-        torch.manual_seed(args.seed)
-        frozen = build_trunk(args, METHODS[args.method], source)
-        (args.layer,) = frozen.choose(None if args.layer is None else [args.layer], args.arch)
-        frozen.widths(args.size)  # refuses a size that does not fit
-        hashes = {"checkpoint_sha256": source.sha256, "trunk_sha256": checkpoint.weights_hash(frozen.trunk)}
-        dist.first_process_does(lambda: resume.open_folder(args.output_dir))
-        frozen.to(device).to(memory_format=torch.channels_last)
+        frozen, hashes = session.open_trunk(args, METHODS, source, device)
         say(f"kNN of {args.pretrained}: {source.facts}; {train.total} training and {val.total} test images")
     try:
         with flags.one_line_ends(PROG, args.batch_size), session.Stop(device) as stop:

@@ -27,17 +27,16 @@ import torch.nn.functional as F
 
 from methods import METHODS
 from utils.data.bad_samples import BadSamples
-from utils.data.index import Index, load_index_together
+from utils.data.index import Index
 from utils.data.loader import load_batches
 from utils.data.measure import say_workers
 from utils.data.shards import steps_per_epoch, training_plan
 from utils.data.views import ViewSpec, moco_v1_view
-from utils.evaluation import supervised
+from utils.evaluation import session, supervised
 from utils.evaluation.classifiers import Classifiers, evaluate, largest_change
 from utils.evaluation.frozen import Frozen, Source, add_weights_flags, build_trunk, read_source
-from utils.evaluation.session import default_folder
 from utils.learning import amp, optim
-from utils.run import checkpoint, dist, flags, lock, resume, signals, streams
+from utils.run import checkpoint, dist, flags, lock, signals, streams
 from utils.run.engine import Engine, StepInputs
 from utils.run.log import Log, say
 
@@ -84,7 +83,7 @@ def get_args(argv: list[str] | None = None, source: Source | None = None) -> fla
     if args.resize is None:
         args.resize = args.size * 256 // 224
     if args.output_dir is None:
-        args.output_dir = default_folder(args.pretrained, "linear")
+        args.output_dir = session.default_folder(args.pretrained, "linear")
     return args
 
 
@@ -148,42 +147,28 @@ def warn_if_slow(args: Namespace, steps: int) -> None:
 @lock.released()
 def main(argv: list[str] | None = None) -> None:
     with flags.one_line_errors(PROG):
-        first = flags.Parser(prog=PROG, add_help=False)
-        flags.add_run_flags(first, None, "")
-        known = first.parse_known_args(argv)[0]
-        device = dist.setup(known.device, known.dist_timeout)
-        source = read_source(PROG, METHODS, argv)
-        args = get_args(argv, source)
-        args.amp = amp.resolve(args.amp, device)
-        opened = flags.shard_flags(args)
-        train_index = load_index_together(args.train_shards, "--train-shards", **opened)
-        val_index = load_index_together(args.val_shards, "--val-shards", **opened)
+        args, source, device = session.start(PROG, METHODS, argv, get_args)
+        train_index, val_index = session.load_splits(args)
         check(args, train_index, val_index)
         torch.manual_seed(args.seed)
         frozen = build_trunk(args, METHODS[args.method], source)
         args.layer = frozen.choose(args.layer, args.arch)
         classes, copies = len(train_index.classes or ()), len(lrs_of(args))
         fc = Classifiers(frozen.widths(args.size), classes, args.seed, copies).to(device)
-        dry = args.dry_run is not None
-        resume_from = dist.first_process_does(lambda: resume.open_run(args.output_dir, args.resume, dry))
         frozen.to(device).to(memory_format=torch.channels_last)
         optimizer = optimizer_of(args, fc)
-        identity = flags.meaning(args) | {"weights": source.sha256, "train": train_index.hash, "val": val_index.hash}
-        progress = supervised.start_of(fc.heads)
 
         def load(saved):
             fc.load_state_dict(checkpoint.unprefixed(saved["state_dict"]))
             optimizer.load_state_dict(saved["optimizer"])
 
-        if resume_from:
-            progress |= supervised.restore(resume_from, args, KEY, identity, load, OLDER)
+        splits = train_index, val_index
+        progress, identity = supervised.open_run(args, KEY, source, *splits, fc.heads, device, load, OLDER)
         held = held_out(args, train_index)
         learned = train_index.part(np.setdiff1d(np.arange(train_index.total), held)) if len(held) else train_index
-        start, steps = (progress["epoch"], progress["step"]), steps_per_epoch(learned.total, args.batch_size)
-        if dry:
+        steps = steps_per_epoch(learned.total, args.batch_size)
+        if args.dry_run is not None:
             return say_workers(args, learned, specs(args), steps)
-        resumed, facts = resume_from if start > (0, 0) else None, {"train_index": train_index.hash, "val_index": val_index.hash}
-        dist.first_process_does(lambda: resume.begin(Path(args.output_dir), args, resumed, start, device=str(device), **facts))
         trunk_hash = checkpoint.weights_hash(frozen.trunk)
     published = METHODS[args.method].probe(args.arch, source.flags)
     other = " ".join(flags.typed(name, vars(args)[name]) for name, value in published.items() if vars(args)[name] != value)

@@ -24,12 +24,10 @@ from typing import Any
 import torch
 
 from methods import METHODS
-from utils.data.index import Index, load_index
-from utils.data.limits import check_workers
+from utils.data.index import Index, load_index_together
 from utils.evaluation import features, logistic, pixels, session
-from utils.evaluation.frozen import Frozen, Source, add_weights_flags, build_trunk, read_source
-from utils.learning import amp
-from utils.run import checkpoint, dist, flags, lock, resume, signals, streams
+from utils.evaluation.frozen import Frozen, Source, add_weights_flags, read_source
+from utils.run import dist, flags, lock, signals, streams
 from utils.run.files import write_json
 from utils.run.log import say
 from utils.run.text import shown_flags
@@ -46,13 +44,9 @@ def get_args(argv: list[str] | None = None, source: Source | None = None) -> fla
     add_weights_flags(parser, METHODS, source)
     data = parser.group("data")
     add = data.add_argument
-    add("--sets", required=True, nargs="+", identity=False, metavar="DIR", help="folders of shards: train/, test/ and val/")
-    features.add_view_flags(data, whole=True)
-    add("--layer", type=int, help="number of the layer whose features are used; default: the last")
-    add("--dtype", choices=features.DTYPES, default="fp32", help="dtype in which features are kept; fp16 takes half the memory")
-    add("--batch-size", type=int, default=256, identity=False, help="global batch: images of a step over all processes")
-    add("--features", identity=False, metavar="FILE",
-        help="of a single set: load the features from this .safetensors file; if there is none, write it")  # fmt: skip
+    add("--sets", required=True, nargs="+", identity=False, metavar="DIR",
+        help="folders of shards: train/, test/ and val/; --features takes one folder")  # fmt: skip
+    features.add_flags(data, whole=True)
     add = parser.group("logistic regression", identity=False).add_argument  # they do not decide the features
     add("--metric", choices=["auto", *logistic.METRICS], default="auto",
         help=f"metric of the choice and the result; auto: mean-per-class for {', '.join(PER_CLASS)}, else top1")  # fmt: skip
@@ -70,20 +64,15 @@ def get_args(argv: list[str] | None = None, source: Source | None = None) -> fla
 
 def check(args: Namespace) -> None:
     """Raise ValueError for flags that cannot work."""
-    flags.check_evaluation_flags(args)
-    flags.positive(["--batch-size"], args)
+    features.check(args)
     flags.in_range("--val-fraction", args.val_fraction, 0.01, 0.99)
-    features.check_view(args)
-    if args.features and not args.features.endswith(".safetensors"):
-        raise ValueError(f"--features {args.features}: must end with .safetensors; pass features.safetensors")
     if args.features and len(args.sets) > 1:
         raise ValueError(f"--features {args.features}: holds one set, --sets has {len(args.sets)}; pass one, or leave it out")
-    check_workers([features.test_view(args)], max(1, args.batch_size // dist.world()), args.workers)
 
 
-def open_sets(args: Namespace) -> dict[str, Splits]:
-    """name -> the splits of each of --sets. The name is that of the folder. Raises ValueError."""
-    opened, sets = flags.shard_flags(args), dict[str, Splits]()
+def find_sets(args: Namespace) -> dict[str, dict[str, str]]:
+    """name -> split -> its shards, of each of --sets. The name is that of the folder. Raises ValueError."""
+    sets: dict[str, dict[str, str]] = {}
     for folder in map(Path, args.sets):
         name = folder.resolve().name
         if name in sets:
@@ -92,35 +81,28 @@ def open_sets(args: Namespace) -> dict[str, Splits]:
             raise ValueError(f"--sets {folder}: no such folder; pass one that holds the shards of train/ and test/ or val/")
         test = "test" if (folder / "test").is_dir() else "val"
         found = {"train": "train", "test": test} | ({"val": "val"} if test == "test" and (folder / "val").is_dir() else {})
-        sets[name] = {split: load_index(str(folder / part), "--sets", **opened) for split, part in found.items()}
-        parts = [("--sets", str(folder / part), sets[name][split]) for split, part in found.items()]
-        for part in parts:
-            session.check_labels(*part)
-            session.check_same_classes(parts[0], part)
+        sets[name] = {split: str(folder / part) for split, part in found.items()}
+    return sets
+
+
+def open_sets(args: Namespace) -> dict[str, Splits]:
+    """name -> the splits of each of --sets. All processes call it together. Raises ValueError."""
+    opened, sets = flags.shard_flags(args), dict[str, Splits]()
+    for name, found in dist.first_process_does(lambda: find_sets(args)).items():
+        sets[name] = {split: load_index_together(shards, "--sets", **opened) for split, shards in found.items()}
+        session.check_classes(*(("--sets", shards, sets[name][split]) for split, shards in found.items()))
         if "val" not in found and round(args.val_fraction * sets[name]["train"].total) == 0:
-            raise ValueError(f"--val-fraction {args.val_fraction}: is no image of {folder / 'train'}; pass a larger one")
+            raise ValueError(f"--val-fraction {args.val_fraction}: is no image of {found['train']}; pass a larger one")
     return sets
 
 
 @lock.released()
 def main(argv: list[str] | None = None) -> None:
     with flags.one_line_errors(PROG):
-        first = flags.Parser(prog=PROG, add_help=False)
-        flags.add_evaluation_flags(first, None, "")
-        known = first.parse_known_args(argv)[0]
-        device = dist.setup(known.device, known.dist_timeout)
-        source = read_source(PROG, METHODS, argv)
-        args = get_args(argv, source)
-        args.amp = amp.resolve(args.amp, device)
+        args, source, device = session.start(PROG, METHODS, argv, get_args)
         check(args)
-        sets = dist.first_process_does(lambda: open_sets(args))
-        torch.manual_seed(args.seed)
-        frozen = build_trunk(args, METHODS[args.method], source)
-        (args.layer,) = frozen.choose(None if args.layer is None else [args.layer], args.arch)
-        frozen.widths(args.size)  # refuses a size that does not fit
-        hashes = {"checkpoint_sha256": source.sha256, "trunk_sha256": checkpoint.weights_hash(frozen.trunk)}
-        dist.first_process_does(lambda: resume.open_folder(args.output_dir))
-        frozen.to(device).to(memory_format=torch.channels_last)
+        sets = open_sets(args)
+        frozen, hashes = session.open_trunk(args, METHODS, source, device)
     say(f"linear transfer of {args.pretrained}: {source.facts}")
     results = {}
     try:

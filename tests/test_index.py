@@ -16,7 +16,7 @@ from utils.data import index_file, indexing
 from utils.data.index import load_index
 from utils.data.index_file import write_index
 from utils.data.tars import IMAGE_EXTENSIONS, TarSample, local_samples, open_tar, read_members, tar_samples
-from utils.evaluation.session import check_labels
+from utils.evaluation.session import check_classes
 
 
 def write_tar(path, members, format=tarfile.USTAR_FORMAT):
@@ -203,7 +203,7 @@ def test_load_index__a_label_that_is_no_number_is_named(tmp_path, capsys, label)
     assert f"indexed without labels: of its images, {index.unlabelled}" in capsys.readouterr().err
     assert load_index(str(tmp_path)) == index and capsys.readouterr().err == ""
     with pytest.raises(ValueError, match="^--val-shards .*needs labels and of its images 2 of 6 have no .cls.*; pass labelled"):
-        check_labels("--val-shards", "x", index)
+        check_classes(("--val-shards", "x", index))
 
 
 def test_load_index__without_any_label_nothing_is_said(tmp_path, capsys):
@@ -211,7 +211,7 @@ def test_load_index__without_any_label_nothing_is_said(tmp_path, capsys):
     index = load_index(str(tmp_path))
     assert index.classes is None and index.unlabelled == "" and "warning" not in capsys.readouterr().err
     with pytest.raises(ValueError, match="^--val-shards x: an evaluation needs labels and these images have none; pass"):
-        check_labels("--val-shards", "x", index)
+        check_classes(("--val-shards", "x", index))
 
 
 def test_load_index__labels_with_gaps_are_counted(tmp_path, capsys):

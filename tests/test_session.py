@@ -15,7 +15,7 @@ def split(classes):
 
 @pytest.mark.parametrize("train, val", [(NAMES, NAMES), (NUMBERS, NUMBERS), (NUMBERS, NUMBERS[:9]), (NAMES, NAMES[:3])])
 def test_check_classes__equal_ones_are_accepted_in_silence(train, val, capsys):
-    check_classes("t", "v", split(train), split(val))
+    check_classes(("--train-shards", "t", split(train)), ("--val-shards", "v", split(val)))
     assert capsys.readouterr() == ("", "")
 
 
@@ -24,7 +24,7 @@ def test_check_classes__equal_ones_are_accepted_in_silence(train, val, capsys):
 )
 def test_check_classes__numbers_beside_names_are_accepted_with_a_warning(train, val, number, capsys):
     """A split that lacks images of the last classes knows fewer."""
-    check_classes("t", "v", split(train), split(val))
+    check_classes(("--train-shards", "t", split(train)), ("--val-shards", "v", split(val)))
     (line,) = capsys.readouterr().out.splitlines()
     count = len(val if number == "--val" else train)
     assert line.startswith(f"warning: {number}-shards: its {count} classes are known as numbers only; label 0 counts as a of ")
@@ -35,4 +35,4 @@ def test_check_classes__numbers_beside_names_are_accepted_with_a_warning(train, 
                                         (NUMBERS[:9], NUMBERS), (NAMES, ("a", "c"))])  # fmt: skip
 def test_check_classes__others_are_refused(train, val):
     with pytest.raises(ValueError, match="^--val-shards v: its classes are not those of --train-shards t"):
-        check_classes("t", "v", split(train), split(val))
+        check_classes(("--train-shards", "t", split(train)), ("--val-shards", "v", split(val)))

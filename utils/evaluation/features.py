@@ -7,7 +7,6 @@ import json
 import math
 from argparse import Namespace
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from tqdm import tqdm
 
 from utils.data.bad_samples import BadSamples
 from utils.data.index import Index
+from utils.data.limits import check_workers
 from utils.data.loader import load_batches
 from utils.data.shards import evaluation_plan
 from utils.data.views import ViewSpec
@@ -27,9 +27,7 @@ from utils.run.files import atomic
 from utils.run.flags import Flags, Group, RunError
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}  # of features that are kept
-STORED = {torch.float32: "F32", torch.float16: "F16", torch.int64: "I64"}  # names of the safetensors format
 FIELDS = ("values", "labels", "sample_ids")  # of `Features`, in the file
-BLOCK = 4096  # rows that a process sends at a time to the one that writes the file
 Extract = Callable[[torch.Tensor], torch.Tensor]  # n x 3 x H x W uint8 -> n x C
 
 
@@ -46,20 +44,32 @@ class Features:
         return len(self.labels)
 
 
-def add_view_flags(group: Group, whole: bool = False) -> None:
-    """Flags of the view of a test image; the default of --resize is None. whole: help for views of whole images."""
+def add_flags(group: Group, whole: bool = False) -> None:
+    """Add the flags of features. The default of --resize is None. whole: help for views of whole images."""
     default = "--size, the whole image" if whole else "8/7 of --size; of pixels: --size, the whole image"
-    group.add_argument("--size", type=int, default=224, help="side of a view in pixels")
-    group.add_argument("--resize", type=int,
+    add = group.add_argument
+    add("--size", type=int, default=224, help="side of a view in pixels")
+    add("--resize", type=int,
         help=f"resize the shorter side of an image to this, then crop its centre; default: {default}")  # fmt: skip
-    group.add_argument("--interpolation", choices=["bicubic", "bilinear"], default="bicubic",
+    add("--interpolation", choices=["bicubic", "bilinear"], default="bicubic",
         help="how it is resized; bilinear is the test view of main_lincls.py")  # fmt: skip
+    add("--layer", type=int, help="number of the layer whose features are used; default: the last")
+    add("--dtype", choices=DTYPES, default="fp32", help="dtype in which features are kept; fp16 takes half the memory")
+    add("--batch-size", type=int, default=256, identity=False, help="global batch: images of a step over all processes")
+    add("--features", identity=False, metavar="FILE",
+        help="load the features from this .safetensors file; if there is none, write it: the first process then holds "
+             "the features of all processes in CPU memory")  # fmt: skip
 
 
-def check_view(args: Namespace) -> None:
-    """Raise ValueError unless the resized image holds the view."""
+def check(args: Namespace) -> None:
+    """Raise ValueError for values of `add_flags` that cannot work."""
+    flags.check_evaluation_flags(args)
+    flags.positive(["--batch-size"], args)
     flags.in_range("--size", args.size, 1, math.inf)
     flags.in_range("--resize", args.resize, args.size, math.inf)
+    if args.features and not args.features.endswith(".safetensors"):
+        raise ValueError(f"--features {args.features}: must end with .safetensors; pass features.safetensors")
+    check_workers([test_view(args)], max(1, args.batch_size // dist.world()), args.workers)
 
 
 def test_view(args: Namespace) -> ViewSpec:
@@ -134,33 +144,20 @@ def check_finite(found: Features) -> None:
 
 
 def save(path: Path, identity: dict[str, Any], sets: dict[str, Features]) -> None:
-    """Write a .safetensors file with the rows of all processes. Every process calls it, the first writes, block by block.
+    """Write the rows of all processes into a .safetensors file. Every process calls it.
 
-    identity: what the features depend on; `load` compares it.
+    identity: what the features depend on; `load` compares it. Raises ValueError or OSError on every process.
     """
-    tensors = {f"{name}.{field}": getattr(found, field) for name, found in sets.items() for field in FIELDS}
-    counts = {name: dist.gather_objects(len(x)) for name, x in tensors.items()}
+    rows = {f"{name}.{field}": dist.to_first(getattr(found, field)) for name, found in sets.items() for field in FIELDS}
     facts = {"identity": json.dumps(identity), "unusable": json.dumps({name: found.unusable for name, found in sets.items()})}
-    header: dict[str, Any] = {"__metadata__": facts}
-    end = 0
-    for name, x in tensors.items():
-        shape = [sum(counts[name]), *x.shape[1:]]
-        start, end = end, end + math.prod(shape) * x.element_size()
-        header[name] = {"dtype": STORED[x.dtype], "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with atomic(path) if dist.rank() == 0 else nullcontext() as file:
-        if file:
-            file.write(len(text).to_bytes(8, "little") + text)
-        for name, x in tensors.items():
-            first, row = header[name]["data_offsets"][0], math.prod(x.shape[1:]) * x.element_size()
-            for start in range(0, max(counts[name]), BLOCK):
-                blocks = dist.gather(padded(x[start : start + BLOCK], BLOCK)).split(BLOCK)
-                for rank, block in enumerate(blocks):
-                    here = min(BLOCK, counts[name][rank] - start)
-                    if file and here > 0:
-                        file.seek(8 + len(text) + first + (sum(counts[name][:rank]) + start) * row)
-                        file.write(block[:here].cpu().contiguous().numpy().tobytes())
+
+    def write() -> None:
+        from safetensors.torch import save_file
+
+        with atomic(path) as file:
+            save_file({name: x for name, x in rows.items() if x is not None}, file.name, facts)
+
+    dist.first_process_does(write)
 
 
 def load(path: Path, identity: dict[str, Any], device: torch.device) -> dict[str, Features]:

@@ -17,7 +17,7 @@ from utils.data.views import ViewSpec
 from utils.evaluation import health, knn
 from utils.evaluation.features import features
 from utils.evaluation.frozen import Frozen
-from utils.evaluation.session import check_same_classes
+from utils.evaluation.session import check_classes
 from utils.learning import layouts
 from utils.learning.method import Method
 from utils.run import checkpoint, dist, flags
@@ -45,7 +45,7 @@ def check(args: flags.Flags, train: Index, held_out: Index | None) -> None:
             raise ValueError(f"{flags.typed(name, vars(args)[name])}: measures nothing without --eval-shards; pass that too")
     flags.positive([f"--{name.replace('_', '-')}" for name in GIVEN], args)
     if held_out and train.labelled and held_out.labelled:
-        check_same_classes(("--shards", args.shards, train), ("--eval-shards", args.eval_shards, held_out))
+        check_classes(("--shards", args.shards, train), ("--eval-shards", args.eval_shards, held_out))
 
 
 def view_of(args: flags.Flags) -> ViewSpec:

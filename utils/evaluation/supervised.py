@@ -7,12 +7,15 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import torch
+
 from utils.data.index import Index
 from utils.data.limits import check_workers
 from utils.data.views import ViewSpec
 from utils.evaluation.classifiers import Head
+from utils.evaluation.frozen import Source
 from utils.evaluation.session import check_classes
-from utils.run import checkpoint, dist, flags
+from utils.run import checkpoint, dist, flags, resume
 from utils.run.files import write_json
 from utils.run.log import say
 from utils.run.text import shown_flags
@@ -41,7 +44,28 @@ def check(args: Namespace, train: Index, val: Index, specs: list[ViewSpec]) -> N
     flags.check_batch(args, train.total)
     both = [*specs, ViewSpec("test", args.size, resize=args.resize)]  # their workers live side by side
     check_workers(both, args.batch_size // dist.world(), args.workers)
-    check_classes(args.train_shards, args.val_shards, train, val)
+    check_classes(("--train-shards", args.train_shards, train), ("--val-shards", args.val_shards, val))
+
+
+def open_run(args: flags.Flags, key: str, source: Source, train: Index, val: Index, heads: Iterable[Head], device: torch.device,
+             load: Callable[[dict], None], older: Mapping[str, Any] = MappingProxyType({})
+             ) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
+    """Open the folder of results and resume from --resume. Returns (progress, identity). --dry-run writes nothing.
+
+    key, load, older: see `restore`. heads: names of the classifiers.
+    """
+    dry = args.dry_run is not None
+    path = dist.first_process_does(lambda: resume.open_run(args.output_dir, args.resume, dry))
+    identity = flags.meaning(args) | {"weights": source.sha256, "train": train.hash, "val": val.hash}
+    progress: dict[str, Any] = {"epoch": 0, "step": 0, "best": {head: {"top1": -1.0} for head in heads}, "last": None}
+    if path:
+        progress |= restore(path, args, key, identity, load, older)
+    start = progress["epoch"], progress["step"]
+    if not dry:
+        facts = {"train_index": train.hash, "val_index": val.hash, "device": str(device)}
+        resumed = path if start > (0, 0) else None
+        dist.first_process_does(lambda: resume.begin(Path(args.output_dir), args, resumed, start, **facts))
+    return progress, identity
 
 
 def restore(path: Path, args: Namespace, key: str, identity: dict[str, Any], load: Callable[[dict], None],
@@ -66,11 +90,6 @@ def restore(path: Path, args: Namespace, key: str, identity: dict[str, Any], loa
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
         raise ValueError(f"--resume {path}: its weights or optimizer have other names; pass another --output-dir") from None
     return {name: saved.get(name) for name in ("epoch", "step", "best", "last")}
-
-
-def start_of(heads: Iterable[Head]) -> dict[str, Any]:
-    """The progress of a run before its first step."""
-    return {"epoch": 0, "step": 0, "best": {head: {"top1": -1.0} for head in heads}, "last": None}
 
 
 def note(progress: dict[str, Any], epoch: int, result: dict[Head, Metrics]) -> None:

@@ -155,6 +155,21 @@ def gather(x: torch.Tensor) -> torch.Tensor:
     return out
 
 
+def to_first(x: torch.Tensor) -> torch.Tensor | None:
+    """The rows of all processes, any number each, in rank order and in CPU memory, on the first process. None on the others."""
+    counts = gather_objects(len(x))
+    if rank() > 0:
+        td.send(x.contiguous(), 0)
+        return None
+    rows = torch.empty(sum(counts), *x.shape[1:], dtype=x.dtype)
+    for sender, part in enumerate(rows.split(counts)):
+        received = x if sender == 0 else x.new_empty(part.shape)
+        if sender > 0:
+            td.recv(received, sender)
+        part.copy_(received)
+    return rows
+
+
 class _Total(torch.autograd.Function):  # torch's own has another name in each of the releases that we support
     @staticmethod
     def forward(ctx, x):
