@@ -20,7 +20,7 @@ from torch import nn
 from methods import METHODS
 from utils.evaluation.card import card
 from utils.evaluation.exports import TARGETS, Export, Loaded, pickled, safetensors
-from utils.evaluation.frozen import FLAG, Frozen, Source, add_weights_flags, build_trunk, read_source
+from utils.evaluation.frozen import Frozen, Source, add_weights_flags, build_trunk, read_source
 from utils.learning import layouts
 from utils.learning.backbones import Network
 from utils.learning.released import released
@@ -29,7 +29,7 @@ from utils.run.files import atomic_files
 from utils.run.log import say
 from utils.run.text import brief
 
-PROG = "export.py"
+PROG, RUN = "export.py", "RUN"
 LIMIT = 1e-5  # largest difference of a feature, as a share of the largest feature
 IMAGES = 4  # on which features are compared
 # the files to write by name, the features that are wanted, and how to load the files: from a path to a model of the images
@@ -46,7 +46,7 @@ def get_args(argv: list[str], source: Source) -> flags.Flags:
     add("--branch", help="CMC: the branch to export, l or ab; default: both, which safetensors and released can hold")
     add("--classifier", metavar="PROBE", help="linear probe of RUN whose classifier is exported too: its folder or checkpoint")
     add("--size", type=int, default=source.flags.get("size", 224), help="side of an image in pixels; default: as trained")
-    add("--license", default="mit", help="licence of the weights, for the model card; that of this code is MIT")
+    add("--license", metavar="NAME", help="licence of the weights, for the model card of huggingface; default: unknown")
     return parser.parse_args(argv)
 
 
@@ -55,13 +55,15 @@ def check(args: Namespace, source: Source) -> Path:
     out, ending = Path(args.output), ".pth.tar" if args.to == "released" else TARGETS[args.to][0]
     flags.positive(["--size"], args)
     if source.path is None:
-        raise ValueError(f"{FLAG} {args.pretrained}: has no weights to export; pass the folder of a run")
+        raise ValueError(f"{RUN} {args.pretrained}: has no weights to export; pass the folder of a run")
     if out.exists():
         raise ValueError(f"-o {out}: exists; pass another name")
     if not out.name.endswith(ending):
         raise ValueError(f"-o {out}: --to {args.to} needs the ending {ending}; pass {out.name.partition('.')[0]}{ending}")
     if not out.parent.is_dir():
         raise ValueError(f"-o {out}: there is no folder {out.parent}; make it")
+    if args.license and args.to != "huggingface":
+        raise ValueError(f"--license {args.license}: is for the model card of --to huggingface; leave it out")
     if args.to == "released" and (args.branch or args.classifier):
         other = "--branch" if args.branch else "--classifier"
         raise ValueError(f"--to released: holds the whole checkpoint; leave out {other}")
@@ -103,14 +105,14 @@ def all_layers(frozen: Frozen, images: torch.Tensor) -> torch.Tensor:
 
 def released_parts(args: Namespace, source: Source, frozen: Frozen, images: torch.Tensor) -> Parts:
     """The whole checkpoint in the layout of the released code."""
-    saved = checkpoint.read(source.path or "", FLAG)
+    saved = checkpoint.read(source.path or "", RUN)
     if "method" not in saved or "flags" not in saved:
         raise ValueError(f"--to released: {source.path} is not a checkpoint of this code, and its layout stays as it is")
 
     def load(path: Path) -> Loaded:
         state = layouts.weights_of(checkpoint.read(path, "-o"), f"-o {path}")
         again = build_trunk(args, METHODS[args.method], replace(source, state=state))
-        return partial(all_layers, again), f"the linear probe of the released code, or {FLAG} {path.name}"
+        return partial(all_layers, again), f"the linear probe of the released code, or --pretrained {path.name}"
 
     return {"": pickled(released(saved))}, all_layers(frozen, images), load
 
@@ -130,7 +132,7 @@ def network_parts(args: Namespace, source: Source, network: Network, images: tor
     """One network, in the names of a library."""
     head = classifier(args.classifier, source) if args.classifier else None
     resize = args.size * 256 // 224
-    text = card(source, network, args.size, resize, args.license) if args.to == "huggingface" else ""
+    text = card(source, network, args.size, resize, args.license or "unknown") if args.to == "huggingface" else ""
     facts = {"method": source.method, "arch": network.arch, "checkpoint_sha256": source.sha256 or ""}
     export = Export(network, args.size, resize, head, text, facts)
     _, files, loaded = TARGETS[args.to]
@@ -158,16 +160,17 @@ def compare(images: torch.Tensor, wanted: torch.Tensor, loaded: Loaded, to: str)
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    argv = [FLAG, *argv] if argv and not argv[0].startswith("-") else argv
     with flags.one_line_errors(PROG):
-        source = read_source(PROG, METHODS, argv)
+        if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help")):
+            raise ValueError(f"{RUN}: is the first word; pass {PROG} {RUN} --to LIBRARY -o OUT")
+        source = read_source(PROG, METHODS, argv, flag=RUN)
         args = get_args(argv, source)
         out = check(args, source)
         frozen = build_trunk(args, METHODS[args.method], source)
         rng = torch.Generator().manual_seed(0)
         images = torch.randint(0, 256, (IMAGES, 3, args.size, args.size), dtype=torch.uint8, generator=rng)
         if not all_layers(frozen, images).any():
-            raise ValueError(f"{FLAG} {source.path}: its features are all 0, so they prove nothing; pass another checkpoint")
+            raise ValueError(f"{RUN} {source.path}: its features are all 0, so they prove nothing; pass another checkpoint")
         if args.to == "released":
             files, wanted, load = released_parts(args, source, frozen, images)
         elif network := only_network(args, METHODS[args.method].networks(frozen.trunk, args)):
@@ -182,6 +185,8 @@ def main(argv: list[str] | None = None) -> None:
         except OSError as error:
             raise ValueError(f"-o {out}: {error.strerror}; pass a place where you may write") from None
     say(f"{out}: {source.facts}; {result}")
+    if args.to == "huggingface" and not args.license:
+        say("The model card says that the licence is unknown; --license NAME writes it")
 
 
 if __name__ == "__main__":

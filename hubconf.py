@@ -28,8 +28,8 @@ class _Features(_nn.Module):
 
 
 def _load(weights, *flags, size=224):
-    argv = [_frozen.FLAG, str(weights or "random"), *flags]
-    source = _frozen.read_source("torch.hub", _METHODS, argv)
+    argv = [str(weights or "random"), *flags]
+    source = _frozen.read_source("torch.hub", _METHODS, argv, flag="weights")
     parser = _Parser(prog="torch.hub")
     _frozen.add_weights_flags(parser, _METHODS, source)
     args = parser.parse_args(argv)

@@ -29,14 +29,14 @@ from utils.data.measure import say_workers
 from utils.data.shards import lanes_of, steps_per_epoch, training_plan
 from utils.data.views import ViewSpec
 from utils.evaluation import monitor
-from utils.evaluation.frozen import open_weights
+from utils.evaluation.frozen import open_weights, trunk_identity
 from utils.evaluation.monitor import Monitor
 from utils.learning import amp, initial, optim
 from utils.learning.accumulate import accumulate
 from utils.learning.method import Method, Step
 from utils.run import checkpoint, dist, flags, lock, replay, resume
 from utils.run.engine import Engine, NotFinite, StepInputs
-from utils.run.flags import Flags, Parser, in_range, one_line_ends, one_line_errors, positive
+from utils.run.flags import Flags, Parser, in_range, one_line_ends, one_line_errors, positive, typed
 from utils.run.log import Log, say
 from utils.run.signals import exit_code, stopped
 from utils.run.text import shown, shown_flags
@@ -196,6 +196,13 @@ def build(args, samples: int, device: torch.device) -> Method:
 def initialize(args, method: Method) -> dict[str, str | None]:
     """Load the weights of --init, read by the first process. Returns the record of them."""
     found = dist.first_process_does(lambda: open_weights(args.init, "--init"))
+    for name in trunk_identity(METHODS[args.method]) if found.method == args.method else ():
+        value, trained = vars(args)[name], found.stated.get("flags", {}).get(name)
+        if trained is None:
+            say(f"warning: {found.path} does not contain --{name}; its trunk is taken as one of {typed(name, value)}")
+        elif trained != value:
+            raise ValueError(f"{typed(name, value)}: {found.path} of --init was trained with {trained}; pass "
+                             f"{typed(name, trained)}")  # fmt: skip
     loaded = initial.load(method, args, found.state, found.method == args.method, f"--init {found.path}")
     say(f"{found.path}: {found.layout}; {loaded}")
     return {"source": shown(args.init), "path": str(found.path), "layout": found.layout, "sha256": found.sha256}

@@ -315,6 +315,7 @@ def refused(capsys, *argv):
             "-o /proc/out.pth: No such file or directory; pass a place where you may write",
         ),
         ("mosrep", "--to timm -o out.pth --classifier nothing", "--classifier nothing: no such file"),
+        ("mosrep", "--to timm -o out.pth --license mit", "--license mit: is for the model card of --to huggingface"),
     ],
 )
 def test_export__refuses_in_one_line(run, tmp_path, monkeypatch, capsys, name, flags, message):
@@ -323,6 +324,20 @@ def test_export__refuses_in_one_line(run, tmp_path, monkeypatch, capsys, name, f
     Path("there.pth").write_text("mine")
     assert message in refused(capsys, folder, *flags.split())
     assert [path.name for path in tmp_path.iterdir()] == ["there.pth"] and Path("there.pth").read_text() == "mine"
+
+
+def test_export__messages_name_what_the_user_types(tmp_path, capsys):
+    to = "--to", "timm", "-o", tmp_path / "out.pth"
+    assert refused(capsys, tmp_path / "no", *to).startswith(f"export.py: error: RUN {tmp_path}/no: no such file")
+    assert refused(capsys, "random", *to).endswith("error: RUN random: has no weights to export; pass the folder of a run")
+    assert "RUN: is the first word; pass export.py RUN --to" in refused(capsys, *to, tmp_path)
+    torch.save({"state_dict": {"module.encoder_q.x": X}}, tmp_path / "c.pth")
+    assert f"RUN {tmp_path}/c.pth: does not fit the trunk" in refused(capsys, tmp_path / "c.pth", *to)
+
+
+def test_export__the_licence_of_weights_is_not_guessed(run, tmp_path, capsys):
+    card = (exported(run, "mosrep", "huggingface", tmp_path) / "README.md").read_text()
+    assert "license: unknown\n" in card and "licence is unknown; --license NAME" in capsys.readouterr().out
 
 
 def test_export__refuses_a_probe_of_other_weights(run, tmp_path, capsys):

@@ -103,6 +103,18 @@ def test_init__from_cmcs_release_both_branches(tmp_path):
         started(tmp_path / "c.pth", "moco")
 
 
+def test_init__from_another_colour_space_is_refused(tmp_path, capsys):
+    saved = {"method": "cmc", "state_dict": checkpoint.prefixed(build("cmc", seed=5)), "flags": {"space": "YCbCr"}}
+    torch.save(saved, tmp_path / "c.pth")
+    with pytest.raises(ValueError, match="^--space Lab: .*c.pth of --init was trained with YCbCr; pass --space YCbCr$"):
+        started(tmp_path / "c.pth", "cmc")
+    started(tmp_path / "c.pth", "cmc", "--space", "YCbCr")
+    assert "warning" not in capsys.readouterr().out
+    torch.save(saved | {"flags": {}}, tmp_path / "c.pth")
+    started(tmp_path / "c.pth", "cmc")
+    assert "c.pth does not contain --space; its trunk is taken as one of --space Lab\n" in capsys.readouterr().out
+
+
 def run(images, out, *flags):
     main_pretrain.main([*tiny("moco"), *COMMON, "--shards", f"{images}/train", "--output-dir", str(out), *map(str, flags)])
     return checkpoint.read(out / checkpoint.LATEST, "--resume")

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from utils.evaluation.frozen import FLAG, Source
+from utils.evaluation.frozen import Source
 from utils.learning.backbones import Network
 from utils.run import checkpoint
 from utils.run.flags import typed
@@ -45,9 +45,9 @@ antialias). Then the central {size} x {size} pixels are cut.
 
 
 def results(run: Path, sha256: str) -> list[tuple[str, dict[str, float], str]]:
-    """(evaluation, its numbers, its protocol) of each result*.json below the folder of a run that measured this checkpoint."""
+    """(evaluation, its numbers, its protocol) of each result*.json of a run that measured this checkpoint."""
     found = []
-    for path in sorted(run.rglob("result*.json")):
+    for path in sorted([*run.glob("*/result*.json"), *run.glob("*/*/result*.json")]):  # linear/, transfer/CIFAR10/
         try:
             content = json.loads(path.read_text())
         except (OSError, ValueError):
@@ -80,7 +80,7 @@ def table(header: list[str], rows: list[list[Any]]) -> str:
 def card(source: Source, network: Network, size: int, resize: int, license_name: str) -> str:
     """README.md of a Hugging Face folder. resize: shorter side of an image before the crop of `size`."""
     assert source.path and source.sha256
-    saved = checkpoint.read(source.path, FLAG)  # perhaps not of this code
+    saved = checkpoint.read(source.path, source.flag)  # perhaps not of this code
     run, flags = source.path.parent, shown_flags(saved.get("flags", {}))
     try:
         config = json.loads((run / "config.json").read_text())

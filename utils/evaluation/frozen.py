@@ -32,14 +32,21 @@ class Source:
     flags: dict[str, Any]  # of the run that saved it; empty if the checkpoint has none
     sha256: str | None  # of the file
     layout: str = ""  # of the file, in words
+    flag: str = FLAG  # that named the weights
 
 
-def add_weights_flags(parser: Parser, methods: Methods, source: Source | None = None) -> None:
-    """Add the flags of every evaluation. With a source: also the method's own flags, and defaults from its checkpoint."""
-    group = parser.group("weights")
+def add_weights_flags(parser: Parser, methods: Methods, source: Source | None = None, flag: str = FLAG) -> None:
+    """Add the flags of every evaluation. With a source: also the method's own flags, and defaults from its checkpoint.
+
+    flag: --pretrained, or the name of a positional argument in its place; with a source, that of the source.
+    """
+    group, flag = parser.group("weights"), source.flag if source else flag
     add = group.add_argument
-    add(FLAG, required=bool(source), identity=False, metavar="PATH",
-        help="checkpoint, run, name of weights.json, https://, hf://, `random` (untrained) or `pixels` (no trunk)")  # fmt: skip
+    text = "checkpoint, run, name of weights.json, https://, hf://, `random` (untrained) or `pixels` (no trunk)"
+    if flag == FLAG:
+        add(FLAG, required=bool(source), identity=False, metavar="PATH", help=text)
+    else:
+        add("pretrained", nargs=None if source else "?", identity=False, metavar=flag, help=text)
     add("--method", choices=methods, help="method that trained the trunk; default: the checkpoint's, else %(default)s")
     add("-a", "--arch", help="trunk: a timm model, or CMC's; default: the checkpoint's, else %(default)s")
     if source:
@@ -81,23 +88,23 @@ def open_weights(spec: str, flag: str) -> Weights:
     return Weights(path, stated, state, sha256, layout, *layouts.recognize(saved | stated, state))
 
 
-def read_source(prog: str, methods: Methods, argv: list[str] | None = None, opened: bool = True) -> Source:
-    """Find the weights of --pretrained, and decide method and arch. opened: whether to read the file.
+def read_source(prog: str, methods: Methods, argv: list[str] | None = None, opened: bool = True, flag: str = FLAG) -> Source:
+    """Find the weights of --pretrained, and decide method and arch. opened: whether to read the file. flag: see above.
 
     The first process reads, once, and sends the others what it has read: a training may write more meanwhile.
     Raises ValueError or OSError that names the flag, also if --method contradicts the checkpoint.
     """
     parser = Parser(prog=prog, add_help=False)
-    add_weights_flags(parser, methods)
+    add_weights_flags(parser, methods, flag=flag)
     given = parser.parse_known_args(argv)[0]
     if given.pretrained == pixels.NAME:
-        return Source(given.method or next(iter(methods)), pixels.NAME, "pixels of the views", None, {}, {}, None)
+        return Source(given.method or next(iter(methods)), pixels.NAME, "pixels of the views", None, {}, {}, None, flag=flag)
     found = Weights(None, {}, {}, None, "", None, False)
     if opened and given.pretrained not in (None, "random"):
-        found = dist.first_process_does(lambda: open_weights(given.pretrained, FLAG))
+        found = dist.first_process_does(lambda: open_weights(given.pretrained, flag))
     if found.method and found.method not in methods:
         known = ", ".join(methods)
-        raise ValueError(f"{FLAG} {found.path}: is of method {found.method}, not one of {known}; pass another file")
+        raise ValueError(f"{flag} {found.path}: is of method {found.method}, not one of {known}; pass another file")
     if given.method and found.only and given.method != found.method:
         raise ValueError(f"--method {given.method}: {found.path} is a checkpoint of {found.method}; leave it out, or pass "
                          f"--method {found.method}")  # fmt: skip
@@ -109,7 +116,7 @@ def read_source(prog: str, methods: Methods, argv: list[str] | None = None, open
     arch_by = "flag" if given.arch else "checkpoint" if stated else "weights' shapes" if named else "default"
     arch = given.arch or named or methods[method].ARCH
     facts = f"method {method} ({by}), arch {arch} ({arch_by})"
-    return Source(method, arch, facts, found.path, found.state, flags, found.sha256, found.layout)
+    return Source(method, arch, facts, found.path, found.state, flags, found.sha256, found.layout, flag)
 
 
 class Frozen(nn.Module):
@@ -140,11 +147,17 @@ class Frozen(nn.Module):
         return chosen
 
 
+def trunk_identity(method: type[Method]) -> list[str]:
+    """The flags of a method's IDENTITY that decide the meaning of its trunk: evaluations have them too."""
+    method.add_probe_flags((parser := Parser(add_help=False)).group("own"))
+    return [name for name in method.IDENTITY if name in parser.parse_args([])]
+
+
 def build_trunk(args: Namespace, method: type[Method], source: Source) -> Frozen:
     """The trunk of --arch with weights of --pretrained or random ones, or `pixels`. Raises ValueError if they do not fit."""
     if args.pretrained == pixels.NAME:
         return Frozen(pixels.probed())
-    for name in (name for name in method.IDENTITY if name in args):  # the others do not change the trunk
+    for name in trunk_identity(method):
         value, trained = vars(args)[name], source.flags.get(name)
         if value is None:
             raise ValueError(f"--{name.replace('_', '-')}: {source.path} does not contain it; pass the value of its training")
@@ -153,7 +166,7 @@ def build_trunk(args: Namespace, method: type[Method], source: Source) -> Frozen
     probed = method.frozen(args)
     if source.path:
         state = torchvision_names.converted(method.trunk(source.state, args), probed.trunk, args.arch)
-        layouts.load_trunk(probed.trunk, state, probed.classifier, f"{FLAG} {source.path}", source.state)
+        layouts.load_trunk(probed.trunk, state, probed.classifier, f"{source.flag} {source.path}", source.state)
         if dist.rank() == 0:  # not `say`, because torch.hub has no TensorBoard
             tensors = len(probed.trunk.state_dict())
             print(f"{source.path}: {source.layout}, {tensors} tensors, trunk {args.arch}", flush=True)
