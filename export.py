@@ -1,10 +1,10 @@
-"""Take the trunk of a run to another library, and look whether it gives the same features there.
+"""Export the trunk of a run to another library, and check that it has the same features there.
 
     python export.py RUN --to timm -o trunk.pth
     python export.py RUN --to huggingface -o folder --classifier RUN/linear
 
 RUN is a run folder, or a checkpoint in any layout that the evaluations load. OUT gets its name only after the library
-has loaded it and its features of sample images were those of RUN.
+has loaded it, and has computed the features of RUN for sample images.
 """
 
 import sys

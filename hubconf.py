@@ -3,7 +3,7 @@
     model = torch.hub.load("PATH_OF_THIS_CODE", "mosrep_resnet50", source="local", weights="RUN_OR_FILE")
     model = torch.hub.load("PATH_OF_THIS_CODE", "trunk", source="local", weights="RUN_OR_FILE")      # any method and arch
 
-The model takes n x 3 x H x W images that are normalized with ImageNet's mean and standard deviation, and gives n x C features.
+The model takes n x 3 x H x W images, normalized with ImageNet's mean and standard deviation. It gives n x C features.
 """
 
 dependencies = ["torch", "torchvision", "timm"]

@@ -161,7 +161,7 @@ def load_index_together(spec: str, flag: str = "--shards", **options) -> Index:
 
 def index_part(spec: str, flag: str, cache_dir: str | None, part: int, parts: int) -> None:
     """Scan one of equal parts of the shards that load_index will index, so that it finds their scans. Raises nothing."""
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, OSError):
         if not is_remote(spec) or _exists(Path(spec)):
             folder = named_tars(spec, flag)[1]
             if not any(path.exists() for path in index_places(folder, cache_dir)):

@@ -74,7 +74,7 @@ def scan_part(folder: Path, flag: str, cache_dir: str | None, part: int, parts: 
 
 
 def scan_shards(folder: Path, flag: str, place: Path | None, part: int = 0, parts: int = 1) -> list[dict]:
-    """The result of `_scan` for each shard of a part. place: of the index; each result is kept beside it at once.
+    """The result of `_scan` for each shard of a part. place: of the index; each result is written beside it immediately.
 
     Results of an earlier, interrupted scan are taken if size and time of the shard are the same. Raises ValueError.
     """
@@ -108,7 +108,7 @@ def _scanned(place: Path) -> dict[str, dict]:
 
 
 def _scan(path: Path, flag: str) -> dict:
-    """What the index of a folder needs to know of a shard, ready for JSON. Raises ValueError."""
+    """The facts of a shard for the index of its folder, ready for JSON. Raises ValueError."""
     left_out: dict[str, tuple[int, str]] = {}
 
     def note(why, name):

@@ -21,7 +21,7 @@ Loaded = tuple[Callable[[torch.Tensor], torch.Tensor], str]  # a model, and how 
 
 @dataclass(frozen=True)
 class Export:
-    """What is exported: a trunk or a branch of it, with a classifier if there is one."""
+    """A trunk or a branch of it to export, with a classifier if there is one."""
 
     network: Network
     size: int  # side of an image in pixels

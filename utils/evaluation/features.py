@@ -1,6 +1,6 @@
 """Features of an index by a frozen trunk: each image once over all processes, kept where they were computed, or in a file.
 
-kNN, logistic regression and the measures beside pre-training start from these.
+kNN, logistic regression and the measures during pre-training start from these.
 """
 
 import json
@@ -8,6 +8,7 @@ import math
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,8 @@ def check(args: Namespace) -> None:
     flags.in_range("--resize", args.resize, args.size, math.inf)
     if args.features and not args.features.endswith(".safetensors"):
         raise ValueError(f"--features {args.features}: must end with .safetensors; pass features.safetensors")
+    if args.features and not find_spec("safetensors"):
+        raise ValueError(f"--features {args.features}: needs the package safetensors; run pip install safetensors")
     check_workers([test_view(args)], max(1, args.batch_size // dist.world()), args.workers)
 
 
@@ -146,7 +149,7 @@ def check_finite(found: Features) -> None:
 def save(path: Path, identity: dict[str, Any], sets: dict[str, Features]) -> None:
     """Write the rows of all processes into a .safetensors file. Every process calls it.
 
-    identity: what the features depend on; `load` compares it. Raises ValueError or OSError on every process.
+    identity: the values that decide the features; `load` compares it. Raises ValueError or OSError on every process.
     """
     rows = {f"{name}.{field}": dist.to_first(getattr(found, field)) for name, found in sets.items() for field in FIELDS}
     facts = {"identity": json.dumps(identity), "unusable": json.dumps({name: found.unusable for name, found in sets.items()})}

@@ -2,7 +2,7 @@
 
 The test features go round in chunks; each process finds its nearest training images, and these are merged. Similarities are
 computed in float64 and then rounded to float32. So the number of processes, the size of a chunk and the device's order of
-additions change no neighbour, and equal similarities are told apart by the smaller sample id.
+additions change no neighbour. Of equal similarities, that with the smaller sample id comes first.
 """
 
 from collections.abc import Callable, Sequence

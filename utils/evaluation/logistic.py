@@ -134,9 +134,9 @@ def linear_transfer(train: Images, val: Images, test: Images, classes: int, metr
                     ask: Callable[[], None] = lambda: None) -> dict[str, Any]:  # fmt: skip
     """Choose l2 on `val`, fit `train` and `val` together with it, and return all metrics of `test` in %.
 
-    metric: of METRICS, for the choice; among equals the largest l2 wins. (ssl-transfer takes the smallest. That end of the grid
-    is the plateau of a classifier that has learned all images by heart.) ask: called before each fit; it may raise. All
-    processes call this with the same images. The first one fits, and the others hear from it after each fit.
+    metric: of METRICS, for the choice; among equals the largest l2 wins. (ssl-transfer takes the smallest. At that end
+    of the grid are equal scores of classifiers that fit all training images.) ask: called before each fit; it may raise. All
+    processes call this with the same images. The first one fits, and sends the others each result.
     """
     steps = path(Problem(*train, classes), GRID) if dist.rank() == 0 else iter(())
     fits: list[Fit] = []

@@ -1,4 +1,4 @@
-"""kNN and measures of health of the live trunk beside pre-training. It changes nothing of the training.
+"""kNN and measures of health of the live trunk during pre-training. They change nothing of the training.
 
 The weights are copied into the frozen trunk that an evaluation of the checkpoint would build. So the training's modules, their
 mode and their statistics stay as they are, and the result is that of the checkpoint.

@@ -93,7 +93,7 @@ def _check_pair(train, other):
 
 
 class Stop(signals.Signals):
-    """A context around an evaluation that saves nothing on its way: a call raises Stopped after a signal to any process."""
+    """A context around an evaluation that saves nothing before its end: a call raises Stopped after a signal to any process."""
 
     def __init__(self, device: torch.device):
         super().__init__()

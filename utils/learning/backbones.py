@@ -29,7 +29,7 @@ class Probed:
 
 @dataclass(frozen=True)
 class Network:
-    """A trunk, or a branch of it, as a timm model without classifier: what an export writes."""
+    """A trunk, or a branch of it, as a timm model without classifier: the network of an export."""
 
     model: nn.Module  # `inputs` -> n x C
     arch: str  # its name in timm

@@ -11,9 +11,9 @@ from utils.learning.method import Method
 
 
 def load(method: Method, args: Namespace, state: Mapping[str, torch.Tensor], same: bool, source: str) -> str:
-    """Load the trunk of a file into every trunk of a method, and, if the file is of the same method, heads and queue that fit.
+    """Load the trunk of a file into every trunk of a method; from a file of the same method also heads and queue that fit.
 
-    state: the weights of the file. source: flag and path. Returns what was loaded and what starts fresh, in words.
+    state: the weights of the file. source: flag and path. Returns the loaded and the fresh parts, in words.
 
     A head is loaded whole or not at all. A queue has keys of the heads, so it is loaded only with all of them. A bank has
     features of the images of one data set: it starts fresh. Raises ValueError if the trunk does not fit.

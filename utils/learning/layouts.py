@@ -123,9 +123,9 @@ MOCO_V3 = {"vit_small": "vit_small_mocov3", "vit_base": "vit_base_patch16_224"} 
 
 
 def arch_of(state_dict: Mapping[str, torch.Tensor], stated: str | None = None) -> str | None:
-    """The architecture of a checkpoint's trunk: the file's own word, or what names and shapes prove, or None.
+    """The architecture of a checkpoint's trunk: its name in the file, or that which names and shapes prove, or None.
 
-    stated: the file's own word, which is MoCo-v3's own name for some transformers.
+    stated: its name in the file; MoCo-v3 has its own names of some transformers.
     """
     layout = layout_of(state_dict)
     if stated:

@@ -26,7 +26,7 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def atomic_files(path: Path, contents: Mapping[str, bytes]) -> Iterator[Path]:
-    """A folder of files, or the file of the only name "", to look at before it gets its name, which must be free.
+    """A folder of files, or the file of the only name "": it can be checked before it gets its name, which must be free.
 
     Yields its temporary path, with the same last name. After an error nothing is left.
     """

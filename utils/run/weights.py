@@ -22,6 +22,7 @@ from contextlib import contextmanager, suppress
 from http.client import HTTPException
 from pathlib import Path
 
+from utils.run import dist
 from utils.run.files import atomic
 from utils.run.flags import one_line_errors
 from utils.run.log import say
@@ -71,6 +72,8 @@ def fetch(spec: str, flag: str) -> Path:
             if not path.exists():
                 _download(url, path, entry.get("sha256"), where)
             found, record = _sha256(path), _record(path)
+            if not record.exists():
+                raise ValueError(f"{where}: {path} was put there without {record.name}; pass the path of a file of yours")
             if found != record.read_text().split()[0]:
                 raise ValueError(f"{where}: {path} has changed since its download; delete it")
     except OSError as error:
@@ -120,6 +123,7 @@ def _locked(path: Path, where: str) -> Iterator[None]:
                 if not said:
                     say(f"{path}: another process downloads it; waiting")
                 said = True
+                dist.alive()
                 time.sleep(0.2)
         yield
 
@@ -129,7 +133,7 @@ def _part(path):
 
 
 def _download(url, path, expected, where):
-    """Download to a file with another name, which keeps what has arrived; check it, record its sha256, rename it."""
+    """Download to another name, where an interrupted download keeps its bytes; check it, record its sha256, rename it."""
     part = _part(path)
     try:
         (_from_drive if "//drive.google.com/" in url else _with_retries)(url, part, where)
@@ -201,7 +205,7 @@ def _tag(part):
 
 
 def _copy(url, part):
-    """Append what is missing of a file, or all of it if the server has another version now. Raises OSError if it is cut."""
+    """Append the missing bytes of a file, or all of it if the server has another version now. Raises OSError if it is cut."""
     tag, headers = _tag(part), {"User-Agent": "contrastive-weights", "Accept-Encoding": "identity"}
     have = part.stat().st_size if part.exists() and tag.exists() else 0
     if have:
@@ -210,7 +214,7 @@ def _copy(url, part):
         resumed = answer.status == 206 and answer.headers.get("Content-Range", "").startswith(f"bytes {have}-")
         if answer.status == 206 and not resumed:
             tag.unlink(missing_ok=True)
-            raise ConnectionError("the server gives another part than asked for")
+            raise ConnectionError("the server gives other bytes than the missing ones")
         have = have if resumed else 0
         length = answer.headers.get("Content-Length")
         total = have + int(length) if length else None
@@ -224,6 +228,7 @@ def _copy(url, part):
         bar = tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=part.name[1:-5], leave=False, disable=None)
         with bar, open(part, "ab" if resumed else "wb") as file:
             while data := answer.read(BLOCK):
+                dist.alive()
                 file.write(data)
                 bar.update(len(data))
     if total is not None and part.stat().st_size != total:
