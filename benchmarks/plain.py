@@ -117,6 +117,6 @@ def adapt(parameters, args) -> None:
     """LARS, layer by layer."""
     for p in parameters:
         if p.ndim > 1:
+            p.grad = p.grad + args.weight_decay * p
             w, g = p.norm(), p.grad.norm()
-            rate = torch.where((w > 0) & (g > 0), args.trust * w / (g + args.weight_decay * w), 1)
-            p.grad = (p.grad + args.weight_decay * p) * rate
+            p.grad = p.grad * torch.where((w > 0) & (g > 0), args.trust * w / g, 1)

@@ -125,8 +125,11 @@ def test_two_views__are_two_networks_and_two_banks_to_the_bit():
     networks = method.encoder.l_to_ab, method.encoder.ab_to_l
     layouts = [x.contiguous(memory_format=torch.channels_last) for x in color_views(pixels, "Lab")]
     f_l, f_ab = (normalize(network(x), dim=1) for network, x in zip(networks, layouts, strict=True))
-    terms = [criterion("nce", 0.07, IMAGES)(Scores.apply(f, state[f"banks.{bank}.memory"], rows))[0]
-             for f, bank in ((f_l, "ab"), (f_ab, "l"))]  # fmt: skip
+    terms = []
+    for f, bank in ((f_l, "ab"), (f_ab, "l")):
+        scores, nce = Scores.apply(f, state[f"banks.{bank}.memory"], rows), criterion("nce", 0.07, IMAGES)
+        nce.start(scores)
+        terms.append(nce(scores)[0])
     assert torch.equal(loss, terms[0] + terms[1])
 
 

@@ -89,11 +89,11 @@ def features(arch, state, x, **options):
         return model(x)
 
 
-def equal(model, x, wanted):
+def equal(model, x, wanted, rounding=1e-6):
     with torch.no_grad():
         found = model.eval()(x) if isinstance(model, nn.Module) else model(x)
     assert found.shape == wanted.shape and wanted.std() > 1e-3
-    torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(found, wanted, atol=rounding, rtol=rounding)
 
 
 def timms(out, arch, **options):
@@ -409,13 +409,13 @@ def test_hubconf__needs_only_torch_torchvision_and_timm(run, tmp_path):
     ended = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
     found = torch.load(out, weights_only=True)
-    equal(lambda _: found["one"], None, features("resnet50", state, X))
+    equal(lambda _: found["one"], None, features("resnet50", state, X), 1e-4)  # another number of threads
     parts = []
     for number, name in enumerate(("l_to_ab.", "ab_to_l.")):
         half = {n.removeprefix(name): v for n, v in halves.items() if n.startswith(name)}
         view = color_views(IMAGES, "Lab")[number]
         parts.append(features("resnet18", half, view, in_chans=number + 1, channels=(32, 64, 128, 256)))
-    torch.testing.assert_close(found["cmc"], torch.cat(parts, 1), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found["cmc"], torch.cat(parts, 1), atol=1e-4, rtol=1e-4)
 
 
 def test_hubconf__has_an_entry_for_each_method():
