@@ -249,3 +249,16 @@ def parts_of_first_node():
 def test_first_node_does__each_process_its_part():
     assert spawn(parts_of_first_node) == [([(0, 2)], "next"), ([(1, 2)], "next")]
     assert parts_of_first_node() == ([(0, 1)], "next")  # without a process group
+
+
+def collected(counts):
+    """Rows of this process: their number is its entry of `counts`, their value its rank."""
+    x = torch.full((counts[dist.rank()], 2), dist.rank(), dtype=torch.int64)
+    return dist.to_first(x)
+
+
+@pytest.mark.parametrize("counts", [(3, 5), (0, 4), (4, 0)])
+def test_to_first__takes_any_number_of_rows(counts):
+    first, other = spawn(collected, counts)
+    assert other is None and first[:, 0].tolist() == [0] * counts[0] + [1] * counts[1] and first.shape[1] == 2
+    assert torch.equal(collected(counts), first[: counts[0]])  # without a process group

@@ -1,5 +1,6 @@
 """Features of an index: those of the trunk, each image once, saved and loaded by any number of processes."""
 
+import resource
 from argparse import Namespace
 
 import numpy as np
@@ -99,6 +100,18 @@ def test_save__is_read_by_safetensors_itself(images, tmp_path):
     _, values = saved(images, tmp_path)
     read = load_file(tmp_path / "f.safetensors")
     assert torch.equal(read["val.values"], values) and set(read) == {"val.values", "val.labels", "val.sample_ids"}
+
+
+def test_save__a_full_disk_leaves_nothing(images, tmp_path):
+    """A limit on the size of a file has the same effect in the middle of a write."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(OSError, match=f"^--features {tmp_path}/f.safetensors: .*File too large.*; pass a file where there"):
+            saved(images, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir())
 
 
 def test_load__refuses_other_features_in_one_line(images, tmp_path):

@@ -215,6 +215,14 @@ def test_fetch__google_drive(server, tmp_path, monkeypatch):
         weights.fetch("w2ssl_resnet50_in1k_200ep", "--init")
 
 
+def test_fetch__a_file_that_was_put_into_the_cache(server, named, tmp_path):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "ours_tiny.pth").write_bytes(DATA)
+    with pytest.raises(ValueError, match="^--init ours_tiny: .*/ours_tiny.pth was put there without ours_tiny.pth.sha256"):
+        weights.fetch("ours_tiny", "--init")
+    assert not server.asked
+
+
 def test_fetch__a_name_that_is_nearly_right():
     with pytest.raises(ValueError, match="--init mosrep_resnet50_in1k: no such file or name; did you mean mosrep_resnet50_"):
         weights.fetch("mosrep_resnet50_in1k", "--init")

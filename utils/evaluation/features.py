@@ -155,10 +155,14 @@ def save(path: Path, identity: dict[str, Any], sets: dict[str, Features]) -> Non
     facts = {"identity": json.dumps(identity), "unusable": json.dumps({name: found.unusable for name, found in sets.items()})}
 
     def write() -> None:
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
-        with atomic(path) as file:
-            save_file({name: x for name, x in rows.items() if x is not None}, file.name, facts)
+        try:
+            with atomic(path) as file:
+                save_file({name: x for name, x in rows.items() if x is not None}, file.name, facts)
+        except SafetensorError as error:  # a full disk, too
+            raise OSError(f"--features {path}: {error}; pass a file where there is room") from None
 
     dist.first_process_does(write)
 

@@ -42,8 +42,9 @@ def add_weights_flags(parser: Parser, methods: Methods, source: Source | None = 
     """
     group, flag = parser.group("weights"), source.flag if source else flag
     add = group.add_argument
-    text = "checkpoint, run, name of weights.json, https://, hf://, `random` (untrained) or `pixels` (no trunk)"
+    text = "checkpoint, run, name of weights.json, https://, hf://"
     if flag == FLAG:
+        text += ", `random` (untrained) or `pixels` (no trunk)"
         add(FLAG, required=bool(source), identity=False, metavar="PATH", help=text)
     else:
         add("pretrained", nargs=None if source else "?", identity=False, metavar=flag, help=text)
