@@ -77,7 +77,7 @@ def named(server, monkeypatch, tmp_path):
 
 
 def files(tmp_path):
-    """What the cache shows."""
+    """The visible files of the cache."""
     return sorted(path.name for path in (tmp_path / "cache").glob("[!.]*"))
 
 

@@ -129,8 +129,8 @@ def class_names(source: Path) -> set[str]:
 def read_subset(path: str, source: Path) -> set[str]:
     """The classes in a list. A line, or its first word, is a class; # starts a comment.
 
-    Raises ValueError for a list that cannot be read or is empty, for one with the name of a published list and another sha256,
-    and for a class that the source does not have.
+    A list with the name of a published one must have its sha256. Raises ValueError for another one, for a list that cannot be
+    read or is empty, and for a class that the source does not have.
     """
     try:
         content = Path(path).read_bytes()
