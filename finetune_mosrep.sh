@@ -41,8 +41,15 @@ else
 fi
 if [[ ${IMAGES:-all} != all ]]; then recipe+=(--images "$IMAGES"); fi
 
-folder=$CHECKPOINT # a file has the results beside it
-if [[ $CHECKPOINT == random ]]; then folder=${PROJECT}output/random; elif [[ -f $CHECKPOINT ]]; then folder=$(dirname "$CHECKPOINT"); fi
+name=${CHECKPOINT##*/} name=${name%%[.?]*} # the same folders as without --output-dir, and the recipe
+if [[ -d $CHECKPOINT ]]; then
+    folder=$CHECKPOINT/finetune
+elif [[ ! -f $CHECKPOINT ]]; then # random, or weights of a name or URL
+    folder=${PROJECT}output/$name/finetune
+else
+    folder=$(dirname "$CHECKPOINT")/finetune
+    if [[ $name != checkpoint_* ]]; then folder+=-$name; fi
+fi
 
 launch "${PROJECT}"main_finetune.py --method "$METHOD" --pretrained "$CHECKPOINT" --resume auto \
-    --output-dir "$folder/finetune${RECIPE:+-$RECIPE}" --train-shards "$TRAIN" --val-shards "$VAL" "${recipe[@]}" "$@"
+    --output-dir "$folder${RECIPE:+-$RECIPE}" --train-shards "$TRAIN" --val-shards "$VAL" "${recipe[@]}" "$@"

@@ -125,6 +125,16 @@ def test_launchers__recipes_of_fine_tuning_are_the_published_ones(project, recip
     assert args.output_dir == f"output/moco/finetune-{recipe}" and (args.size, args.resize) == (224, 256)
 
 
+@pytest.mark.parametrize("checkpoint, folder", [
+    ("random", "output/random/finetune"), ("https://host/a.pth?x=1", "output/a/finetune"), ("other.pth.tar", "finetune-other"),
+    ("output/moco", "output/moco/finetune"), ("output/moco/checkpoint_latest.pth.tar", "output/moco/finetune"),
+])  # fmt: skip
+def test_launchers__results_of_fine_tuning_are_beside_the_weights(project, checkpoint, folder):
+    write(project / "other.pth.tar")
+    args = dry_run(project, "finetune_moco.sh", SHARDS="/x", RECIPE="1percent", IMAGES="all", CHECKPOINT=checkpoint)
+    assert Path(args.output_dir) == Path(f"{folder}-1percent") and args.pretrained == checkpoint
+
+
 def test_launchers__fine_tuning_with_few_labels_needs_a_list(project):
     done = bash(project / "finetune_mosrep.sh", cwd=project, SHARDS="/x", RECIPE="barlow-1percent")
     assert (done.returncode, done.stdout) == (1, "")
