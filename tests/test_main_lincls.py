@@ -15,6 +15,7 @@ import main_lincls
 import main_pretrain
 from methods import METHODS
 from utils.data.bad_samples import BadSamples
+from utils.data.index import load_index_together
 from utils.data.shards import BatchPlan
 from utils.evaluation import classifiers
 from utils.evaluation.classifiers import Classifiers, evaluate, largest_change
@@ -266,7 +267,7 @@ def evaluate_here(images, fc_state, batch, folder, max_bad=0.1):
     frozen, args = opened(*flags, "--batch-size", batch)
     fc = Classifiers(frozen.widths(64), 2, 0)
     fc.fc["6"].load_state_dict(fc_state)
-    index = main_lincls.load_index_together(f"{images}/val")
+    index = load_index_together(f"{images}/val")
     return evaluate(args, index, frozen, fc, torch.device("cpu"), BadSamples(folder, 51, max_bad))[6]
 
 
