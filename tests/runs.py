@@ -111,9 +111,9 @@ def _command(out, launch, command, before, host, environment):
     if launch:
         Forked.before = before
         subprocess_handler.Popen = Forked
-        _leave(agent.main, [*launch, SCRIPT, *command])
+        as_script(agent.main, [*launch, SCRIPT, *command])
     else:
-        _leave(_train, command, before)
+        as_script(_train, command, before)
 
 
 def _train(command, before):
@@ -124,7 +124,7 @@ def _train(command, before):
     MODULES[command[0]].main(command[1:])
 
 
-def _leave(main, *args):
+def as_script(main, *args):
     """Run a function as an interpreter runs a script, which ends with an exit code."""
     code = 0
     try:
@@ -151,7 +151,7 @@ class Forked(subprocess.Popen):
         if self.pid == 0:
             os.environ |= env
             atexit._clear()
-            _leave(_train, args[args.index(SCRIPT) + 1 :], self.before)
+            as_script(_train, args[args.index(SCRIPT) + 1 :], self.before)
 
 
 def children():

@@ -1,4 +1,5 @@
 import contextlib
+import ctypes
 import errno
 import itertools
 import multiprocessing
@@ -8,13 +9,17 @@ import re
 import resource
 import shutil
 import subprocess
-import sys
+import time
+import warnings
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers import default_start_method, forkserver
 from PIL import Image
+from runs import as_script
 from shards_helpers import (
     color_of,
     encode,
@@ -38,7 +43,7 @@ from utils.data.reader import Reader
 from utils.data.shards import BatchPlan, epoch_plan, evaluation_plan, training_plan
 from utils.data.views import ViewSpec, cut_views, draw, make_views, moco_v2_view, parameters_of
 from utils.run.cpu import keep_freed_memory
-from utils.run.flags import MAX_PIXELS, RunError
+from utils.run.flags import MAX_PIXELS, RunError, one_line_errors
 
 # the machine may have fewer cores than a test starts workers
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -650,18 +655,24 @@ def test_load_batches__shards_that_their_lanes_have_left_are_closed(monkeypatch,
 
 # shared memory and open files
 
-SCRIPT = """
-import resource, sys, time, torch
-torch.set_num_threads(1)
-from utils.data import limits, loader
-from utils.data.index import load_index
-from utils.data.shards import training_plan
-from utils.data.views import ViewSpec
-from utils.run.flags import one_line_errors
+BATCH = 12 * 3 * (3 * 100**2 + 4 * 10)  # bytes of views of 100 pixels and their parameters
+NEW_USER, NEW_MOUNTS = 0x10000000, 0x00020000  # of unshare(2)
 
-def main():
-    shards, files, check, workers, size = sys.argv[1], *map(int, sys.argv[2:])
-    index, specs = load_index(shards), [ViewSpec("one", size), ViewSpec("two", size, count=2)]
+
+def limited(folder, shared_memory, files, check, workers):
+    """Load batches in this process of its own, with its output in files."""
+    default_start_method()
+    warnings.simplefilter("ignore")
+    for stream, name in ((1, "out"), (2, "errors")):
+        with open(folder / name, "wb") as file:
+            os.dup2(file.fileno(), stream)
+    if shared_memory:
+        own = {"uid_map": f"0 {os.getuid()} 1", "setgroups": "deny", "gid_map": f"0 {os.getgid()} 1"}
+        assert ctypes.CDLL(None).unshare(NEW_USER | NEW_MOUNTS) == 0
+        for name, text in own.items():
+            Path("/proc/self", name).write_text(text)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={shared_memory}", "tmpfs", "/dev/shm"], check=True)
+    index, specs = load_index(str(folder / "x")), [ViewSpec("one", 100), ViewSpec("two", 100, count=2)]
     if files:
         resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
     with one_line_errors("loader"):
@@ -669,29 +680,19 @@ def main():
             limits.check_workers(specs, 12, workers)
         else:
             loader.open_shards = lambda specs, workers: 128
-        batches = loader.load_batches(index, specs, training_plan(index, 12, 0, range(20)), 0, workers, torch.device("cpu"))
-        for batch in batches:
+        for _ in load_batches(index, specs, training_plan(index, 12, 0, range(20)), 0, workers, torch.device("cpu")):
             time.sleep(0.01)  # meanwhile the workers fill what they may
         print("done")
 
-if __name__ == "__main__":
-    main()
-"""
-BATCH = 12 * 3 * (3 * 100**2 + 4 * 10)  # bytes of views of 100 pixels and their parameters
 
-
-def run_loader(tmp_path, shared_memory=None, files=0, check=True, workers=2, size=100):
+def run_loader(tmp_path, shared_memory=None, files=0, check=True, workers=2):
     """(exit code, output, errors) of a process with so many bytes of shared memory and so many open files."""
-    (tmp_path / "script.py").write_text(SCRIPT)
     if not (tmp_path / "x").exists():
         write_shards(tmp_path / "x", SIZES)
-    command = [sys.executable, tmp_path / "script.py", tmp_path / "x", files, int(check), workers, size]
-    if shared_memory:
-        mount = f'mount -t tmpfs -o size={shared_memory} tmpfs /dev/shm && exec "$@"'
-        command = ["unshare", "-rm", "bash", "-c", mount, "bash", *command]
-    environment = os.environ | {"PYTHONPATH": os.getcwd(), "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True, timeout=60)
-    return done.returncode, done.stdout, done.stderr
+    process = forkserver().Process(target=as_script, args=(limited, tmp_path, shared_memory, files, check, workers))
+    process.start()
+    process.join(60)
+    return process.exitcode, *((tmp_path / name).read_text() for name in ("out", "errors"))
 
 
 def can_mount():
