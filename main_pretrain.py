@@ -16,6 +16,7 @@ if __name__ == "__main__":  # before the imports that take seconds
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -31,7 +32,8 @@ from utils.data.views import ViewSpec
 from utils.evaluation import monitor
 from utils.evaluation.frozen import open_weights, trunk_identity
 from utils.evaluation.monitor import Monitor
-from utils.learning import amp, initial, optim
+from utils.evaluation.watch import Watch
+from utils.learning import amp, health, initial, optim
 from utils.learning.accumulate import accumulate
 from utils.learning.method import Method, Step
 from utils.run import checkpoint, dist, flags, lock, replay, resume
@@ -39,7 +41,9 @@ from utils.run.engine import Engine, NotFinite, StepInputs
 from utils.run.flags import Flags, Parser, in_range, one_line_ends, one_line_errors, positive, typed
 from utils.run.log import Log, say
 from utils.run.signals import exit_code, stopped
+from utils.run.summary import closing, references
 from utils.run.text import shown, shown_flags
+from utils.run.verdicts import Verdicts
 
 PROG = "main_pretrain.py"
 
@@ -163,16 +167,20 @@ def main(argv=None):
             start, init = resume.restore(resume_from, args, index.hash, steps, method, optimizer, scaler)
         elif args.init:
             init = initialize(args, method)
+        known = numbers_of(args, method, index.total, steps)
         if dry:
+            if dist.rank() == 0:
+                Verdicts(None, start, known)
             return say_workers(args, index, method.views(args), steps)
-        facts = {"index": index.hash, "samples": index.total, "device": str(device), "init": init}
-        watch = Monitor(args, METHODS[args.method], index, held_out, device) if held_out else None
+        facts = {"index": index.hash, "samples": index.total, "device": str(device), "init": init,
+                 "references": references(known)}  # fmt: skip
+        monitored = Monitor(args, METHODS[args.method], index, held_out, device) if held_out else None
         folder = Path(args.output_dir)
         dist.first_process_does(lambda: resume.begin(folder, args, resume_from, start, **facts))
         model = dist.data_parallel(method, device)
     with one_line_ends(PROG, args.batch_size):
         try:
-            stopped_by = train(args, index, method, model, optimizer, scaler, start, init, lr, device, watch)
+            stopped_by = train(args, index, method, model, optimizer, scaler, start, init, lr, device, monitored)
         except NotFinite as failure:
             replay.write(failure, folder, args, method, scaler, steps, index.total)
     if stopped_by:
@@ -193,6 +201,15 @@ def build(args, samples: int, device: torch.device) -> Method:
     return method
 
 
+def numbers_of(args, method: Method, images: int, steps: int) -> dict[str, Any]:
+    """What is known of a run before its first step, for references and verdicts. steps: of an epoch."""
+    crops = [spec.scale[0] for spec in method.views(args) if not spec.resize]
+    return method.facts(args.batch_size) | {
+        "chance": method.chance(args.batch_size), "images": images, "batch": args.batch_size, "workers": args.workers,
+        "epoch_steps": steps, "all_steps": args.epochs * steps, "smallest_crop": min(crops),
+    }  # fmt: skip
+
+
 def initialize(args, method: Method) -> dict[str, str | None]:
     """Load the weights of --init, read by the first process. Returns the record of them."""
     found = dist.first_process_does(lambda: open_weights(args.init, "--init"))
@@ -208,7 +225,7 @@ def initialize(args, method: Method) -> dict[str, str | None]:
     return {"source": shown(args.init), "path": str(found.path), "layout": found.layout, "sha256": found.sha256}
 
 
-def train(args, index, method, model, optimizer, scaler, start, init, lr, device, watch: Monitor | None) -> int:
+def train(args, index, method, model, optimizer, scaler, start, init, lr, device, monitored: Monitor | None) -> int:
     """Train to the end, or until a signal: then save and return its number. Returns 0 at the end."""
     steps, folder = steps_per_epoch(index.total, args.batch_size), Path(args.output_dir)
     first_epoch, first_step = start
@@ -231,13 +248,18 @@ def train(args, index, method, model, optimizer, scaler, start, init, lr, device
         states = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
         return {"epoch": epoch, "step": step_in_epoch, **facts, "state_dict": checkpoint.prefixed(model), **states}
 
+    known = numbers_of(args, method, index.total, steps)
+    verdicts = Verdicts(folder, start, known) if dist.rank() == 0 else None
+    watch = Watch(args, METHODS[args.method], device)
+
     with (
-        Log(folder, start, steps, args.print_freq, args.batch_size, bad, method.chance(args.batch_size)) as log,
+        Log(folder, start, steps, args.print_freq, args.batch_size, bad, known["chance"], args.epochs, verdicts) as log,
         Engine(args, steps, optimizer, scaler, log, device, content, args.save_freq) as engine,
     ):
         for epoch in epochs:
             for step_in_epoch in log.epoch(epoch, first_step if epoch == first_epoch else 0):
-                step = Step(epoch * steps + step_in_epoch, args.epochs * steps, args.seed)
+                watched = health.watched(step_in_epoch, steps, args.print_freq)
+                step = Step(epoch * steps + step_in_epoch, args.epochs * steps, args.seed, watched)
                 lr_now = optim.lr_at(lr, epoch + step_in_epoch / steps, args.epochs, *schedule)
                 optim.set_lr(optimizer, lr_now)
                 with log.waiting():
@@ -246,17 +268,19 @@ def train(args, index, method, model, optimizer, scaler, start, init, lr, device
                 loss, stats = accumulate(model, batch, method.targets(batch, step), step, args.accumulate, engine.backward)
                 stats |= engine.update(loss, StepInputs(epoch, step_in_epoch, batch))
                 method.commit(step)
+                stats |= watch(method, batch) if watched else {}
                 log.add(step_in_epoch, loss, stats, lr_now, batch.bad)
                 if engine.done(epoch, step_in_epoch + 1):
                     return engine.stopped_by
-            if watch and watch.due(epoch):
-                found = watch(epoch, method, partial(engine.asked_to_stop, epoch))
+            if monitored and monitored.due(epoch):
+                found = monitored(epoch, method, partial(engine.asked_to_stop, epoch))
                 if found is None:
                     return engine.stopped_by
                 log.scalars(epoch, found)
             engine.save(epoch + 1, 0)
         engine.finish()
-    say(f"\nResults: {folder}/ (checkpoints, metrics.jsonl, config.json; curves: tensorboard --logdir {folder})")
+    say("\n" + dist.first_process_does(lambda: closing(folder, known["chance"])))
+    say(f"Results: {folder}/ (checkpoints, metrics.jsonl, config.json; curves: tensorboard --logdir {folder})")
     say(f"Next:    bash linear_{args.method}.sh, with the variables of this run (SHARDS, OUTPUT, RECIPE ...) if any were set")
     return 0
 

@@ -15,7 +15,7 @@ from cmc.memory import Bank, Scores, draw_rows, last_places
 from cmc.nets import ARCHS, Branches
 from cmc.views import Views, bank_names, branch_names, chosen, graph_pairs
 from utils.data.views import moco_v1_view
-from utils.learning import backbones, mixture
+from utils.learning import backbones, health, mixture
 from utils.learning.contrast import statistics_kept
 from utils.learning.criterion import criterion
 from utils.learning.method import Batch, Method, Stats, Step, Targets, ViewSpec
@@ -66,9 +66,6 @@ class MemoryBank(Method):
         flags.positive(["--size", "--nce-dim", "--nce-k", "--nce-t"], args)
         flags.in_range("--crop-min", args.crop_min, 1e-8, 1)
         flags.in_range("--nce-m", args.nce_m, 0, 1)
-        if args.nce_k > samples and dist.rank() == 0:
-            print(f"warning: --nce-k {args.nce_k} is larger than the data set ({samples} images), so rows repeat; "
-                  f"pass {max(1, samples // 4)}", flush=True)  # fmt: skip
 
     @staticmethod
     def bn_groups(args: Namespace) -> int:
@@ -77,7 +74,8 @@ class MemoryBank(Method):
     def __init__(self, args: Namespace, samples: int, encoder: Any, banks: list[str], pairs: dict[str, tuple[int, int]]):
         """banks: one for each encoder. pairs: name of a criterion -> (number of the encoder, number of its queries' bank)."""
         super().__init__(args, samples)
-        self.bn_splits, self.samples, self.negatives, self.momentum = args.bn_splits, samples, args.nce_k, args.nce_m
+        self.bn_splits, self.samples, self.negatives = args.bn_splits, samples, args.nce_k
+        self.momentum, self.temperature = args.nce_m, args.nce_t
         self.mixture = mixture.Mixture(args)
         self.encoder = encoder
         self.banks: Any = nn.ModuleDict({name: Bank(samples, args.nce_dim) for name in banks})
@@ -86,6 +84,20 @@ class MemoryBank(Method):
 
     def chance(self, batch_size: int) -> float:
         return sum(c.chance(1 + self.negatives) for c in self.criteria.values())
+
+    def facts(self, batch_size: int) -> dict[str, Any]:
+        """negatives: rows of a bank for each image."""
+        dim = next(iter(self.banks.values())).memory.shape[1]
+        return {"dim": dim, "candidates": 1 + self.negatives, "temperature": self.temperature, "temperature_flag": "--nce-t",
+                "negatives": self.negatives}  # fmt: skip
+
+    def health(self, features: list[torch.Tensor], targets: Targets) -> Stats:
+        """Of the first of `pairs`, where a bank's row is the positive; of the bank; of the views after --space."""
+        query, bank = next(iter(self.pairs.values()))
+        memory = list(self.banks.values())[bank].memory
+        found = health.of_pairs(features[query].detach(), memory[targets.rows[:, 0]]) | health.of_bank(memory)
+        names = zip(self.banks, targets.views, strict=True)
+        return found | ({f"health_flat_{name}": health.flat(view) for name, view in names} if len(targets.views) > 1 else {})
 
     def inputs(self, batch: Batch, rng: np.random.Generator) -> list[torch.Tensor]:
         """The encoders' inputs, n x channels x H x W each, mixed by --im-type."""
@@ -129,7 +141,8 @@ class MemoryBank(Method):
             losses.append(loss)
             top1.setdefault(name, []).append(right)
         stats: Stats = {f"top1_{name}": mean(found) for name, found in top1.items()} if len(losses) > 1 else {}
-        return sum(losses), stats | {"top1": mean([x for found in top1.values() for x in found])}
+        stats |= {"top1": mean([x for found in top1.values() for x in found])}
+        return sum(losses), stats | (self.health(features, targets) if step.watched else {})
 
     @torch.no_grad()
     def commit(self, step: Step) -> None:

@@ -122,8 +122,11 @@ class MoCo(KeyQueue):
 
     def forward(self, batch: Batch, targets: Targets, step: Step) -> tuple[torch.Tensor, Stats]:
         k, group_size = targets.keys, targets.group_size
-        loss, top1 = self.contrast(self.embed(self.encoder_q, targets.query, group_size), k)
+        q = self.embed(self.encoder_q, targets.query, group_size)
+        loss, top1 = self.contrast(q, k)
         stats = {"top1": top1}
+        if step.watched:
+            stats |= self.health(q, k, step)
         if self.unmix_prob is not None:
             q_mix, share = self.embed(self.encoder_q, targets.mixed, group_size), targets.share
             itself, other = (self.contrast(q, k)[0] for q in (q_mix, mixture.reversed_groups(q_mix, len(k) // group_size)))

@@ -1,6 +1,7 @@
 """MosRep (ICLR 2023, openreview JAezPMehaUu): MoCo-v2, and mosaics of local crops of four images on the query side."""
 
 from argparse import Namespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from utils.learning.method import Batch, Stats, Step, Targets
 from utils.run import dist, flags
 
 TILES = 4  # local crops of an image, and tiles of a mosaic
+POSITIONS = ("upper_left", "upper_right", "lower_left", "lower_right")  # of the tiles, in their order
 
 
 class Projector(nn.Module):
@@ -75,6 +77,9 @@ class MosRep(KeyQueue):
         weight = torch.stack([tile_weights(b, self.size) for b in boxes]).mean().item()
         return (1 + weight) * float(np.log(batch_size + self.queue.shape[1]))
 
+    def facts(self, batch_size: int) -> dict[str, Any]:
+        return super().facts(batch_size) | {"candidates": batch_size + self.queue.shape[1]}
+
     @torch.no_grad()
     def targets(self, batch: Batch, step: Step) -> Targets:
         """group_size: images in a BatchNorm group; offsets: n x 2, (x, y) in pixels, one offset for each group."""
@@ -118,4 +123,9 @@ class MosRep(KeyQueue):
         loss_tile, top1_tile = self.contrast(q_tile, targets.keys, places, reduction="none")
         loss_tile = (loss_tile * weights).mean()
         stats = {"top1": top1, "top1_tile": top1_tile, "loss_query": loss_query.detach(), "loss_tile": loss_tile.detach()}
+        if step.watched:
+            stats |= self.health(q, targets.keys[dist.on_device(targets.places, q.device)], step)
+            for tile, position in enumerate(POSITIONS):
+                part = q_tile[tile::TILES].detach(), targets.keys, places[tile::TILES]
+                stats[f"health_top1_{position}"] = self.contrast(*part)[1]
         return loss_query + loss_tile, stats

@@ -323,14 +323,6 @@ def test_check__names_the_flag(name, flags, message):
         METHODS[name].check(method_args(name, *flags), 40)
 
 
-def test_check__more_rows_than_images_give_a_warning(capsys):
-    METHODS["insdis"].check(method_args("insdis", "--nce-k", "41"), 40)
-    expected = "warning: --nce-k 41 is larger than the data set (40 images), so rows repeat; pass 10\n"
-    assert capsys.readouterr().out == expected
-    METHODS["insdis"].check(method_args("insdis", "--nce-k", "40"), 40)
-    assert capsys.readouterr().out == ""
-
-
 def test_check__steps_that_no_epoch_reaches_give_a_warning(capsys):
     main_pretrain.check(method_args("insdis", "--epochs", "2", "--lr-steps", "1", "2"), 40)
     assert capsys.readouterr().out == "warning: --lr-steps 1 2: not all of them lie before --epochs 2; scale them\n"

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from utils.data.photometric import normalized
-from utils.learning import amp, backbones
+from utils.learning import amp, backbones, health
 from utils.learning.contrast import ema_, key_copy
 from utils.learning.method import Batch, Method, Stats, Step, Targets, ViewSpec
 from utils.learning.optim import cosine
@@ -111,6 +111,12 @@ class W2SSL(Method):
         crop = 2 * math.log(4 * batch_size - 1) * self.temperature / BASE_TEMPERATURE
         return self.weights["loc"] * math.log(2) + self.weights["crop"] * crop
 
+    def facts(self, batch_size: int) -> dict[str, Any]:
+        """An embedding is compared with all others of both views: two of each half image, of which three are positives."""
+        dim = self.predictor[-1].out_features
+        return {"dim": dim, "candidates": 4 * batch_size - 1, "positives": 3, "temperature": self.temperature,
+                "temperature_flag": "--loss-t"}  # fmt: skip
+
     @torch.no_grad()
     def targets(self, batch: Batch, step: Step) -> W2SSLTargets:
         left_1, right_1, left_2, right_2 = batch.views  # n x 3 x h x w each
@@ -142,6 +148,8 @@ class W2SSL(Method):
         loss_crop = (loss_12 + loss_21) * self.temperature / BASE_TEMPERATURE
         loss_loc, accuracy = location(scores, targets.side)
         stats = {"location": accuracy, "top1": top1, "loss_loc": loss_loc.detach(), "loss_crop": loss_crop.detach()}
+        if step.watched:
+            stats |= health.of_pairs(z[0], k[1])
         return self.weights["loc"] * loss_loc + self.weights["crop"] * loss_crop, stats
 
     def commit(self, step: Step) -> None:

@@ -172,3 +172,10 @@ def build_trunk(args: Namespace, method: type[Method], source: Source) -> Frozen
             tensors = len(probed.trunk.state_dict())
             print(f"{source.path}: {source.layout}, {tensors} tensors, trunk {args.arch}", flush=True)
     return Frozen(probed)
+
+
+def load_live(frozen: Frozen, probed: Probed, method: type[Method], model: nn.Module, args: Namespace) -> None:
+    """Copy the weights of a method in training, with the first process's statistics of BatchNorm, as a checkpoint has them."""
+    state = method.trunk(checkpoint.prefixed(model), args)
+    layouts.load_trunk(frozen.trunk, state, probed.classifier, "the live trunk")
+    dist.from_first_(list(frozen.trunk.buffers()))

@@ -16,11 +16,10 @@ from utils.data.index import Index
 from utils.data.views import ViewSpec
 from utils.evaluation import health, knn
 from utils.evaluation.features import features
-from utils.evaluation.frozen import Frozen
+from utils.evaluation.frozen import Frozen, load_live
 from utils.evaluation.session import check_classes
-from utils.learning import layouts
 from utils.learning.method import Method
-from utils.run import checkpoint, dist, flags
+from utils.run import flags
 from utils.run.log import say
 
 K = (1, 20)
@@ -94,10 +93,7 @@ class Monitor:
         return found
 
     def load(self, model: nn.Module) -> None:
-        """Copy the weights of a method, with the first process's statistics of BatchNorm, as a checkpoint has them."""
-        state = self.method.trunk(checkpoint.prefixed(model), self.args)
-        layouts.load_trunk(self.frozen.trunk, state, self.probed.classifier, "the live trunk")
-        dist.from_first_(list(self.frozen.trunk.buffers()))
+        load_live(self.frozen, self.probed, self.method, model, self.args)
 
     def measure(self, ask: Callable[[], None]) -> dict[str, float]:
         args, bad = self.args, BadSamples(Path(self.args.output_dir), self.train.total + self.held_out.total, self.args.max_bad)

@@ -3,14 +3,15 @@
 import math
 from argparse import Namespace
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 
 from utils.data.views import ViewSpec, moco_v2_view
-from utils.learning import backbones
+from utils.learning import backbones, health
 from utils.learning.contrast import ema_, enqueue_, shuffled_keys
-from utils.learning.method import Method, Step
+from utils.learning.method import Method, Stats, Step
 from utils.run import dist, flags
 
 
@@ -56,9 +57,6 @@ class KeyQueue(Method):
         if dist.world() * args.bn_splits == 1:
             print("warning: --bn-splits 1 in one process: query and key see the same BatchNorm statistics, from which networks "
                   f"tell the positive; pass --bn-splits {math.gcd(8, args.batch_size)}", flush=True)  # fmt: skip
-        if args.moco_k > samples and dist.rank() == 0:
-            print(f"warning: --moco-k {args.moco_k} is larger than the data set ({samples} images): "
-                  "the negatives of an image include its own older keys", flush=True)  # fmt: skip
 
     @staticmethod
     def key_views(args: Namespace, local_crops: int, view: Callable[..., ViewSpec] = moco_v2_view) -> list[ViewSpec]:
@@ -92,6 +90,18 @@ class KeyQueue(Method):
         group_size = len(x_k) // self.bn_splits
         self.new_keys = shuffled_keys(lambda x: self.embed(network, x, group_size), x_k, step.rng)
         return self.new_keys
+
+    def facts(self, batch_size: int) -> dict[str, Any]:
+        """queue: keys; queue_steps: that fill it; groups: of BatchNorm in the global batch."""
+        dim, length = self.queue.shape
+        return {"dim": dim, "candidates": 1 + length, "temperature": self.temperature, "temperature_flag": "--moco-t",
+                "queue": length, "queue_steps": length // batch_size, "momentum": self.momentum,
+                "groups": dist.world() * self.bn_splits}  # fmt: skip
+
+    def health(self, q: torch.Tensor, k: torch.Tensor, step: Step) -> Stats:
+        """Of embeddings and their keys, n x C each, and of the queue."""
+        age = min(step.number, self.queue.shape[1] // len(self.new_keys))
+        return health.of_pairs(q, k) | health.of_queue(q, self.queue, self.queue_ptr, self.temperature, age)
 
     def commit(self, step: Step) -> None:
         """Update the moving averages from the query side, and put the step's keys into the queue."""

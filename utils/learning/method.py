@@ -32,10 +32,13 @@ Stats = dict[str, torch.Tensor]
 
 
 class Step:
-    """A step of the whole training of `total` steps, counted from 0 over all epochs. `rng` is equal on all processes."""
+    """A step of the whole training of `total` steps, counted from 0 over all epochs. `rng` is equal on all processes.
 
-    def __init__(self, number: int, total: int, seed: int):
-        self.number, self.total, self.seed = number, total, seed
+    watched: whether `forward` adds the measures of health.py to its statistics.
+    """
+
+    def __init__(self, number: int, total: int, seed: int, watched: bool = False):
+        self.number, self.total, self.seed, self.watched = number, total, seed, watched
         self.rng = streams.step_draws(seed, number)
 
     def seed_torch(self) -> None:
@@ -121,6 +124,13 @@ class Method(nn.Module, ABC):
     @abstractmethod
     def chance(self, batch_size: int) -> float:
         """The loss of guessing, summed over the terms of the loss, for a global batch of this size."""
+
+    def facts(self, batch_size: int) -> dict[str, Any]:
+        """Numbers that are known before the first step, for references and verdicts (utils/run/verdicts.py).
+
+        dim: of the embeddings; candidates, positives: of the loss; temperature, temperature_flag.
+        """
+        return {}
 
     @staticmethod
     def trunk(state_dict: dict[str, torch.Tensor], args: Namespace) -> dict[str, torch.Tensor]:

@@ -7,14 +7,14 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from utils.run import dist
+from utils.run import cpu, dist
 from utils.run.files import Lines, atomic, encoded, read_lines, write_json
 from utils.run.text import shown_flags
 
@@ -64,11 +64,13 @@ class Log:
 
     start: (epoch, step) at which the run starts or resumes; later lines are removed, so that metrics.jsonl has each step once.
     steps: of an epoch. batch: images in a global batch. bad: the run's BadSamples. chance: the loss of guessing, printed
-    after the loss.
+    after the loss. epochs: of the whole run, for the time that is left; 0 prints none. verdicts: judge the lines.
     """
 
-    def __init__(self, folder: Path, start: tuple[int, int], steps: int, print_freq: int, batch: int, bad: Any, chance=0.0):
+    def __init__(self, folder: Path, start: tuple[int, int], steps: int, print_freq: int, batch: int, bad: Any, chance=0.0,
+                 epochs: int = 0, verdicts: Any = None):  # fmt: skip
         self.steps, self.print_freq, self.batch, self.bad, self.chance = steps, print_freq, batch, bad, chance
+        self.epochs, self.verdicts, self.done, self.began = epochs, verdicts, 0, time.perf_counter()
         self.lines = self.writer = None
         if dist.rank() == 0:
             path = folder / "metrics.jsonl"
@@ -88,7 +90,8 @@ class Log:
         self._curves(lambda writer: writer.close())
 
     def _reset(self):
-        self.sums, self.count, self.met, self.waited, self.since = {}, 0, [], 0.0, time.perf_counter()
+        self.sums, self.counts, self.count, self.met = {}, {}, 0, []
+        self.waited, self.since = 0.0, time.perf_counter()
 
     def epoch(self, epoch: int, first_step: int = 0):
         """The steps of an epoch, from `first_step` on, under a progress bar on a terminal."""
@@ -110,11 +113,13 @@ class Log:
     def add(self, step: int, loss: torch.Tensor, stats: dict[str, torch.Tensor], lr: float, bad: list[dict]) -> None:
         """Add a step to the means, without waiting for the device; write them every `print_freq` steps and after the epoch.
 
+        stats: a name may be missing in some steps; its mean is that of the others.
         bad: new unusable samples of this process. Raises RunError if there are too many on all processes.
         """
         self.met += bad
         for name, value in {"loss": loss.detach(), **stats}.items():
             self.sums[name] = self.sums.get(name, 0) + value
+            self.counts[name] = self.counts.get(name, 0) + 1
         self.count += 1
         self.now = step, lr
         if (step + 1) % self.print_freq == 0 or step + 1 == self.steps:
@@ -134,8 +139,8 @@ class Log:
 
     def _write(self):
         step, lr = self.now
-        totals = dist.total(torch.stack(list(self.sums.values())).float()) / (self.count * dist.world())
-        means = dict(zip(self.sums, totals.tolist(), strict=True))
+        totals = dist.total(torch.stack(list(self.sums.values())).float()).tolist()
+        means = {name: x / (self.counts[name] * dist.world()) for name, x in zip(self.sums, totals, strict=True)}
         if "skipped" in means:
             means["skipped"] = round(means["skipped"] * self.count)
         unusable = self.bad.add(self.met)
@@ -144,13 +149,26 @@ class Log:
         self._reset()
         if not self.lines:
             return
-        self._put({"epoch": self.at, "step": step, "steps": count, **means, "lr": lr, "images_per_s": rate, "data_wait": share,
-                   "bad": unusable}, self.at * self.steps + step + 1)  # fmt: skip
+        self.done += count
+        line = {"epoch": self.at, "step": step, "steps": count, **means, "lr": lr, "images_per_s": rate, "data_wait": share,
+                "bad": unusable, "peak_gb": peak_memory() / 1e9}  # fmt: skip
+        self._put(line, self.at * self.steps + step + 1)
         chance = f" (chance {self.chance:.3f})" if self.chance else ""
-        rest = "  ".join(f"{name} {value:.3f}" for name, value in means.items() if name not in ("loss", "skipped"))
+        shown = [name for name in means if name not in ("loss", "skipped") and not name.startswith("health_")]
+        rest = "  ".join(f"{name} {means[name]:.3f}" for name in shown)
         rest += "".join(f"  {what} {n}" for what, n in (("unusable images", unusable), ("skipped", means.get("skipped"))) if n)
+        left = self._left(step, seconds / count)
         say(f"epoch {self.at} [{step + 1}/{self.steps}]  loss {means['loss']:.4f}{chance}  {rest}  lr {lr:.4g}  "
-            f"{rate:.0f} images/s  data wait {share:.0%}")  # fmt: skip
+            f"{rate:.0f} images/s  data wait {share:.0%}  {line['peak_gb']:.2g} GB{left}")  # fmt: skip
+        if self.verdicts:
+            self.verdicts.see(line)
+
+    def _left(self, step, of_step):
+        """The time to the end of the epoch, at the speed of these steps, and of the run, at that since its start."""
+        if not self.epochs:
+            return ""
+        whole = (time.perf_counter() - self.began) / self.done * ((self.epochs - self.at) * self.steps - step - 1)
+        return f"  left: epoch {clock(of_step * (self.steps - step - 1))}, run {clock(whole)}"
 
     def _put(self, entry, number):
         """Write a line of metrics.jsonl, and its numbers for TensorBoard. number: steps over all epochs so far."""
@@ -166,6 +184,16 @@ class Log:
             except OSError as error:  # a full disk
                 say(f"warning: TensorBoard's file cannot be written ({error}); its curves end here, metrics.jsonl continues")
                 self.writer = None
+
+
+def clock(seconds: float) -> str:
+    """h:mm:ss"""
+    return str(timedelta(seconds=round(seconds)))
+
+
+def peak_memory() -> int:
+    """Bytes of the device, if it counts them, or of this process."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else cpu.peak_memory()
 
 
 def _place(entry):
