@@ -9,7 +9,7 @@ import pytest
 from helpers import forkserver
 from shards_helpers import one_photograph, write_shards
 
-from benchmarks import input_pipeline, knn, plan, step
+from benchmarks import health, input_pipeline, knn, plan, step
 from benchmarks.input_pipeline import VIEWS, pil_chain
 from methods import METHODS
 from utils.run.cpu import peak_memory
@@ -77,6 +77,13 @@ def test_step__ends_with_a_line_of_json(capsys, monkeypatch):
     for r in result.values():
         assert all(r[name] > 0 for name in ("plain_ms", "default_ms", "plain_mb", "default_mb"))
         assert r["ratio"] == r["default_ms"] / r["plain_ms"]
+
+
+def test_health__ends_with_a_line_of_json(capsys):
+    flags = ["-a", "resnet18", "--size", "32", "--batch-size", "4", "--moco-k", "64", "--rounds", "1", "--device", "cpu"]
+    health.main([*flags, "--methods", "moco"])
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])["moco"]
+    assert found["ratio"] == found["watched_ms"] / found["step_ms"] and found["step_ms"] > 0
 
 
 def test_peak_memory__is_not_the_parents():
