@@ -106,8 +106,9 @@ def test_verdicts__the_loader_limits(many, tmp_path, monkeypatch, workers, name,
 
 
 def slow_second(shards, out):
-    """A run on two processes. The second one says that it needs four times as long."""
-    health.WATCH, real = 1, Watch.features
+    """A run on two processes. The second one has a slow disk, and says that it computes four times as long."""
+    health.WATCH, real, load = 1, Watch.features, main_pretrain.load_batches
+    main_pretrain.load_batches = lambda *args: (time.sleep(0.3 * dist.rank()) or batch for batch in load(*args))
     Watch.features = lambda self, x: (real(self, x)[0], 1.0 + 3 * dist.rank())
     flags = ["--shards", str(shards), "--output-dir", str(out), "--size", "32", "--print-freq", "1"]
     main_pretrain.main([*tiny("moco"), *FLAGS, "--moco-m", "0.7", *flags])
@@ -115,8 +116,9 @@ def slow_second(shards, out):
 
 def test_verdicts__a_slow_process(images, tmp_path):
     spawn(slow_second, images / "train", tmp_path)
-    (text,) = verdicts_of(tmp_path).values()
-    assert text.startswith("process 1 is slow: it needs 4.0 times as long")
+    found = verdicts_of(tmp_path)
+    assert found.keys() == {"slow_process", "slow_loader"} and "process 1 waits" in found["slow_loader"]
+    assert found["slow_process"].startswith("process 1 is slow: it needs 4.0 times as long")
 
 
 def test_verdicts__once_in_a_run_that_resumes(tmp_path, capsys):

@@ -139,19 +139,21 @@ class Log:
 
     def _write(self):
         step, lr = self.now
-        totals = dist.total(torch.stack(list(self.sums.values())).float()).tolist()
+        sums = torch.stack(list(self.sums.values())).float()
+        totals = dist.total(sums).tolist()
         means = {name: x / (self.counts[name] * dist.world()) for name, x in zip(self.sums, totals, strict=True)}
         if "skipped" in means:
             means["skipped"] = round(means["skipped"] * self.count)
         unusable = self.bad.add(self.met)
         seconds = time.perf_counter() - self.since
         rate, share, count = self.count * self.batch / seconds, self.waited / seconds, self.count
+        waits = self._waits(sums.new_tensor([share])) if dist.world() > 1 else {}
         self._reset()
         if not self.lines:
             return
         self.done += count
         line = {"epoch": self.at, "step": step, "steps": count, **means, "lr": lr, "images_per_s": rate, "data_wait": share,
-                "bad": unusable, "peak_gb": peak_memory() / 1e9}  # fmt: skip
+                **waits, "bad": unusable, "peak_gb": peak_memory() / 1e9}  # fmt: skip
         self._put(line, self.at * self.steps + step + 1)
         chance = f" (chance {self.chance:.3f})" if self.chance else ""
         shown = [name for name in means if name not in ("loss", "skipped") and not name.startswith("health_")]
@@ -162,6 +164,12 @@ class Log:
             f"{rate:.0f} images/s  data wait {share:.0%}  {line['peak_gb']:.2g} GB{left}")  # fmt: skip
         if self.verdicts:
             self.verdicts.see(line)
+
+    @staticmethod
+    def _waits(own):
+        """The process that waits longest for its data: its number, its share of the time, and the median of the others'."""
+        most, *others = sorted(((share, rank) for rank, share in enumerate(dist.gather(own).tolist())), reverse=True)
+        return {"data_wait_process": most[1], "data_wait_most": most[0], "data_wait_others": others[len(others) // 2][0]}
 
     def _left(self, step, of_step):
         """The time to the end of the epoch, at the speed of these steps, and of the run, at that since its start."""

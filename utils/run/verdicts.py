@@ -77,6 +77,9 @@ TABLE = (
     Verdict("no_workers", lambda n: n["workers"] == 0 and n["wait"] > 0.3,
         "data wait {wait:.0%}: --workers 0 loads and trains in turns; {workers_needed:.0f} workers would do "
         "(here are {cores} CPU cores)"),
+    Verdict("slow_loader", lambda n: n["late_lines"] >= SLOW_LINES and n["data_wait_most"] > n["data_wait_others"] + 0.2,
+        "process {data_wait_process} waits {data_wait_most:.0%} of the time for its data, the others {data_wait_others:.0%}, "
+        "and these wait for it; look at the disk, the network and other jobs of its machine"),
     Verdict("slow_process", lambda n: n["slow_lines"] >= SLOW_LINES and n["health_slowness"] > 1.5,
         "process {health_slowest:.0f} is slow: it needs {health_slowness:.1f} times as long as the others for the same work, "
         "and they wait for it; look for another job, heat or a smaller device on its machine"),
@@ -161,6 +164,7 @@ def of_lines(n: Numbers, past: list[dict[str, Any]]) -> dict[str, Any]:
         wait = min(0.99, sum(time * share for time, share in timed) / seconds)
         needed = n["workers"] / (1 - wait) if n["workers"] else wait / (1 - wait)
         found |= {"wait": wait, "workers_needed": math.ceil(needed)}
-    slowest = [line["health_slowest"] for line in past if "health_slowest" in line][-SLOW_LINES:]
-    found["slow_lines"] = len(slowest) if len(set(slowest)) == 1 else 0
+    for name, process in (("slow_lines", "health_slowest"), ("late_lines", "data_wait_process")):
+        last = [line[process] for line in past[1:] if process in line][-SLOW_LINES:]
+        found[name] = len(last) if len(set(last)) == 1 else 0  # lines in succession that name the same process
     return found
