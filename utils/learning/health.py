@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-WATCH = 50  # least number of steps between two watched steps; with it all of them together stay below 1 % of the time
+WATCH = 100  # least number of steps between two watched steps; with it all of them together stay below 1 % of the time
 ROWS = 256  # embeddings of a process that are compared
 PARTS = 8  # of the queue: its oldest and its newest part are compared
 
