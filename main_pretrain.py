@@ -29,14 +29,14 @@ from utils.data.loader import load_batches
 from utils.data.measure import say_workers
 from utils.data.shards import lanes_of, steps_per_epoch, training_plan
 from utils.data.views import ViewSpec
-from utils.evaluation import monitor
+from utils.evaluation import monitor, pictures
 from utils.evaluation.frozen import open_weights, trunk_identity
 from utils.evaluation.monitor import Monitor
 from utils.evaluation.watch import Watch
 from utils.learning import amp, health, initial, optim
 from utils.learning.accumulate import accumulate
 from utils.learning.method import Method, Step
-from utils.run import checkpoint, dist, flags, lock, replay, resume
+from utils.run import checkpoint, dist, flags, lock, replay, report, resume
 from utils.run.engine import Engine, NotFinite, StepInputs
 from utils.run.flags import Flags, Parser, in_range, one_line_ends, one_line_errors, positive, typed
 from utils.run.log import Log, say
@@ -173,7 +173,7 @@ def main(argv=None):
                 Verdicts(None, start, known)
             return say_workers(args, index, method.views(args), steps)
         facts = {"index": index.hash, "samples": index.total, "device": str(device), "init": init,
-                 "references": references(known)}  # fmt: skip
+                 "references": references(known), "published": args.defaults}  # fmt: skip
         monitored = Monitor(args, METHODS[args.method], index, held_out, device) if held_out else None
         folder = Path(args.output_dir)
         dist.first_process_does(lambda: resume.begin(folder, args, resume_from, start, **facts))
@@ -183,6 +183,7 @@ def main(argv=None):
             stopped_by = train(args, index, method, model, optimizer, scaler, start, init, lr, device, monitored)
         except NotFinite as failure:
             replay.write(failure, folder, args, method, scaler, steps, index.total)
+        report.renew(folder, stopped_by)
     if stopped_by:
         say(stopped(stopped_by, args.resume))
     del model, method, optimizer  # before their process group; in the other order torch 2.9 may hang
@@ -265,7 +266,10 @@ def train(args, index, method, model, optimizer, scaler, start, init, lr, device
                 with log.waiting():
                     batch = next(batches)
                 step.seed_torch()
-                loss, stats = accumulate(model, batch, method.targets(batch, step), step, args.accumulate, engine.backward)
+                targets = method.targets(batch, step)
+                if (epoch, step_in_epoch) == start:
+                    pictures.write_views(folder, method, batch, targets, log)
+                loss, stats = accumulate(model, batch, targets, step, args.accumulate, engine.backward)
                 stats |= engine.update(loss, StepInputs(epoch, step_in_epoch, batch))
                 method.commit(step)
                 stats |= watch(method, batch) if watched else {}
@@ -277,10 +281,13 @@ def train(args, index, method, model, optimizer, scaler, start, init, lr, device
                 if found is None:
                     return engine.stopped_by
                 log.scalars(epoch, found)
+                monitored.show(log)
             engine.save(epoch + 1, 0)
+            report.renew(folder)
         engine.finish()
+        pictures.write_curves(folder, log)
     say("\n" + dist.first_process_does(lambda: closing(folder, known["chance"])))
-    say(f"Results: {folder}/ (checkpoints, metrics.jsonl, config.json; curves: tensorboard --logdir {folder})")
+    say(f"Results: {folder}/ (report.html, checkpoints, metrics.jsonl, config.json; curves: tensorboard --logdir {folder})")
     say(f"Next:    bash linear_{args.method}.sh, with the variables of this run (SHARDS, OUTPUT, RECIPE ...) if any were set")
     return 0
 

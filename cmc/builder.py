@@ -18,6 +18,7 @@ from utils.data.views import moco_v1_view
 from utils.learning import backbones, health, mixture
 from utils.learning.contrast import statistics_kept
 from utils.learning.criterion import criterion
+from utils.learning.drawing import SHOWN, as_uint8, grey
 from utils.learning.method import Batch, Method, Stats, Step, Targets, ViewSpec
 from utils.learning.probes import of_cmc_code
 from utils.run import dist, flags
@@ -124,6 +125,11 @@ class MemoryBank(Method):
         """n x C of each encoder."""
         return [self.embed(e, x, targets.group_size) for e, x in zip(self.encoders(), targets.views, strict=True)]
 
+    def pictures(self, batch: Batch, targets: Targets) -> list[tuple[str, torch.Tensor]]:
+        """Also the mixed crops."""
+        mixed = [("crop, mixed", as_uint8(targets.views[0][:SHOWN]))] if self.mixture.type else []
+        return [*super().pictures(batch, targets), *mixed]
+
     def scored(self, features: list[torch.Tensor], rows: torch.Tensor) -> Iterator[tuple[str, str, torch.Tensor]]:
         """(pair, name of its bank, scores n x (1 + K)) for each of `pairs`."""
         names = list(self.banks)
@@ -206,7 +212,8 @@ class CMC(MemoryBank):
         names, views = branch_names(args.space), chosen(args)
         trunk = Branches(args.arch, {names[view]: channels_of(view) for view in views})
         space = "+".join(views)
-        return backbones.Probed(trunk, trunk.layers, "fc", lambda x, of: trunk.features(color_views(x, space), of))
+        features = lambda x, of: trunk.features(color_views(x, space), of)  # noqa: E731
+        return backbones.Probed(trunk, trunk.layers, "fc", features, lambda x: trunk.last_maps(color_views(x, space)))
 
     @staticmethod
     def networks(trunk: Any, args: Namespace) -> dict[str, backbones.Network]:
@@ -247,6 +254,14 @@ class CMC(MemoryBank):
         views = color_views(batch.views[0], self.space)
         (mixed,) = self.mixture([torch.cat(views, 1)], rng)
         return list(mixed.split([view.shape[1] for view in views], 1))
+
+    def pictures(self, batch: Batch, targets: Targets) -> list[tuple[str, torch.Tensor]]:
+        """Also each channel of each view, as its network gets it."""
+        rows = super(MemoryBank, self).pictures(batch, targets)
+        for name, view in zip(view_names(self.space), targets.views, strict=True):
+            title = f"view {name}" + (", channel {}" if view.shape[1] > 1 else "")
+            rows += [(title.format(i), grey(x[:SHOWN])) for i, x in enumerate(view.unbind(1), 1)]
+        return rows
 
 
 class InsDis(MemoryBank):

@@ -41,6 +41,9 @@ class AlexNet(nn.Module):
             found[layer] = x = self.get_submodule(f"conv_block_{layer}")(x)
         return {layer: found[layer] for layer in layers}
 
+    def last_map(self, x) -> torch.Tensor:
+        return self.maps(x)[5]
+
     def forward(self, x):  # n x in_channels x 224 x 224 -> n x dim
         return self.fc8(self.fc7(self.fc6(self.maps(x)[5].flatten(1))))
 
@@ -57,6 +60,9 @@ class HalfResNet(ResNet):
     def maps(self, x, layers=(6,)) -> dict[int, torch.Tensor]:
         """The pooled features."""
         return {6: self.global_pool(self.forward_features(x))}
+
+    def last_map(self, x) -> torch.Tensor:
+        return self.forward_features(x)
 
 
 def half(arch: str, in_channels: int, dim: int = 0) -> AlexNet | HalfResNet:
@@ -75,6 +81,11 @@ class Branches(nn.Module):
         for name, in_channels in channels.items():
             self.add_module(name, half(arch, in_channels, dim))
         self.layers: tuple[int, ...] = (AlexNet if arch == "alexnet" else HalfResNet).layers  # that can be probed
+
+    def last_maps(self, views: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The last feature maps of all branches, joined: n x C x h x w."""
+        branches: Any = self.children()
+        return torch.cat([branch.last_map(x).float() for branch, x in zip(branches, views, strict=True)], 1)
 
     def features(self, views: Sequence[torch.Tensor], layers) -> dict[int, torch.Tensor]:
         """layer -> n x C for a linear probe: the maps of all branches, pooled to about 9,000 numbers for two, flattened."""

@@ -11,6 +11,7 @@ from utils.data.views import moco_v1_view, moco_v2_view
 from utils.learning import backbones, mixture
 from utils.learning.contrast import key_copy, statistics_kept
 from utils.learning.criterion import criterion
+from utils.learning.drawing import SHOWN, as_uint8
 from utils.learning.key_queue import KeyQueue
 from utils.learning.method import Batch, Stats, Step, Targets
 from utils.learning.probes import of_cmc_code
@@ -111,6 +112,12 @@ class MoCo(KeyQueue):
         if self.unmix_prob is not None:
             mixed, share = mixture.un_mix(x_q, self.unmix_prob, self.bn_splits, step.rng)  # n x 3 x H x W
         return Targets({"group_size": group_size, "share": share}, query=x_q, keys=k, mixed=mixed)
+
+    def pictures(self, batch: Batch, targets: Targets) -> list[tuple[str, torch.Tensor]]:
+        """Also the mixed queries."""
+        mixed = [("query, mixed", targets.query)] if self.mixture.type else []
+        mixed += [(f"Un-Mix, {targets.share:.2f} of the image itself", targets.mixed)] if self.unmix_prob is not None else []
+        return [*super().pictures(batch, targets), *((title, as_uint8(x[:SHOWN])) for title, x in mixed)]
 
     def scores(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         """Column 0 is the positive, the others are the queue. q, k: n x C. -> n x (1 + K)."""

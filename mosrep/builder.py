@@ -7,10 +7,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from mosrep.mosaic import compose, cut_tiles, draw_offset, shift, sources, tile_boxes, tile_weights
+from mosrep.mosaic import compose, cut_tiles, draw_offset, drawn, shift, sources, tile_boxes, tile_weights
 from utils.data.photometric import normalized
 from utils.learning import amp, backbones, mixture
 from utils.learning.contrast import info_nce, key_copy
+from utils.learning.drawing import SHOWN
 from utils.learning.key_queue import KeyQueue
 from utils.learning.method import Batch, Stats, Step, Targets
 from utils.run import dist, flags
@@ -110,6 +111,13 @@ class MosRep(KeyQueue):
             z = self.projector_q(tiles)  # 4n x C
         weights = tile_weights(boxes, self.size).to(crops.device, non_blocking=True).repeat(len(crops))
         return nn.functional.normalize(z.float(), dim=1), weights
+
+    def pictures(self, batch: Batch, targets: Targets) -> list[tuple[str, torch.Tensor]]:
+        """Also the mosaics of the first BatchNorm group, with their boxes."""
+        offset = tuple(targets.offsets[0])
+        mosaics = compose(batch.views[2][: targets.group_size])[:SHOWN]
+        title = f"mosaics, shifted by {offset[0]} and {offset[1]} pixels"
+        return [*super().pictures(batch, targets), (title, drawn(shift(normalized(mosaics), offset), offset))]
 
     def forward(self, batch: Batch, targets: Targets, step: Step) -> tuple[torch.Tensor, Stats]:
         x_q, _, crops = batch.views  # n x 3 x H x W, n x 3 x H x W, n x 4 x 3 x H/2 x W/2

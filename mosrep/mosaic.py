@@ -4,6 +4,8 @@ import numpy as np
 import torch
 from torchvision.ops import roi_align
 
+from utils.learning.drawing import as_uint8, boxed
+
 
 def compose(crops: torch.Tensor) -> torch.Tensor:
     """n x 4 x 3 x s x s local crops -> n x 3 x 2s x 2s mosaics of four different images (n >= 4).
@@ -43,6 +45,12 @@ def tile_boxes(size: int, offset: tuple[int, int]) -> torch.Tensor:
     half = size // 2
     columns, rows = (((max(0, -o), half - 1 - o), (half - o, min(size - o, size) - 1)) for o in offset)  # (from, to), twice
     return torch.tensor([(x[0], y[0], x[1], y[1]) for y in rows for x in columns], dtype=torch.float32)
+
+
+def drawn(mosaics: torch.Tensor, offset: tuple[int, int]) -> torch.Tensor:
+    """Mosaics, m x 3 x H x W normalized and shifted, as a picture with the boxes of their tiles; m x 3 x .. x .. uint8."""
+    names = [["tile"] * 4] * len(mosaics)
+    return boxed(as_uint8(mosaics), tile_boxes(mosaics.shape[-1], offset), names, {"tile": "yellow"})
 
 
 def tile_weights(boxes: torch.Tensor, size: int) -> torch.Tensor:

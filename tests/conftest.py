@@ -9,7 +9,15 @@ import webdataset
 from conversions import draw
 from PIL import Image
 
+from utils.evaluation import pictures
+
 torch.set_num_threads(1)  # the computations of the tests are too small for several cores
+
+
+@pytest.fixture(autouse=True)
+def no_curves(monkeypatch):
+    """curves.png takes matplotlib a second; runs of test_report.py draw it."""
+    monkeypatch.setattr(pictures, "write_curves", lambda *_: None)
 
 
 @pytest.fixture(scope="session")

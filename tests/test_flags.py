@@ -274,7 +274,7 @@ class Recording(flags.Flags):
 
     def __init__(self, args):
         super().__init__(**vars(args))
-        self.outside = args.outside
+        self.defaults, self.outside = args.defaults, args.outside
 
     def __getattribute__(self, name):
         function = sys._getframe(1).f_code.co_name

@@ -11,7 +11,7 @@ FAMILIES = {p.parent.name for p in ROOT.glob("*/__init__.py")} - NOT_THE_HOUSE -
 ROOMS = {  # room of utils -> the modules and rooms of utils that it may import, besides itself
     "run": [],
     "data": ["run"],
-    "learning": ["run.dist", "run.flags", "run.streams", "data.views", "data.photometric", "data.batch"],
+    "learning": ["run.dist", "run.flags", "run.streams", "run.warned", "data.views", "data.photometric", "data.batch"],
     "evaluation": ["run", "data", "learning"],
 }
 

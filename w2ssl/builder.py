@@ -11,13 +11,16 @@ from torch import nn
 from utils.data.photometric import normalized
 from utils.learning import amp, backbones, health
 from utils.learning.contrast import ema_, key_copy
+from utils.learning.drawing import SHOWN, as_uint8, boxed
 from utils.learning.method import Batch, Method, Stats, Step, Targets, ViewSpec
 from utils.learning.optim import cosine
 from utils.learning.sync_bn import synchronized
 from utils.run import dist, flags
 from w2ssl.losses import location, supervised_contrastive
-from w2ssl.montage import compose, deal, separate
+from w2ssl.montage import SLOTS, compose, deal, separate
 
+SIDES = ("left half", "right half")  # of the targets' side
+COLOURS = dict(zip(SIDES, ("blue", "red"), strict=True))  # in pictures
 BASE_TEMPERATURE = 0.07  # the crop loss is multiplied by temperature / this
 
 
@@ -135,6 +138,15 @@ class W2SSL(Method):
             keys = [encoder.fc_crop(self.features(encoder, x)) for x in montages]
         keys = [nn.functional.normalize(k.float(), dim=1) for k in keys]  # 2n x C for each view
         return W2SSLTargets(montages=montages, keys=keys, image=number // 2, side=side)
+
+    def pictures(self, batch: Batch, targets: Targets) -> list[tuple[str, torch.Tensor]]:
+        """Also the montages, with the side of the image that each crop is from."""
+        half = targets.montages[0].shape[-1] // 2
+        boxes = torch.tensor([(x, y, x + half - 1, y + half - 1) for y in (0, half) for x in (0, half)])
+        sides = [[SIDES[side] for side in four] for four in targets.side.view(-1, SLOTS)[:SHOWN].tolist()]
+        drawn = [boxed(as_uint8(view[:SHOWN]), boxes, sides, COLOURS) for view in targets.montages]
+        title = ", ".join(f"{COLOURS[side]}: {side}" for side in SIDES)
+        return [*super().pictures(batch, targets), *((f"montages {i}; {title}", x) for i, x in enumerate(drawn, 1))]
 
     def forward(self, batch: Batch, targets: W2SSLTargets, step: Step) -> tuple[torch.Tensor, Stats]:
         encoder: Any = self.base_encoder

@@ -126,7 +126,7 @@ class Frozen(nn.Module):
     def __init__(self, probed: Probed):
         super().__init__()
         self.trunk, self.layers = probed.trunk.eval().requires_grad_(False), probed.layers
-        self.features_of = probed.features
+        self.features_of, self.maps_of = probed.features, probed.maps
 
     @torch.no_grad()
     def features(self, x: torch.Tensor, amp_name: str) -> dict[int, torch.Tensor]:

@@ -14,13 +14,14 @@ from torch import nn
 from utils.data.bad_samples import BadSamples
 from utils.data.index import Index
 from utils.data.views import ViewSpec
-from utils.evaluation import health, knn
+from utils.evaluation import health, knn, neighbours, pictures
 from utils.evaluation.features import features
 from utils.evaluation.frozen import Frozen, load_live
 from utils.evaluation.session import check_classes
+from utils.learning.drawing import SHOWN
 from utils.learning.method import Method
-from utils.run import flags
-from utils.run.log import say
+from utils.run import dist, flags
+from utils.run.log import Log, harmless, say
 
 K = (1, 20)
 TEMPERATURE, MEMORY = 0.07, 2**28  # of kNN; bytes for similarities
@@ -66,6 +67,7 @@ class Monitor:
         self.args, self.method, self.train, self.held_out, self.device = args, method, train, held_out, device
         self.probed = method.frozen(args)
         self.frozen = Frozen(self.probed).to(device).to(memory_format=torch.channels_last)
+        self.folder = Path(args.output_dir)
         self.labelled = train.labelled and held_out.labelled
         self.start, self.spent = time.perf_counter(), 0.0
 
@@ -96,7 +98,7 @@ class Monitor:
         load_live(self.frozen, self.probed, self.method, model, self.args)
 
     def measure(self, ask: Callable[[], None]) -> dict[str, float]:
-        args, bad = self.args, BadSamples(Path(self.args.output_dir), self.train.total + self.held_out.total, self.args.max_bad)
+        args, bad = self.args, BadSamples(self.folder, self.train.total + self.held_out.total, self.args.max_bad)
         view = view_of(args)
         keep = torch.device("cpu") if self.device.type == "mps" else self.device  # which has no float64
 
@@ -105,6 +107,7 @@ class Monitor:
             return features(args, index, view, extract, self.device, bad, ask, images=images, keep=keep)
 
         test = of(self.held_out, args.eval_images)
+        self.draw_pca(self.held_out, neighbours.spread(test, SHOWN))
         found = health.measures(test.values)
         if self.labelled and found:
             train = of(self.train, args.eval_neighbours)
@@ -112,5 +115,28 @@ class Monitor:
             ks = [k for k in K if k <= min(args.eval_neighbours, self.train.total)]
             near = knn.neighbours(train, test, ks[-1], MEMORY, ask)
             result = knn.accuracy(train, test, near, len(self.train.classes or ()), self.train.total, ks, TEMPERATURE)
+            self.draw_neighbours(neighbours.rows_of(test, near[1], SHOWN))
             found = {f"knn{k}": result[k]["top1"] for k in ks} | found
         return {f"eval_{name}": value for name, value in found.items()}
+
+    def draw_pca(self, index: Index, ids: list[int]) -> None:
+        """pca.png of these images."""
+        if dist.rank() == 0 and ids:
+            with harmless("pca.png"), torch.no_grad():
+                images = neighbours.images_of(self.args, view_of(self.args), index, ids)
+                x = torch.stack([pixels for pixels, _ in images.values()])  # m x 3 x H x W
+                pictures.write_pca(self.folder / "pca.png", x, self.frozen.maps_of(x.to(self.device)))
+
+    def draw_neighbours(self, rows: list[neighbours.Row]) -> None:
+        """neighbours.png of these test images."""
+        if dist.rank() == 0 and rows:
+            with harmless("neighbours.png"):
+                path = self.folder / "neighbours.png"
+                neighbours.write_picture(path, self.args, view_of(self.args), self.train, self.held_out, rows)
+
+    def show(self, log: Log) -> None:
+        """Show the pictures of the last measurement in TensorBoard."""
+        for name in ("neighbours.png", "pca.png") if dist.rank() == 0 else ():
+            with harmless(f"{name} for TensorBoard"):
+                if (self.folder / name).exists():
+                    log.picture(self.folder / name)

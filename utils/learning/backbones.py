@@ -25,6 +25,7 @@ class Probed:
     layers: tuple[int, ...]  # numbers of the layers that can be probed
     classifier: str  # name of the submodule that is not part of the trunk; weights below it are left out
     features: Callable[[torch.Tensor, Sequence[int]], dict[int, torch.Tensor]]  # (n x 3 x H x W, layers) -> layer -> n x C
+    maps: Callable[[torch.Tensor], torch.Tensor] = lambda x: x  # n x 3 x H x W -> n x C x h x w, the last feature map
 
 
 @dataclass(frozen=True)
@@ -118,4 +119,6 @@ def probed(args: Namespace) -> Probed:
     """The pooled features of --arch."""
     trunk = build(args.arch, args.output_stride, num_classes=0).eval()
     output_of(trunk, args.arch, args.size)  # refuses a size that does not fit
-    return Probed(trunk, (POOLED,), classifier_name(trunk), lambda x, _: {POOLED: trunk(normalized(x))})
+    whole: Any = trunk
+    maps = lambda x: whole.forward_features(normalized(x))  # noqa: E731
+    return Probed(trunk, (POOLED,), classifier_name(trunk), lambda x, _: {POOLED: trunk(normalized(x))}, maps)

@@ -13,6 +13,7 @@ from utils.learning import backbones, health
 from utils.learning.contrast import ema_, enqueue_, shuffled_keys
 from utils.learning.method import Method, Stats, Step
 from utils.run import dist, flags
+from utils.run.warned import warn
 
 
 class KeyQueue(Method):
@@ -55,8 +56,8 @@ class KeyQueue(Method):
             fits = f"{down} or {down + args.batch_size}" if down else f"{args.batch_size}"
             raise ValueError(f"--moco-k {args.moco_k}: must be a multiple of --batch-size {args.batch_size}; pass {fits}")
         if dist.world() * args.bn_splits == 1:
-            print("warning: --bn-splits 1 in one process: query and key see the same BatchNorm statistics, from which networks "
-                  f"tell the positive; pass --bn-splits {math.gcd(8, args.batch_size)}", flush=True)  # fmt: skip
+            warn("--bn-splits 1 in one process: query and key see the same BatchNorm statistics, from which networks tell the "
+                 f"positive; pass --bn-splits {math.gcd(8, args.batch_size)}")  # fmt: skip
 
     @staticmethod
     def key_views(args: Namespace, local_crops: int, view: Callable[..., ViewSpec] = moco_v2_view) -> list[ViewSpec]:

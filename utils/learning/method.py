@@ -26,6 +26,7 @@ from utils.data.views import ViewSpec
 from utils.learning import amp, backbones, layouts
 from utils.learning.backbones import Network, Probed
 from utils.learning.contrast import in_groups
+from utils.learning.drawing import SHOWN, as_uint8
 from utils.run import dist, streams
 
 Stats = dict[str, torch.Tensor]
@@ -93,7 +94,7 @@ class Method(nn.Module, ABC):
     @abstractmethod
     def __init__(self, args: Namespace, samples: int):
         super().__init__()
-        self.amp = args.amp
+        self.amp, self.view_names = args.amp, [spec.name for spec in self.views(args)]
 
     def embed(self, network: nn.Module, x: torch.Tensor, group_size: int) -> torch.Tensor:
         """Views, n x channels x H x W, uint8 or normalized -> n x C float32 of length 1. group_size: see in_groups."""
@@ -131,6 +132,14 @@ class Method(nn.Module, ABC):
         dim: of the embeddings; candidates, positives: of the loss; temperature, temperature_flag.
         """
         return {}
+
+    def pictures(self, batch: Batch, targets: Any) -> list[tuple[str, torch.Tensor]]:
+        """What the networks see of the first images: rows of views.png, each a title and m x 3 x H x W uint8."""
+        rows = []
+        for name, view in zip(self.view_names, batch.views, strict=True):
+            parts = [(name, view)] if view.ndim == 4 else [(f"{name} {i}", x) for i, x in enumerate(view.unbind(1), 1)]
+            rows += [(title, as_uint8(x[:SHOWN])) for title, x in parts]
+        return rows
 
     @staticmethod
     def trunk(state_dict: dict[str, torch.Tensor], args: Namespace) -> dict[str, torch.Tensor]:

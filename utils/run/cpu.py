@@ -1,6 +1,8 @@
 """CPU time and memory of a process."""
 
 import ctypes
+import os
+import platform
 import re
 import resource
 import sys
@@ -9,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import torch
 
 
 def keep_freed_memory() -> None:
@@ -24,6 +27,16 @@ def cpu_ms(work: Callable[[np.ndarray], object], samples: np.ndarray) -> float:
     start = time.process_time()
     work(samples)
     return 1e3 * (time.process_time() - start) / len(samples)
+
+
+def hardware() -> dict[str, str | int]:
+    """The processor and the device of this process, as reports name them."""
+    names = re.findall(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() else []
+    found: dict[str, str | int] = {"processor": names[0] if names else platform.processor() or platform.machine()}
+    found["cores"] = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if torch.cuda.is_available():
+        found["GPU"] = torch.cuda.get_device_name()
+    return found
 
 
 def peak_memory() -> int:

@@ -17,6 +17,7 @@ from torch.distributed import DistError
 
 from utils.run import dist, signals
 from utils.run.old_flags import OLD
+from utils.run.warned import warn
 
 MAX_PIXELS = 89_478_485  # of an image: Pillow's limit
 AMP = ("auto", "bf16", "fp16", "fp32")  # of utils/learning/amp.py, which this room may not import
@@ -27,9 +28,12 @@ class RunError(Exception):
 
 
 class Flags(argparse.Namespace):
-    """The flags of a command. `outside`: names of those that are not part of a run's identity."""
+    """The flags of a command. `outside`: names of those that are not part of a run's identity.
 
-    __slots__ = ("outside",)  # so that `vars` gives the flags alone
+    `defaults`: of the others, those that have another value.
+    """
+
+    __slots__ = ("defaults", "outside")  # so that `vars` gives the flags alone
 
 
 class Parser(argparse.ArgumentParser):
@@ -58,6 +62,8 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"{typed[action.dest].option_strings[0]} and {name}: are two forms of one flag; leave one out")
         flags, unknown = super().parse_known_args(args, Flags() if namespace is None else namespace)
         flags.outside = frozenset(self.outside)
+        defaults = {name: self.get_default(name) for name in vars(flags) if name not in self.outside}
+        flags.defaults = {name: value for name, value in defaults.items() if value != vars(flags)[name]}
         return flags, unknown
 
     def parse_args(self, args=None, namespace=None):
@@ -228,7 +234,7 @@ def check_lr_steps(args: argparse.Namespace) -> None:
     if args.lr_steps != sorted(set(args.lr_steps)) or (args.lr_steps and args.lr_steps[0] < 1):
         raise ValueError(f"--lr-steps {steps}: must be epochs above 0 in rising order, such as 120 160 200")
     if args.lr_steps and args.lr_steps[-1] >= args.epochs and dist.rank() == 0:
-        print(f"warning: --lr-steps {steps}: not all of them lie before --epochs {args.epochs}; scale them", flush=True)
+        warn(f"--lr-steps {steps}: not all of them lie before --epochs {args.epochs}; scale them")
 
 
 def shard_flags(args: argparse.Namespace) -> dict:
@@ -267,8 +273,8 @@ def check_evaluation_flags(args: argparse.Namespace) -> None:
         in_range(flag, getattr(args, flag[2:]), 0, math.inf)
     in_range("--max-bad", args.max_bad, 0, 0.5)
     if args.workers == default_workers() == 0 and dist.rank() == 0:
-        print("warning: --workers 0, because each process has less than a CPU core: it makes its views between the steps; "
-              "--workers 1 makes them at the same time", flush=True)  # fmt: skip
+        warn("--workers 0, because each process has less than a CPU core: it makes its views between the steps; "
+             "--workers 1 makes them at the same time")  # fmt: skip
 
 
 def meaning(args: Flags) -> dict:

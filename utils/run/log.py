@@ -12,11 +12,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from utils.run import cpu, dist
 from utils.run.files import Lines, atomic, encoded, read_lines, write_json
-from utils.run.text import shown_flags
+from utils.run.text import brief, shown_flags
+from utils.run.warned import GIVEN
 
 PACKAGES = ("torch", "torchvision", "timm", "webdataset", "numpy", "pillow")
 
@@ -24,13 +26,26 @@ PACKAGES = ("torch", "torchvision", "timm", "webdataset", "numpy", "pillow")
 def say(*words) -> None:
     """Print on the first process only, without breaking its progress bar."""
     if dist.rank() == 0:
+        text = " ".join(str(w) for w in words)
+        if text.startswith("warning: "):
+            GIVEN.append(text.removeprefix("warning: "))
         from tqdm import tqdm  # here, as TensorBoard below: torch.hub imports this module and has neither
 
         try:
-            tqdm.write(" ".join(str(w) for w in words))
+            tqdm.write(text)
             sys.stdout.flush()  # Python writes to a file in large pieces otherwise
         except OSError:  # the terminal was closed, or the reader of the pipe has ended: training continues
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextmanager
+def harmless(name: str):
+    """Around the writing of a file that people only look at: an error becomes a warning, and the run continues."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        say(f"warning: {name} is not written ({brief(reason, 200)}); the run continues")
 
 
 def write_config(folder: Path, args, start: tuple[int, int] = (0, 0), **facts) -> None:
@@ -39,7 +54,8 @@ def write_config(folder: Path, args, start: tuple[int, int] = (0, 0), **facts) -
     start: (epoch, step). A start with nothing left to train does not change config.json.
     """
     versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
-    config = {"flags": shown_flags(vars(args)), "versions": versions, "commit": _commit(), "processes": dist.world(), **facts}
+    config = {"flags": shown_flags(vars(args)), "versions": versions, "commit": _commit(), "processes": dist.world(),
+              "hardware": cpu.hardware(), **facts}  # fmt: skip
     when = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "epoch": start[0], "step": start[1]}
     Lines(folder / "starts.jsonl").put(when | config)
     if not (folder / "config.json").exists() or start[0] < args.epochs:
@@ -72,6 +88,7 @@ class Log:
         self.steps, self.print_freq, self.batch, self.bad, self.chance = steps, print_freq, batch, bad, chance
         self.epochs, self.verdicts, self.done, self.began = epochs, verdicts, 0, time.perf_counter()
         self.lines = self.writer = None
+        self.number = start[0] * steps + start[1]  # steps over all epochs so far
         if dist.rank() == 0:
             path = folder / "metrics.jsonl"
             kept = [entry for entry in read_lines(path) if _place(entry) < start]
@@ -137,6 +154,14 @@ class Log:
         if self.lines:
             self._put({"epoch": epoch, **values}, (epoch + 1) * self.steps)
 
+    def picture(self, path: Path) -> None:
+        """Show a PNG in TensorBoard, at the step of the last line."""
+        from PIL import Image
+
+        with Image.open(path) as image:
+            pixels = torch.from_numpy(np.array(image.convert("RGB")))
+        self._curves(lambda writer: writer.add_image(path.stem, pixels, self.number, dataformats="HWC"))
+
     def _write(self):
         step, lr = self.now
         sums = torch.stack(list(self.sums.values())).float()
@@ -181,6 +206,7 @@ class Log:
     def _put(self, entry, number):
         """Write a line of metrics.jsonl, and its numbers for TensorBoard. number: steps over all epochs so far."""
         assert self.lines
+        self.number = number
         self.lines.put(entry)
         numbers = {name: value for name, value in entry.items() if name not in ("epoch", "step", "steps")}
         self._curves(lambda writer: [writer.add_scalar(name, value, number) for name, value in numbers.items()])
