@@ -23,7 +23,7 @@ from methods import METHODS
 from utils.evaluation import pictures
 from utils.learning.drawing import SHOWN, SIDE
 from utils.learning.method import Step
-from utils.run import checkpoint, curves, report
+from utils.run import checkpoint, curves, report, warned
 
 WRITE_CURVES = pictures.write_curves  # conftest.py replaces it
 BAD = "<script>document.title = 'changed'</script>\"'"
@@ -41,7 +41,7 @@ def run_of(folder, epochs=3, steps=20, every=1, **changed):
     start = {"time": "2026-01-01T00:00:00+00:00", "epoch": 0, "step": 0, "resumed": BAD}
     (folder / "starts.jsonl").write_text(json.dumps(start))
     (folder / "verdicts.jsonl").write_text(json.dumps({"epoch": 0, "step": 1, "name": BAD, "text": f"all is grey {BAD}"}))
-    (folder / "warnings.jsonl").write_text(json.dumps({"text": f"take care {BAD}"}))
+    (folder / "warnings.jsonl").write_text(json.dumps({"text": f"take care {BAD}"}) + "\n")
     (folder / "knn").mkdir()
     (folder / "knn/result.json").write_text(json.dumps({"knn": {BAD: {"top1": 71.25}}, "protocol": {"top1": 1}}))
     Image.new("RGB", (300, 200), "red").save(folder / "views.png")
@@ -82,6 +82,15 @@ def test_report__time_left_is_that_at_the_speed_since_the_start(tmp_path):
     config["flags"]["epochs"] = 4
     (folder / "config.json").write_text(json.dumps(config))
     assert report.Run(folder).left() == "about 20 min"  # 3 epochs took an hour
+
+
+def test_report__names_the_state_and_each_verdict_once(tmp_path):
+    folder = run_of(tmp_path / "run")
+    warned.GIVEN[:] = ["a new warning", f"all is grey {BAD}"]  # the second one is the verdict, which is printed too
+    for stopped_by, state in ((None, "running on"), (15, "stopped by SIGTERM"), (0, "finished")):
+        report.renew(folder, stopped_by)
+        seen = visible((folder / "report.html").read_text())
+        assert f"<td>{state}" in seen and seen.count("a new warning") == 1 and seen.count("all is grey") == 1
 
 
 def test_report__of_many_runs_begins_with_the_flags_that_differ(tmp_path, capsys):

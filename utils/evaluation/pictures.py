@@ -47,7 +47,7 @@ def write_pca(path: Path, images: torch.Tensor, maps: torch.Tensor) -> None:
 
 def colours(maps: torch.Tensor) -> torch.Tensor:
     """m x C x h x w -> m x 3 x h x w uint8: the first three principal components over all places, each from dark to bright."""
-    x = maps.detach().double().cpu().permute(0, 2, 3, 1)  # m x h x w x C
+    x = maps.detach().cpu().double().permute(0, 2, 3, 1)  # m x h x w x C
     flat = x.flatten(0, 2)
     flat = flat - flat.mean(0)
     basis = torch.linalg.svd(flat, full_matrices=False).Vh[:3]  # at most 3 x C
