@@ -309,10 +309,3 @@ def test_check__names_the_flag_and_a_value_that_works(flags, message):
     args = method_args("moco", *flags)
     with pytest.raises(ValueError, match=message):
         METHODS["moco"].check(args, samples=1000)
-
-
-def test_check__queue_larger_than_the_data_is_a_warning(capsys):
-    METHODS["moco"].check(method_args("moco", "--bn-splits", "2"), samples=32)
-    assert capsys.readouterr().out == ""
-    METHODS["moco"].check(method_args("moco"), samples=31)
-    assert "--moco-k 32" in capsys.readouterr().out
