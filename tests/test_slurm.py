@@ -32,15 +32,18 @@ for pid in test_slurm.processes_of_steps(os.environ["FAKE"]):
 }
 
 
-def processes_of_steps(folder):
-    """The processes in Slurm's control group of the job's steps: torchrun starts its processes in sessions of their own."""
+def processes_of_steps(folder, node=""):
+    """The processes in Slurm's control group of the job's steps: torchrun starts its processes in sessions of their own.
+
+    node: only those of this node.
+    """
     found = []
     for path in Path("/proc").glob("[0-9]*/environ"):
         try:
             variables = path.read_bytes().split(b"\0")
         except OSError:
             continue
-        if f"FAKE={folder}".encode() in variables and any(v.startswith(b"SLURM_NODEID=") for v in variables):
+        if f"FAKE={folder}".encode() in variables and any(v.startswith(f"SLURM_NODEID={node}".encode()) for v in variables):
             found.append(int(path.parent.name))
     return found
 
@@ -102,7 +105,7 @@ def test_slurm__asked_to_stop_before_its_processes_listen_it_is_requeued(images,
     """The shells of the nodes end with 138, or the agents with 0. srun ends the other node."""
     job = slurm(images)
     end = time.monotonic() + 60
-    while len(processes_of_steps(tmp_path)) < 2:
+    while not all(processes_of_steps(tmp_path, node) for node in (0, 1)):  # a later one would never hear of the signal
         assert job.poll() is None and time.monotonic() < end, (tmp_path / "out").read_text()
         time.sleep(0.02)
     job.send_signal(signal.SIGUSR1)
