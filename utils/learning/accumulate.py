@@ -20,16 +20,19 @@ def accumulate(
     model: a Method, or DDP around one, whose processes exchange gradients in the last slice only. BatchNorm's running
     statistics follow the first slice. Returns the mean loss, without gradient, and the mean statistics.
     """
+    if slices == 1:
+        loss, stats = model(batch, targets, step)
+        backward(loss)
+        return loss.detach(), stats
     size, found = len(batch) // slices, []
     for i in range(slices):
         part = slice(i * size, (i + 1) * size)
-        mine = (batch, targets) if slices == 1 else (batch.part(part), targets.part(part))
         with ExitStack() as around:
             if i > 0:
                 around.enter_context(statistics_kept(model))
             if i + 1 < slices and isinstance(model, DistributedDataParallel):
                 around.enter_context(model.no_sync())
-            loss, stats = model(*mine, step)
+            loss, stats = model(batch.part(part), targets.part(part), step)
             backward(loss / slices)
         found.append({"loss": loss.detach()} | stats)
     means = {name: torch.stack([one[name] for one in found]).mean(0) for name in found[0]}

@@ -65,11 +65,13 @@ def in_groups(network: nn.Module, x: Tensor, group_size: int) -> Tensor:
 
     The running statistics follow the first slice, as those of a checkpoint follow the first process.
     """
+    if group_size >= len(x):
+        return network(x)
     first, *others = x.split(group_size)
     out = [network(first)]
     with statistics_kept(network):
         out += [network(part) for part in others]
-    return torch.cat(out) if others else out[0]
+    return torch.cat(out)
 
 
 @contextmanager
