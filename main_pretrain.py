@@ -30,7 +30,7 @@ from utils.data.measure import say_workers
 from utils.data.shards import lanes_of, steps_per_epoch, training_plan
 from utils.data.views import ViewSpec
 from utils.evaluation import monitor, pictures
-from utils.evaluation.frozen import open_weights, trunk_identity
+from utils.evaluation.frozen import Live, open_weights, trunk_identity
 from utils.evaluation.monitor import Monitor
 from utils.evaluation.watch import Watch
 from utils.learning import amp, health, initial, optim
@@ -174,13 +174,14 @@ def main(argv=None):
             return say_workers(args, index, method.views(args), steps)
         facts = {"index": index.hash, "samples": index.total, "device": str(device), "init": init,
                  "references": references(known), "published": args.defaults}  # fmt: skip
-        monitored = Monitor(args, METHODS[args.method], index, held_out, device) if held_out else None
+        live = Live(args, METHODS[args.method], device)
+        monitored = Monitor(live, index, held_out, device) if held_out else None
         folder = Path(args.output_dir)
         dist.first_process_does(lambda: resume.begin(folder, args, resume_from, start, **facts))
         model = dist.data_parallel(method, device)
     with one_line_ends(PROG, args.batch_size):
         try:
-            stopped_by = train(args, index, method, model, optimizer, scaler, start, init, lr, device, monitored)
+            stopped_by = train(args, index, method, model, optimizer, scaler, start, init, lr, device, live, monitored)
         except NotFinite as failure:
             replay.write(failure, folder, args, method, scaler, steps, index.total)
         report.renew(folder, stopped_by)
@@ -226,7 +227,7 @@ def initialize(args, method: Method) -> dict[str, str | None]:
     return {"source": shown(args.init), "path": str(found.path), "layout": found.layout, "sha256": found.sha256}
 
 
-def train(args, index, method, model, optimizer, scaler, start, init, lr, device, monitored: Monitor | None) -> int:
+def train(args, index, method, model, optimizer, scaler, start, init, lr, device, live, monitored: Monitor | None) -> int:
     """Train to the end, or until a signal: then save and return its number. Returns 0 at the end."""
     steps, folder = steps_per_epoch(index.total, args.batch_size), Path(args.output_dir)
     first_epoch, first_step = start
@@ -251,7 +252,7 @@ def train(args, index, method, model, optimizer, scaler, start, init, lr, device
 
     known = numbers_of(args, method, index.total, steps)
     verdicts = Verdicts(folder, start, known) if dist.rank() == 0 else None
-    watch = Watch(args, METHODS[args.method], device)
+    watch = Watch(live)
 
     with (
         Log(folder, start, steps, args.print_freq, args.batch_size, bad, known["chance"], args.epochs, verdicts) as log,

@@ -17,6 +17,7 @@ from utils.data.index import load_index
 from utils.data.loader import load_batches
 from utils.data.shards import training_plan
 from utils.evaluation import monitor, pictures
+from utils.evaluation.frozen import Live
 from utils.evaluation.monitor import Monitor
 from utils.learning.method import Step
 from utils.run import checkpoint, flags, report
@@ -84,8 +85,8 @@ def main(argv: list[str] | None = None) -> None:
             held_out = load_index(args.eval_shards, "--eval-shards", **opened)
             args.batch_size = given.batch_size
             monitor.check(args, index, held_out)
-            watch = Monitor(args, METHODS[args.method], index, held_out, device)
-            watch.load(method.eval())
+            watch = Monitor(Live(args, METHODS[args.method], device), index, held_out, device)
+            watch.live.load(method.eval())
             watch.measure(lambda: None)
         pictures.write_curves(folder)
     say(f"Pictures: {folder}/*.png")

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # python benchmarks/healt
 import main_pretrain
 from benchmarks.step import SIZES, add_sizes, flags_of, random_batch, train_step
 from methods import METHODS
+from utils.evaluation.frozen import Live
 from utils.evaluation.watch import Watch
 from utils.learning import amp
 from utils.learning.health import WATCH
@@ -41,7 +42,7 @@ def measure(args, case: str) -> dict[str, float]:
     flags = flags_of(args, case, amp.resolve("auto", device), args.batch_size)
     method = main_pretrain.build(flags, args.samples, device)
     method.train()
-    train, watch = train_step(method, method, flags), Watch(flags, METHODS[flags.method], device)
+    train, watch = train_step(method, method, flags), Watch(Live(flags, METHODS[flags.method], device))
     batch, times = random_batch(method.views(flags), args.batch_size, device), {False: list[float](), True: list[float]()}
     for number in range(2 * args.rounds + 2):
         watched, start = number % 2 == 1, time.perf_counter()

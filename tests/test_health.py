@@ -12,6 +12,7 @@ from torch.nn.functional import normalize
 
 import main_pretrain
 from methods import METHODS
+from utils.evaluation.frozen import Live
 from utils.evaluation.watch import Watch
 from utils.learning import health
 from utils.learning.method import Step
@@ -108,7 +109,7 @@ def watch_of(part):
     batch = uint8_batch(args)
     if part is not None:
         batch = batch.part(slice(4 * part, 4 * part + 4))
-    found = Watch(args, METHODS["moco"], torch.device("cpu"))(build("moco"), batch)
+    found = Watch(Live(args, METHODS["moco"], torch.device("cpu")))(build("moco"), batch)
     return {name: value.item() for name, value in found.items()}
 
 

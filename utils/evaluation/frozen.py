@@ -14,7 +14,7 @@ from utils.learning import amp, layouts, torchvision_names
 from utils.learning.backbones import Probed
 from utils.learning.method import Method
 from utils.run import checkpoint, dist, weights
-from utils.run.flags import Parser, typed
+from utils.run.flags import Flags, Parser, typed
 
 FLAG = "--pretrained"
 Methods = Mapping[str, type[Method]]
@@ -174,8 +174,17 @@ def build_trunk(args: Namespace, method: type[Method], source: Source) -> Frozen
     return Frozen(probed)
 
 
-def load_live(frozen: Frozen, probed: Probed, method: type[Method], model: nn.Module, args: Namespace) -> None:
-    """Copy the weights of a method in training, with the first process's statistics of BatchNorm, as a checkpoint has them."""
-    state = method.trunk(checkpoint.prefixed(model), args)
-    layouts.load_trunk(frozen.trunk, state, probed.classifier, "the live trunk")
-    dist.from_first_(list(frozen.trunk.buffers()))
+class Live(Frozen):
+    """A copy of the trunk of a method in training, as an evaluation of a checkpoint builds it. All processes call `load`."""
+
+    def __init__(self, args: Flags, method: type[Method], device: torch.device):
+        probed = method.frozen(args)
+        super().__init__(probed)
+        self.args, self.method, self.classifier = args, method, probed.classifier
+        self.to(device).to(memory_format=torch.channels_last)
+
+    def load(self, model: nn.Module) -> None:
+        """Copy the weights of a method, with the first process's statistics of BatchNorm, as a checkpoint has them."""
+        state = self.method.trunk(checkpoint.prefixed(model), self.args)
+        layouts.load_trunk(self.trunk, state, self.classifier, "the live trunk")
+        dist.from_first_(list(self.trunk.buffers()))

@@ -16,10 +16,9 @@ from utils.data.index import Index
 from utils.data.views import ViewSpec
 from utils.evaluation import health, knn, neighbours, pictures
 from utils.evaluation.features import features
-from utils.evaluation.frozen import Frozen, load_live
+from utils.evaluation.frozen import Live
 from utils.evaluation.session import check_classes
 from utils.learning.drawing import SHOWN
-from utils.learning.method import Method
 from utils.run import dist, flags
 from utils.run.log import Log, harmless, say
 
@@ -63,11 +62,9 @@ class Monitor:
     train: the images of the training, whose labels are those of the neighbours. Without labels in both there is no kNN.
     """
 
-    def __init__(self, args: flags.Flags, method: type[Method], train: Index, held_out: Index, device: torch.device):
-        self.args, self.method, self.train, self.held_out, self.device = args, method, train, held_out, device
-        self.probed = method.frozen(args)
-        self.frozen = Frozen(self.probed).to(device).to(memory_format=torch.channels_last)
-        self.folder = Path(args.output_dir)
+    def __init__(self, live: Live, train: Index, held_out: Index, device: torch.device):
+        self.args, self.live, self.train, self.held_out, self.device = live.args, live, train, held_out, device
+        self.folder = Path(live.args.output_dir)
         self.labelled = train.labelled and held_out.labelled
         self.start, self.spent = time.perf_counter(), 0.0
 
@@ -82,7 +79,7 @@ class Monitor:
                 raise Asked
 
         began = time.perf_counter()
-        self.load(model)
+        self.live.load(model)
         try:
             found = self.measure(ask)
         except Asked:
@@ -94,16 +91,13 @@ class Monitor:
         say(f"epoch {epoch}: held-out {text or 'features are not finite'}  ({seconds:.1f} s, {share:.0%} of the time so far)")
         return found
 
-    def load(self, model: nn.Module) -> None:
-        load_live(self.frozen, self.probed, self.method, model, self.args)
-
     def measure(self, ask: Callable[[], None]) -> dict[str, float]:
         args, bad = self.args, BadSamples(self.folder, self.train.total + self.held_out.total, self.args.max_bad)
         view = view_of(args)
         keep = torch.device("cpu") if self.device.type == "mps" else self.device  # which has no float64
 
         def of(index, images):
-            extract = lambda x: self.frozen.features(x, "fp32")[self.frozen.layers[-1]]  # noqa: E731
+            extract = lambda x: self.live.features(x, "fp32")[self.live.layers[-1]]  # noqa: E731
             return features(args, index, view, extract, self.device, bad, ask, images=images, keep=keep)
 
         test = of(self.held_out, args.eval_images)
@@ -125,7 +119,7 @@ class Monitor:
             with harmless("pca.png"), torch.no_grad():
                 images = neighbours.images_of(self.args, view_of(self.args), index, ids)
                 x = torch.stack([pixels for pixels, _ in images.values()])  # m x 3 x H x W
-                pictures.write_pca(self.folder / "pca.png", x, self.frozen.maps_of(x.to(self.device)))
+                pictures.write_pca(self.folder / "pca.png", x, self.live.maps_of(x.to(self.device)))
 
     def draw_neighbours(self, rows: list[neighbours.Row]) -> None:
         """neighbours.png of these test images."""

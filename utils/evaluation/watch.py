@@ -1,13 +1,12 @@
 """Measures of a watched training step: of the live trunk's features, of views and weights, and of the processes."""
 
 import time
-from argparse import Namespace
 
 import torch
 
 from utils.data.batch import Batch
 from utils.evaluation import health
-from utils.evaluation.frozen import Frozen, load_live
+from utils.evaluation.frozen import Live
 from utils.learning import health as of_step
 from utils.learning.method import Method, Stats
 from utils.run import dist
@@ -18,10 +17,8 @@ IMAGES = 512  # of all processes, whose features are compared
 class Watch:
     """Measures the trunk, as an evaluation would build it, on the images of a step. All processes call it together."""
 
-    def __init__(self, args: Namespace, method: type[Method], device: torch.device):
-        self.args, self.method, self.specs = args, method, method.views(args)
-        self.probed = method.frozen(args)
-        self.frozen = Frozen(self.probed).to(device).to(memory_format=torch.channels_last)
+    def __init__(self, live: Live):
+        self.live, self.specs = live, live.method.views(live.args)
 
     @torch.no_grad()
     def __call__(self, model: Method, batch: Batch) -> Stats:
@@ -31,7 +28,7 @@ class Watch:
         see `flat`. Of several processes: the one that computes these features slowest, and its time as a multiple of the
         median time of the others.
         """
-        load_live(self.frozen, self.probed, self.method, model, self.args)
+        self.live.load(model)
         x = batch.views[0][: max(1, IMAGES // dist.world())]
         values, seconds = self.features(x)
         everyone = dist.gather(values)  # N x C
@@ -56,7 +53,7 @@ class Watch:
         if x.device.type == "cuda":
             torch.cuda.synchronize()
         start = time.perf_counter()
-        values = self.frozen.features(x, self.args.amp)[self.frozen.layers[-1]]
+        values = self.live.features(x, self.live.args.amp)[self.live.layers[-1]]
         if x.device.type == "cuda":
             torch.cuda.synchronize()
         return values, time.perf_counter() - start
