@@ -68,10 +68,7 @@ def get_args(argv: list[str] | None = None, source: Source | None = None) -> fla
         parser, None, "folder of results; default: `finetune` in the run's folder, or finetune-FILE beside FILE"
     )
     args = parser.parse_args(argv)
-    if args.resize is None:
-        args.resize = args.size * 256 // 224
-    if args.output_dir is None:
-        args.output_dir = session.default_folder(args.pretrained, "finetune")
+    supervised.fill_in(args, "finetune")
     return args
 
 

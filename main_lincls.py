@@ -80,10 +80,7 @@ def get_args(argv: list[str] | None = None, source: Source | None = None) -> fla
         args.lr = args.lr[0]
     if isinstance(args.lr, list) and args.val_fraction is None:
         args.val_fraction = 0.1
-    if args.resize is None:
-        args.resize = args.size * 256 // 224
-    if args.output_dir is None:
-        args.output_dir = session.default_folder(args.pretrained, "linear")
+    supervised.fill_in(args, "linear")
     return args
 
 

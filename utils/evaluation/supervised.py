@@ -14,7 +14,7 @@ from utils.data.limits import check_workers
 from utils.data.views import ViewSpec
 from utils.evaluation.classifiers import Head
 from utils.evaluation.frozen import Source
-from utils.evaluation.session import check_classes
+from utils.evaluation.session import check_classes, default_folder
 from utils.run import checkpoint, dist, flags, resume
 from utils.run.files import write_json
 from utils.run.log import say
@@ -32,6 +32,14 @@ def add_data_flags(parser: flags.Parser) -> None:
     add("--size", type=int, default=224, help="side of a view in pixels")
     add("--resize", type=int, help="resize the shorter side of test images to this, then crop; default: 8/7 of --size")
     add("--crop-min", type=float, default=0.08, help="smallest area of a training crop, as a share of the image")
+
+
+def fill_in(args: Namespace, folder: str) -> None:
+    """Fill in the defaults that depend on other flags. folder: see session.default_folder."""
+    if args.resize is None:
+        args.resize = args.size * 256 // 224
+    if args.output_dir is None:
+        args.output_dir = default_folder(args.pretrained, folder)
 
 
 def check(args: Namespace, train: Index, val: Index, specs: list[ViewSpec]) -> None:
