@@ -117,7 +117,7 @@ def main(argv: list[str] | None = None) -> None:
         model = Tuned(trunk, fc, args.amp).to(device).to(memory_format=torch.channels_last)
         groups = [{"params": list(model.trunk.parameters())}, {"params": list(fc.parameters())}]
         settings = {"momentum": args.momentum, "weight_decay": args.weight_decay, "nesterov": args.nesterov}
-        optimizer, scaler = torch.optim.SGD(groups, args.lr, fused=True, **settings), amp.scaler(args.amp)
+        optimizer, scaler = optim.Sgd(groups, args.lr, **settings), amp.scaler(args.amp)
 
         def load(saved):
             model.load_state_dict(checkpoint.unprefixed(saved["state_dict"]))

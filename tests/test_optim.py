@@ -94,6 +94,43 @@ def test_sgd__state_travels(trust):
     assert torch.equal(whole, second)
 
 
+@pytest.fixture
+def nan_memory():
+    """New memory holds NaN instead of values of before."""
+    torch.use_deterministic_algorithms(True)  # which fills it
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+@pytest.mark.parametrize("settings", [{"trust": 0.0}, {"trust": 0.001}, {"nesterov": True}])
+def test_sgd__a_skipped_first_step_never_was(settings, resumed, nan_memory):
+    """fp16 often overflows in the first step: the scaler skips its update. resumed: from the state before the first good step."""
+
+    def new(p):
+        return (
+            optim.Sgd([p], 0.5, momentum=0.9, nesterov=True)
+            if "nesterov" in settings
+            else optim.sgd([p], 0.5, 0.9, 1e-4, **settings)
+        )
+
+    ends = []
+    for first in ([float("inf"), float("nan")], []):  # two skipped steps, or none
+        p = nn.Parameter(torch.ones(5))
+        optimizer, scaler = new(p), torch.amp.GradScaler("cpu", init_scale=4.0)
+        for i, x in enumerate([*first, 3.0, 2.0]):
+            scaler.scale((x * p).sum()).backward()
+            scaler.step(optimizer)
+            scaler.update(4.0)
+            optimizer.zero_grad()
+            if resumed and i + 1 == len(first):
+                state, optimizer = optimizer.state_dict(), new(p)
+                optimizer.load_state_dict(state)
+        ends.append((p.detach(), optimizer.state[p]["momentum_buffer"]))
+    (p, momentum), (p_never, momentum_never) = ends
+    assert momentum.isfinite().all() and torch.equal(momentum, momentum_never) and torch.equal(p, p_never)
+
+
 @pytest.mark.parametrize("epoch, factor", [(0, 1), (119.9, 1), (120, 0.1), (160, 0.01), (199, 0.01), (200, 1e-3), (239, 1e-3)])
 def test_lr_at__steps(epoch, factor):
     assert optim.lr_at(0.03, epoch, 240, drops=[120, 160, 200]) == pytest.approx(0.03 * factor)

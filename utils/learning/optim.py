@@ -34,16 +34,33 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
-class Lars(torch.optim.SGD):
+class Sgd(torch.optim.SGD):
+    """torch's fused SGD, whose momentum starts at 0: equal to torch's without dampening, also if the first update is skipped.
+
+    torch's own gets its memory in the first step, without values. If the device skips that update (utils/run/engine.py, or the
+    scaler of fp16), the memory stays as it is, and the next update would read it.
+    """
+
+    def __init__(self, groups, lr: float, **settings):
+        super().__init__(groups, lr, fused=True, **settings)
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"] if group["momentum"] else ():
+                if p.grad is not None and "momentum_buffer" not in self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)
+        return super().step(closure)
+
+
+class Lars(Sgd):
     """SGD with layer-wise adaptive rates (arXiv 1708.03888, eq. 6), without clipping.
 
     The rate of a tensor is multiplied by trust |w| / |g + weight_decay w|, the norm of the sum. A tensor or a sum of zeros, and
-    a group with `trust` 0, keep the plain rate. torch's fused SGD makes the update: the device can skip it
-    (utils/run/engine.py), and the host does not wait.
+    a group with `trust` 0, keep the plain rate. Sgd makes the update: the device can skip it, and the host does not wait.
     """
 
     def __init__(self, groups, lr: float, momentum: float, trust: float):
-        super().__init__(groups, lr, momentum=momentum, fused=True)
+        super().__init__(groups, lr, momentum=momentum)
         for group in self.param_groups:
             group.setdefault("trust", trust)
 
@@ -75,7 +92,7 @@ def sgd(parameters, lr: float, momentum: float, weight_decay: float, trust=0.0, 
     """
     parameters = [p for p in parameters if p.requires_grad]
     if not trust:
-        return torch.optim.SGD(parameters, lr, momentum=momentum, weight_decay=weight_decay, fused=True)
+        return Sgd(parameters, lr, momentum=momentum, weight_decay=weight_decay)
     layers = [p for p in parameters if p.ndim > 1 or not exclude]
     others = [p for p in parameters if p.ndim <= 1 and exclude]
     groups = [{"params": layers, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0, "trust": 0.0}]
