@@ -14,7 +14,7 @@ from methods import METHODS
 from utils.learning import amp
 from utils.learning.method import Step
 from utils.run import dist
-from utils.run.engine import Engine, NotFinite, StepInputs, Votes
+from utils.run.engine import MOST_SKIPS, Engine, NotFinite, StepInputs, Votes
 
 CPU = torch.device("cpu")
 FLAGS = ["--device", "cpu", "--amp", "fp32", "--workers", "0", "--print-freq", "1", "--save-steps", "2"]
@@ -64,6 +64,21 @@ def test_update__an_overflow_of_fp16s_scaler_is_skipped_and_reported():
     assert skipped == [1, 1, 0] and weight.item() == 2 - 0.5 * 2
     with pytest.raises(NotFinite):  # a loss that is not finite is still a failure
         updated(engine, (weight * float("inf")).sum(), StepInputs(0, 3))
+
+
+def test_update__lasting_skips_of_fp16s_scaler_are_a_failure():
+    """The loss is finite, its gradient is not at any scale. Without a limit, the run would reach its end without an update."""
+    weight, optimizer = one_weight(0.0)
+    engine = engine_of(optimizer, scaler=torch.amp.GradScaler("cpu"))
+    losses = [
+        *[weight.sqrt] * (MOST_SKIPS - 1),
+        weight.square,
+        *[weight.sqrt] * MOST_SKIPS,
+    ]  # the good step counts from 0 again
+    with pytest.raises(NotFinite, match=f"not finite in {MOST_SKIPS} steps in a row, up to epoch 0, step 63,"):
+        for step, loss in enumerate(losses):
+            assert updated(engine, loss().sum(), StepInputs(0, step))["skipped"].item() == (step != MOST_SKIPS - 1)
+    assert weight.item() == 0 and engine.scaler.get_scale() == 2.0**-46
 
 
 def vote(rank_bad, wishes):
@@ -205,6 +220,26 @@ def test_replay__is_the_step_itself(images, tmp_path, capsys, method):
         assert train(images, tmp_path, method, "--momentum", 0.8) == 2
     code, out, _ = replay(capsys, tmp_path / "failed_step_0000_000003.pth.tar")
     assert code == 1 and float(re.search(r"loss (\S+)", out)[1]) == losses[3]
+
+
+def test_replay__of_a_gradient_that_fp16_skips_at_any_scale(images, tmp_path, capsys, monkeypatch):
+    real = METHODS["moco"].forward
+
+    def forward(self, *inputs):
+        loss, stats = real(self, *inputs)
+        return loss + (0 * next(self.encoder_q.parameters()).sum()).abs().sqrt(), stats  # + 0, whose gradient is nan
+
+    with monkeypatch.context() as patch:
+        patch.setattr(amp, "scaler", lambda _: torch.amp.GradScaler("cpu"))
+        patch.setattr(METHODS["moco"], "forward", forward)
+        patch.setattr("utils.run.engine.MOST_SKIPS", 3)
+        assert train(images, tmp_path, "moco") == 2
+        path = tmp_path / "failed_step_0000_000002.pth.tar"
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and "not finite in 3 steps in a row" in err and f"see --replay {path}" in err
+        code, out, _ = replay(capsys, path)
+        assert code == 0 and "the step fails again" in out and "gradient that is not finite: 1 of" in out
+    assert replay(capsys, path)[0] == 1
 
 
 def test_replay__names_what_is_wrong_with_its_file(tmp_path, capsys):

@@ -105,7 +105,7 @@ def nan_memory():
 @pytest.mark.parametrize("resumed", [False, True])
 @pytest.mark.parametrize("settings", [{"trust": 0.0}, {"trust": 0.001}, {"nesterov": True}])
 def test_sgd__a_skipped_first_step_never_was(settings, resumed, nan_memory):
-    """fp16 often overflows in the first step: the scaler skips its update. resumed: from the state before the first good step."""
+    """fp16 often overflows in the first step, whose update is skipped. resumed: from the state before the first good step."""
 
     def new(p):
         return (

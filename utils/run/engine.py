@@ -13,6 +13,10 @@ from utils.run.log import Log
 from utils.run.saver import Saver
 from utils.run.signals import Signals
 
+# Steps in a row without an update, until the run stops. In each of them, fp16's scaler halves its scale. It starts at 2^16, so
+# 17 lead below 1, where no scale is to blame. The others are for a scale that has grown.
+MOST_SKIPS = 32
+
 
 class StepInputs(NamedTuple):
     """The position of a step, and its batch; a failed step saves them."""
@@ -23,11 +27,18 @@ class StepInputs(NamedTuple):
 
 
 class NotFinite(RunError):
-    """The loss or the gradient of a step is not finite on some process. Raised on all processes before the update."""
+    """The loss or the gradient of a step is not finite on some process. Raised on all processes before the update.
 
-    def __init__(self, inputs: StepInputs):
+    skips: under fp16's scaler, the gradient was not finite in MOST_SKIPS steps, up to this one.
+    """
+
+    def __init__(self, inputs: StepInputs, skips: bool = False):
         where = f"epoch {inputs.epoch}, step {inputs.step_in_epoch}"
-        super().__init__(f"the loss or its gradient is not finite in {where}; try a lower --lr or --amp fp32")
+        if skips:
+            super().__init__(f"the gradient was not finite in {MOST_SKIPS} steps in a row, up to {where}, although fp16 used a "
+                             "smaller scale each time; try a lower --lr or --amp fp32")  # fmt: skip
+        else:
+            super().__init__(f"the loss or its gradient is not finite in {where}; try a lower --lr or --amp fp32")
         self.inputs = inputs
 
 
@@ -42,7 +53,7 @@ class Votes:
         self.open: tuple[StepInputs, torch.Tensor, torch.cuda.Event] | None = None
 
     def __call__(self, inputs: StepInputs, bad: torch.Tensor, *wishes: float) -> tuple[torch.Tensor, list[int]]:
-        """bad: 0 or 1, on the device. Returns whether it is bad on any process, on the device, and the maximum of each wish.
+        """bad: on the device, 0 or 1, or 2 for too many skips. Returns its maximum, on the device, and that of each wish.
 
         If late, the wishes are those of the step before. Raises NotFinite.
         """
@@ -65,7 +76,7 @@ class Votes:
             event.synchronize()
         bad, *wishes = map(int, ballot.tolist())
         if bad:
-            raise NotFinite(inputs)
+            raise NotFinite(inputs, skips=bad == 2)
         return wishes
 
 
@@ -79,7 +90,7 @@ class Engine:
         late = device.type == "cuda" and getattr(optimizer, "_step_supports_amp_scaling", False)
         self.log, self.content, self.votes, self.signals = log, content, Votes(device, late), Signals()
         self.saver = Saver(Path(args.output_dir), args.keep, args.save_minutes, keep_epochs)
-        self.none_bad = torch.zeros((), device=device)
+        self.none_bad = self.skips = torch.zeros((), device=device)  # skips: in a row
         self.stopped_by = self.wish_to_save = 0
 
     def __enter__(self):
@@ -97,7 +108,8 @@ class Engine:
     def update(self, loss: torch.Tensor, inputs: StepInputs) -> dict[str, torch.Tensor]:
         """The optimizer's step, if loss and gradient are finite on every process; otherwise raises NotFinite.
 
-        An overflow under fp16's scaler is no failure: the scaler skips the step and tries a smaller scale. Returns stats.
+        An overflow under fp16's scaler is no failure: the scaler skips the step and tries a smaller scale, MOST_SKIPS times at
+        most. Returns stats.
         """
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
@@ -105,6 +117,8 @@ class Engine:
         bad, stats = ~loss.detach().isfinite(), {"grad_norm": norm}
         if scaled:
             stats = {"grad_norm": torch.where(finite, norm, 0), "skipped": (~finite).float()}
+            self.skips = torch.where(finite, 0, self.skips + 1)
+            bad = torch.where(bad, 1, 2 * (self.skips >= MOST_SKIPS))
         else:
             bad = bad | ~finite
         bad = self._vote(inputs, bad)

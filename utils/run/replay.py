@@ -75,7 +75,7 @@ def run(method: torch.nn.Module, saved: dict, scaler: torch.amp.GradScaler,
     gradients = {name: p.grad for name, p in method.named_parameters() if p.grad is not None}
     bad = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
     weights = [name for name, value in method.named_parameters() if not value.isfinite().all()]
-    again = not loss.isfinite().item() or (bool(bad) and not scaler.is_enabled())
+    again = not loss.isfinite().item() or bool(bad)
     say(f"epoch {saved['epoch']}, step {saved['step']}, {len(saved['samples'])} images of {saved['processes']} processes: "
         f"loss {loss.item()}")  # fmt: skip
     say(f"weights that are not finite: {_list(weights)}")
