@@ -38,7 +38,7 @@ from utils.data.batch import Batch
 from utils.data.index import load_index
 from utils.data.loader import load_batches
 from utils.data.measure import worker_ms
-from utils.data.photometric import photometric
+from utils.data.photometric import COLUMNS, photometric
 from utils.data.reader import Reader
 from utils.data.shards import BatchPlan, epoch_plan, evaluation_plan, training_plan
 from utils.data.views import ViewSpec, cut_views, draw, make_views, moco_v2_view, parameters_of
@@ -622,13 +622,35 @@ def test_load_batches__on_cuda_a_batch_is_made_beside_the_step(monkeypatch):
             Stream.events.append(("made in", Stream.now.name))
             yield Batch([Tensor()], [], Tensor(), Tensor(), [])
 
-    for name, value in (("Stream", lambda device: Stream()), ("stream", stream), ("current_stream", lambda device: Stream.now)):
+    made = []
+    for name, value in (
+        ("Stream", lambda device: made.append(Stream()) or made[-1]),
+        ("stream", stream),
+        ("current_stream", lambda device: Stream.now),
+    ):
         monkeypatch.setattr(torch.cuda, name, value)
     Stream.events.clear()
-    for _ in loader._beside_the_step(batches(), torch.device("cuda")):
-        Stream.events.append(("step in", Stream.now.name))
+    loader._side_stream.cache_clear()
+    for _ in range(10):  # a training and its evaluations
+        for _ in loader._beside_the_step(batches(), torch.device("cuda", 0)):
+            Stream.events.append(("step in", Stream.now.name))
+    loader._side_stream.cache_clear()
     one = [("made in", "side"), ("main", "waits for", "side"), *[("used in", "main")] * 3, ("step in", "main")]
-    assert Stream.events == one * 2
+    assert Stream.events == one * 20
+    assert len(made) == 1  # each new stream would take memory of its own
+
+
+@pytest.mark.parametrize("sizes", [(2, 2), (2, 0), (0, 2), (0, 1), (3, 1)])
+def test_load_batches__parts_of_any_size_are_channels_last(monkeypatch, sizes):
+    """On a device. The last batch of an evaluation may have fewer images than workers; its results must not depend on them."""
+
+    def chunk(n):
+        crops = torch.zeros(n, 1, 4, 4, 3, dtype=torch.uint8).permute(0, 1, 4, 2, 3)
+        return loader.Chunk([crops], [torch.zeros(n, 1, len(COLUMNS))], torch.zeros(n), torch.zeros(n), [])
+
+    monkeypatch.setattr(loader, "photometric", lambda views, parameters: views)  # a CPU's makes its views contiguous
+    (view,) = loader._joined([chunk(n) for n in sizes], PLAIN, CPU, in_worker=False).views
+    assert view.shape == (sum(sizes), 3, 4, 4) and view.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_load_batches__shards_that_their_lanes_have_left_are_closed(monkeypatch, tmp_path):

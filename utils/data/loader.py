@@ -1,6 +1,7 @@
 """Shards and views -> batches on the device."""
 
 import errno
+import functools
 import gc
 import itertools
 import multiprocessing
@@ -179,6 +180,7 @@ def _joined(parts, specs, device, in_worker):
         view = torch.cat([part.crops[i].flatten(0, 1).to(device, non_blocking=True) for part in parts])
         parameters = torch.cat([part.parameters[i] for part in parts])  # n x count x len(COLUMNS)
         if not in_worker:
+            view = view.contiguous(memory_format=torch.channels_last)  # lost if a part has no image or one
             view = photometric(view, parameters.flatten(0, 1))
         views.append(view if spec.count == 1 else view.unflatten(0, (-1, spec.count)))
         flips.append(parameters[..., COLUMNS.index("flip")].bool())
@@ -188,11 +190,17 @@ def _joined(parts, specs, device, in_worker):
     return Batch(views, flips, sample_ids, labels, [record for part in parts for record in part.bad])
 
 
+@functools.cache
+def _side_stream(device):
+    """One for all loaders of this process: each stream keeps the memory that its batches have used."""
+    return torch.cuda.Stream(device)
+
+
 def _beside_the_step(batches, device):
     """Prepare batches on a separate CUDA stream. A step is launched without waiting for its end, so the device computes the
     step and prepares the next batch at the same time.
     """
-    side = torch.cuda.Stream(device)
+    side = _side_stream(device)
     while True:
         with torch.cuda.stream(side):
             batch = next(batches, None)
