@@ -16,7 +16,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from utils.data.bad_samples import BadSamples
 from utils.run import dist, log
+from utils.run.curves import charts
+from utils.run.files import write_json
 from utils.run.flags import RunError
+from utils.run.summary import closing
 
 LOSSES = [4.0, 2.0, 1.0, 7.0, 5.0]
 CHANCE = math.log(33)
@@ -165,6 +168,35 @@ def test_log__repeated_steps_have_one_line(tmp_path, start, kept, half):
         file.write(half)
     with logger(tmp_path, len(LOSSES), 2, start=start):
         assert lines_of(tmp_path) == before[:kept]
+
+
+def strictly(line):
+    """Parsed as other programs do it: Python's json alone takes NaN and Infinity."""
+
+    def refuse(name):
+        raise AssertionError(f"{name} in {line}")
+
+    return json.loads(line, parse_constant=refuse)
+
+
+def test_log__a_number_that_is_not_finite_is_null(tmp_path):
+    """On CUDA a bad step is known one step later, so its line is written. An older version wrote NaN."""
+    (tmp_path / "metrics.jsonl").write_text('{"epoch": 0, "step": 0, "steps": 1, "loss": NaN, "top1": -Infinity}\n')
+    with logger(tmp_path, 4, 1, start=(0, 1)) as writer:
+        for step, loss in enumerate([math.nan, math.inf, 2.0], 1):
+            writer.epoch(0)
+            writer.add(step, torch.tensor(loss), {"top1": torch.tensor(5.0)}, 0.1, [])
+        writer.scalars(0, {"val_top1": math.nan})
+    lines = [strictly(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [x.get("loss") for x in lines] == [None, None, None, 2.0, None]
+    assert [x.get("top1") for x in lines] == [None, 5.0, 5.0, 5.0, None] and lines[-1]["val_top1"] is None
+    assert closing(tmp_path, CHANCE) == "1 epochs: loss 2.000 (chance 3.497, first 2.000), top1 5.0 % (first 5.0 %)"
+    assert [x.tolist() for x in charts(lines, 4, {})[0].series["loss"]] == [[1.0], [2.0]]
+
+
+def test_write_json__a_number_that_is_not_finite_is_null(tmp_path):
+    write_json(tmp_path / "result.json", {"a": [1, (math.nan, "NaN")], "b": {"c": -math.inf, "d": 1e308}})
+    assert strictly((tmp_path / "result.json").read_text()) == {"a": [1, [None, "NaN"]], "b": {"c": None, "d": 1e308}}
 
 
 def test_log__skipped_steps_are_counted(tmp_path, capsys):

@@ -2,12 +2,13 @@
 
 import errno
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 
 @contextmanager
@@ -86,14 +87,30 @@ def read_lines(path: Path) -> list[dict]:
 
 
 def encoded(entries: Iterable[dict]) -> bytes:
-    """JSON lines."""
-    return b"".join(json.dumps(entry).encode() + b"\n" for entry in entries)
+    """JSON lines, with `strict`."""
+    return b"".join(strict(entry).encode() + b"\n" for entry in entries)
 
 
 def write_json(path: Path, content: dict) -> None:
-    """A JSON file, whole or not at all."""
+    """A JSON file, whole or not at all, with `strict`."""
     with atomic(path) as file:
-        file.write(json.dumps(content, indent=1).encode() + b"\n")
+        file.write(strict(content, indent=1).encode() + b"\n")
+
+
+def strict(content: Any, indent: int | None = None) -> str:
+    """JSON in which a number that is not finite is null: JSON has no NaN and no Infinity."""
+    try:
+        return json.dumps(content, indent=indent, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(content), indent=indent, allow_nan=False)
+
+
+def _finite(x):
+    if isinstance(x, dict):
+        return {name: _finite(value) for name, value in x.items()}
+    if isinstance(x, list | tuple):
+        return [_finite(value) for value in x]
+    return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
 class Lines:

@@ -47,7 +47,7 @@ def health_of(line: dict[str, Any], known: dict[str, float]) -> str:
 def closing(folder: Path, chance: float) -> str:
     """One sentence about a whole run: its last loss beside chance and the first, its last measurement beside the first."""
     lines = read_lines(folder / "metrics.jsonl")
-    losses, measured = ([line for line in lines if name in line] for name in ("loss", "eval_rankme"))
+    losses, measured = ([line for line in lines if line.get(name) is not None] for name in ("loss", "eval_rankme"))
     if not losses:
         return ""
     first, last = losses[0], losses[-1]
