@@ -124,7 +124,7 @@ def test_main_pretrain__a_second_start_in_one_folder_is_refused(images, tmp_path
     with Run(tmp_path, pretrain(images, out, "--epochs", "999", "--save-steps", "1"), launch) as first:
         first.until(lambda: len(steps(out)) >= 2)
         before = json.loads((out / "config.json").read_text())
-        with Run(tmp_path, pretrain(images, out, "--epochs", "1000"), before=IMPATIENT) as second:
+        with Run(tmp_path, pretrain(images, out, "--epochs", "1000"), launch, before=IMPATIENT) as second:
             assert second.end() == 2
             assert second.said().count(": error: ") == 1 and f"error: --output-dir {out}: process " in second.said()
             assert "Traceback" not in second.said() and "5 steps per epoch" not in second.said()

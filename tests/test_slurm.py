@@ -1,4 +1,4 @@
-"""slurm_pretrain.sbatch with stand-ins for Slurm's commands: two nodes on this machine, asked to stop, requeued, finished."""
+"""The example for Slurm, with stand-ins for its commands: two nodes on this machine, asked to stop, requeued, finished."""
 
 import json
 import os
@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+JOB = ROOT / "examples/slurm_pretrain.sbatch"
 COMMANDS = {
     "srun": """#!/usr/bin/env bash
         [[ $1 == --cpus-per-task && $2 == 3 && $3 == --kill-on-bad-exit=1 ]] || exit 99
         shift 3
+        export SLURM_STEP_ID=0 SLURM_STEP_NUM_NODES=2 SLURM_STEP_NUM_TASKS=2 SLURM_STEP_NODELIST="n[0-1]"
         for node in 0 1; do SLURM_NODEID=$node "$@" & done
         code=0; for node in 0 1; do wait -n || { code=$?; kill $(jobs -p); }; done; exit "$code"
     """,
@@ -69,7 +71,7 @@ def slurm(tmp_path):
         flags = ["-a", "resnet18", "--size", "32", "--batch-size", "8", "--moco-k", "16", "--moco-dim", "8", "--workers", "1",
                  "--device", "cpu", "--amp", "fp32", "--print-freq", "1", "--epochs", "5", *flags]  # fmt: skip
         with open(tmp_path / "out", "w") as out:
-            started.append(subprocess.Popen(["bash", ROOT / "slurm_pretrain.sbatch", "pretrain_moco.sh", *flags], stdout=out,
+            started.append(subprocess.Popen(["bash", JOB, "pretrain_moco.sh", *flags], stdout=out,
                            stderr=subprocess.STDOUT, env=os.environ | {k: str(v) for k, v in environment.items()}))  # fmt: skip
         return started[-1]
 

@@ -6,7 +6,9 @@ import subprocess
 import time
 
 import pytest
-from runs import Run, pretrain, steps
+from runs import ROOT, SCRIPT, TWO, Run, metrics, pretrain, same, steps, without_clock
+
+from utils.run import checkpoint
 
 HOSTS = {"10.77.33.1": "one", "10.77.33.2": "two"}
 
@@ -34,6 +36,37 @@ def hosts():
     finally:
         for name in names:
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+def launched(**variables):
+    """torchrun's flags that a launcher passes under these variables: a stand-in for Python prints them."""
+    command = 'PYTHON=echo; source utils/run/env.sh; launch "$1"'
+    environment = {"PATH": os.environ["PATH"]} | variables
+    done = subprocess.run(["bash", "-euc", command, "bash", SCRIPT], cwd=ROOT, env=environment, capture_output=True, text=True)
+    module, agent, *flags, script = done.stdout.split()
+    assert (module, agent, script) == ("-m", "utils.run.agent", SCRIPT), done
+    return flags
+
+
+def test_two_hosts__pods_of_a_pytorchjob_train_as_one(images, tmp_path, hosts):
+    """They train as two processes on one host do, bit for bit."""
+
+    def pod(rank):
+        common = {"MASTER_ADDR": "10.77.33.1", "MASTER_PORT": "29512"}  # as in test_clusters.py
+        common |= {f"PET_{name}": value for name, value in common.items()}
+        number = {"RANK": str(rank), "PET_NODE_RANK": str(rank)}
+        flags = launched(**common, **number, WORLD_SIZE="2", PET_NNODES="2", PET_NPROC_PER_NODE="1")
+        return Run(tmp_path, command("pods"), flags, host=hosts[rank], GLOO_SOCKET_IFNAME="cable")
+
+    def command(name):
+        return pretrain(images, tmp_path / name, "--epochs", 2)
+
+    with pod(0) as first, pod(1) as second, Run(tmp_path, command("one"), TWO) as one:
+        assert first.end() == second.end() == one.end() == 0, first.said() + second.said() + one.said()
+    assert " on 2 x cpu " in first.said() and steps(tmp_path / "pods")
+    assert without_clock(metrics(tmp_path / "pods")) == without_clock(metrics(tmp_path / "one"))
+    pods, host = (checkpoint.find(tmp_path / name, "").content["state_dict"] for name in ("pods", "one"))
+    assert same(pods, host)
 
 
 def test_two_hosts__a_link_that_breaks_ends_both_and_the_run_resumes_later(images, tmp_path, hosts):
