@@ -35,7 +35,7 @@ from utils.evaluation.classifiers import Classifiers, Tuned, evaluate
 from utils.evaluation.frozen import Source, add_weights_flags, build_trunk, read_source
 from utils.learning import amp, optim
 from utils.learning.method import Step
-from utils.run import checkpoint, dist, flags, lock, signals
+from utils.run import checkpoint, dist, flags, lock, signals, tracker
 from utils.run.engine import Engine, StepInputs
 from utils.run.log import Log, say
 
@@ -161,7 +161,7 @@ def train(args: Namespace, train_index: Index, val_index: Index, model: Tuned, o
 
     chance = math.log(len(train_index.classes or ()))
     with (
-        Log(folder, start, steps, args.print_freq, args.batch_size, bad, chance) as log,
+        Log(folder, start, steps, args.print_freq, args.batch_size, bad, chance, tracker=tracker.start(args, folder)) as log,
         Engine(args, steps, optimizer, scaler, log, device, content) as engine,
     ):
         for epoch in epochs:

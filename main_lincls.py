@@ -36,7 +36,7 @@ from utils.evaluation.classifiers import Classifiers, evaluate
 from utils.evaluation.frozen import Frozen, Source, add_weights_flags, build_trunk, read_source
 from utils.evaluation.probe_rates import choose, lrs_of, optimizer_of, rates, warn_if_slow
 from utils.learning import amp
-from utils.run import checkpoint, dist, flags, lock, signals, streams
+from utils.run import checkpoint, dist, flags, lock, signals, streams, tracker
 from utils.run.engine import Engine, StepInputs
 from utils.run.log import Log, say
 
@@ -181,7 +181,7 @@ def train(args: Namespace, train_index: Index, val_index: Index, frozen: Frozen,
         return {"arch": args.arch, KEY: identity, **progress, "epoch": epoch, "step": step, **state}
 
     with (
-        Log(folder, start, steps, args.print_freq, args.batch_size, bad, chance) as log,
+        Log(folder, start, steps, args.print_freq, args.batch_size, bad, chance, tracker=tracker.start(args, folder)) as log,
         Engine(args, steps, optimizer, amp.scaler("fp32"), log, device, content) as engine,
     ):
         for epoch in epochs:

@@ -36,7 +36,7 @@ from utils.evaluation.watch import Watch
 from utils.learning import amp, health, initial, optim
 from utils.learning.accumulate import accumulate
 from utils.learning.method import Method, Step
-from utils.run import checkpoint, dist, flags, lock, replay, report, resume
+from utils.run import checkpoint, dist, flags, lock, replay, report, resume, tracker
 from utils.run.engine import Engine, NotFinite, StepInputs
 from utils.run.flags import Flags, Parser, in_range, one_line_ends, one_line_errors, positive, typed
 from utils.run.log import Log, say
@@ -255,7 +255,18 @@ def train(args, index, method, model, optimizer, scaler, start, init, lr, device
     watch = Watch(live)
 
     with (
-        Log(folder, start, steps, args.print_freq, args.batch_size, bad, known["chance"], args.epochs, verdicts) as log,
+        Log(
+            folder,
+            start,
+            steps,
+            args.print_freq,
+            args.batch_size,
+            bad,
+            known["chance"],
+            args.epochs,
+            verdicts,
+            tracker.start(args, folder),
+        ) as log,  # fmt: skip
         Engine(args, steps, optimizer, scaler, log, device, content, args.save_freq) as engine,
     ):
         for epoch in epochs:

@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any, NoReturn
 
 import torch
@@ -20,6 +21,7 @@ from utils.run.old_flags import OLD
 from utils.run.warned import warn
 
 MAX_PIXELS = 89_478_485  # of an image: Pillow's limit
+TRACKERS = ("wandb", "trackio", "mlflow")  # of tracker.py; packages of the same names
 AMP = ("auto", "bf16", "fp16", "fp32")  # of utils/learning/amp.py, which this room may not import
 
 
@@ -189,6 +191,7 @@ def add_run_flags(parser: Parser, output_dir: str | None, output_help: str) -> N
     add = parser.group("run", identity=False).add_argument
     add("--resume", metavar="auto|PATH", help="resume a run: auto takes the newest checkpoint of --output-dir, if any")
     add("--print-freq", type=int, default=50, help="steps between two log lines")
+    add("--tracker", choices=TRACKERS, help="also send numbers and pictures to this tracker; install its package first")
     add("--save-steps", type=int, default=0, help="save every so many steps, in addition to every epoch; 0: never")
     add("--save-minutes", type=float, default=15.0, help="save if so many minutes have passed since the last save; 0: never")
     add("--keep", type=int, default=3, help="number of newest checkpoints to keep; older ones are deleted")
@@ -262,6 +265,8 @@ def check_run_flags(args: argparse.Namespace) -> None:
     for flag in ("--weight-decay", "--save-steps", "--save-minutes"):
         in_range(flag, getattr(args, flag[2:].replace("-", "_")), 0, math.inf)
     in_range("--momentum", args.momentum, 0, 1)
+    if args.tracker and not ((found := find_spec(args.tracker)) and found.origin):  # a folder of the name has no origin
+        raise ValueError(f"--tracker {args.tracker}: its package is missing; pip install {args.tracker}, or leave the flag out")
     if args.dry_run is not None:
         in_range("--dry-run", args.dry_run, 1e-3, 1e9)
 

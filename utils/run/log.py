@@ -17,7 +17,7 @@ import torch
 
 from utils.run import cpu, dist
 from utils.run.files import Lines, atomic, encoded, read_lines, write_json
-from utils.run.text import brief, shown_flags
+from utils.run.text import brief, shown, shown_flags
 from utils.run.warned import GIVEN
 
 PACKAGES = ("torch", "torchvision", "timm", "webdataset", "numpy", "pillow")
@@ -45,7 +45,7 @@ def harmless(name: str):
         yield
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        say(f"warning: {name} is not written ({brief(reason, 200)}); the run continues")
+        say(f"warning: {name} is not written ({brief(shown(reason), 200)}); the run continues")
 
 
 def write_config(folder: Path, args, start: tuple[int, int] = (0, 0), **facts) -> None:
@@ -80,13 +80,14 @@ class Log:
 
     start: (epoch, step) at which the run starts or resumes; later lines are removed, so that metrics.jsonl has each step once.
     steps: of an epoch. batch: images in a global batch. bad: the run's BadSamples. chance: the loss of guessing, printed
-    after the loss. epochs: of the whole run, for the time that is left; 0 prints none. verdicts: judge the lines.
+    after the loss. epochs: of the whole run, for the time that is left; 0 prints none. verdicts: judge the lines. tracker: gets
+    the numbers and pictures of TensorBoard too.
     """
 
     def __init__(self, folder: Path, start: tuple[int, int], steps: int, print_freq: int, batch: int, bad: Any, chance=0.0,
-                 epochs: int = 0, verdicts: Any = None):  # fmt: skip
+                 epochs: int = 0, verdicts: Any = None, tracker: Any = None):  # fmt: skip
         self.steps, self.print_freq, self.batch, self.bad, self.chance = steps, print_freq, batch, bad, chance
-        self.epochs, self.verdicts, self.done, self.began = epochs, verdicts, 0, time.perf_counter()
+        self.epochs, self.verdicts, self.tracker, self.done, self.began = epochs, verdicts, tracker, 0, time.perf_counter()
         self.lines = self.writer = None
         self.number = start[0] * steps + start[1]  # steps over all epochs so far
         if dist.rank() == 0:
@@ -103,8 +104,10 @@ class Log:
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, error, *_):
         self._curves(lambda writer: writer.close())
+        if self.tracker:
+            self.tracker.close(failed=error is not None)
 
     def _reset(self):
         self.sums, self.counts, self.count, self.met = {}, {}, 0, []
@@ -155,12 +158,14 @@ class Log:
             self._put({"epoch": epoch, **values}, (epoch + 1) * self.steps)
 
     def picture(self, path: Path) -> None:
-        """Show a PNG in TensorBoard, at the step of the last line."""
+        """Show a PNG in TensorBoard and in the tracker, at the step of the last line."""
         from PIL import Image
 
         with Image.open(path) as image:
             pixels = torch.from_numpy(np.array(image.convert("RGB")))
         self._curves(lambda writer: writer.add_image(path.stem, pixels, self.number, dataformats="HWC"))
+        if self.tracker:
+            self.tracker.picture(path, self.number)
 
     def _write(self):
         step, lr = self.now
@@ -204,12 +209,14 @@ class Log:
         return f"  left: epoch {clock(of_step * (self.steps - step - 1))}, run {clock(whole)}"
 
     def _put(self, entry, number):
-        """Write a line of metrics.jsonl, and its numbers for TensorBoard. number: steps over all epochs so far."""
+        """Write a line of metrics.jsonl; its numbers also go to TensorBoard and the tracker. number: steps over all epochs."""
         assert self.lines
         self.number = number
         self.lines.put(entry)
         numbers = {name: value for name, value in entry.items() if name not in ("epoch", "step", "steps")}
         self._curves(lambda writer: [writer.add_scalar(name, value, number) for name, value in numbers.items()])
+        if self.tracker:
+            self.tracker.numbers(numbers, number)
 
     def _curves(self, work):
         if self.writer:
