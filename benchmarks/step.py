@@ -126,17 +126,22 @@ def count_pixels(method):
     return seen
 
 
-def train_step(method, model, args, votes=None):
-    """A function of (batch, step) that trains the model for one step, like main_pretrain.py. votes: replace the engine's."""
+def train_step(method, model, args, votes=None, backward=None):
+    """A function of (batch, step) that trains the model for one step, like main_pretrain.py. It returns loss and stats.
+
+    votes, backward: replace the engine's.
+    """
     optimizer = optim.sgd(model.parameters(), 0.01, args.momentum, args.weight_decay, args.trust, exclude=True)
     unused: Any = None  # no log and no checkpoint
     engine = Engine(args, 1, optimizer, amp.scaler(args.amp), unused, next(model.parameters()).device, unused)
     engine.votes = votes or engine.votes
 
     def train(batch, step):
-        loss, _ = accumulate(model, batch, method.targets(batch, step), step, args.accumulate, engine.backward)
-        engine.update(loss, StepInputs(0, step.number))
+        targets = method.targets(batch, step)
+        loss, stats = accumulate(model, batch, targets, step, args.accumulate, backward or engine.backward)
+        stats |= engine.update(loss, StepInputs(0, step.number))
         method.commit(step)
+        return loss, stats
 
     return train
 

@@ -10,6 +10,7 @@ import itertools
 import math
 from collections.abc import Callable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -18,7 +19,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LUMA = (0.299, 0.587, 0.114)  # ITU-R 601-2, as in PIL
 
 
-def photometric(views: torch.Tensor, parameters: torch.Tensor) -> torch.Tensor:
+def photometric(views: torch.Tensor, parameters: torch.Tensor | np.ndarray) -> torch.Tensor:
     """Apply to each view the operations that its parameters select.
 
     views: ... x 3 x H x W uint8, on any device; parameters: ... x len(COLUMNS) float32, on the CPU. Returns a new uint8 tensor
@@ -26,7 +27,7 @@ def photometric(views: torch.Tensor, parameters: torch.Tensor) -> torch.Tensor:
     depend on the other views.
     """
     x = views.reshape(-1, *views.shape[-3:])
-    steps = [_steps(row) for row in parameters.reshape(-1, len(COLUMNS)).tolist()]
+    steps = [_steps(row) for row in np.asarray(parameters).reshape(-1, len(COLUMNS)).tolist()]
     on_cpu = views.device.type == "cpu"
     out = torch.empty_like(x, memory_format=torch.contiguous_format if on_cpu else torch.preserve_format)
     together = 1 if on_cpu else max(1, len(x))  # one view stays in a core's cache from the first operation to the last
