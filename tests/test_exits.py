@@ -7,14 +7,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import kill
 import pytest
 from runs import EVALUATIONS, TWO, Run, latest_is, metrics, pretrain, steps
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 import main_pretrain
 from methods import METHODS
-from utils.run import flags, log, signals
+from utils.run import agent, flags, log, signals
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes in /proc")
@@ -113,6 +115,27 @@ def test_agent__a_process_that_is_killed_is_named_in_one_line(images, tmp_path):
         assert run.end(30) == 137
         gone(pids)
     assert "\nerror: process 1 was ended by SIGKILL; run the command again\n" in run.said() and "Traceback" not in run.said()
+
+
+@pytest.mark.parametrize("codes, code, line", [
+    ({0: -6, 1: -15}, 134, "process 0 was ended by SIGABRT, as NCCL does when another process is lost or takes longer than"),
+    ({0: -6, 1: -9, 2: 2}, 137, "process 1 was ended by SIGKILL; run"),
+    ({0: -6, 1: 2, 2: -15}, 2, ""),
+    ({0: 1, 1: -11}, 139, "process 1 was ended by SIGSEGV; run"),
+])  # fmt: skip
+def test_agent__names_the_process_that_the_others_lost(monkeypatch, capsys, codes, code, line):
+    """With NCCL, torch's watchdog aborts the processes that wait for a lost one; they cannot print a line of their own."""
+
+    def lose(argv):
+        raise ChildFailedError("x", {rank: mock.Mock(exitcode=found, timestamp=0) for rank, found in codes.items()})
+
+    monkeypatch.setattr("torch.distributed.run.main", lose)
+    monkeypatch.setattr(agent, "listen", lambda handler: None)
+    monkeypatch.setenv(signals.AGENT, "0")
+    with pytest.raises(SystemExit) as stop:
+        agent.main([])
+    assert stop.value.code == code
+    assert line in (err := capsys.readouterr().err) and err.count("error: ") == bool(line)
 
 
 @pytest.mark.parametrize("flag, message", [("--moco-kk=1", "no such flag"), ("--moco-k=33", "must be a multiple")])

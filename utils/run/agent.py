@@ -29,8 +29,10 @@ def main(argv: list[str] | None = None) -> None:
         failure, code = other_thread.submit(run.main, argv).exception(), 0
     if isinstance(failure, ChildFailedError):
         codes = {rank: lost.exitcode for rank, lost in failure.failures.items()}
-        # a killed process comes first, because the others fail without it; torchrun's SIGTERM to the others comes last
-        rank, code = min(codes.items(), key=lambda item: (item[1] == -signal.SIGTERM, item[1]))
+        # A killed process comes first, because the others fail without it. Last come those that end because of another one:
+        # NCCL's watchdog aborts a process that waits in vain, and torchrun sends SIGTERM
+        last = [-signal.SIGABRT, -signal.SIGTERM]
+        rank, code = min(codes.items(), key=lambda item: (last.index(item[1]) + 1 if item[1] in last else 0, item[1]))
         code = code if code > 0 else 128 - code
     elif failure:
         raise failure
@@ -40,7 +42,10 @@ def main(argv: list[str] | None = None) -> None:
             print(not_saved(number))
         code = exit_code(number)
     elif code > 128:
-        print(f"error: process {rank} was ended by {signal.Signals(code - 128).name}; run the command again", file=sys.stderr)
+        ended, why = signal.Signals(code - 128), ""
+        if ended == signal.SIGABRT:
+            why = ", as NCCL does when another process is lost or takes longer than --dist-timeout"
+        print(f"error: process {rank} was ended by {ended.name}{why}; run the command again", file=sys.stderr)
     sys.exit(code)
 
 
