@@ -35,6 +35,7 @@ from utils.evaluation.monitor import Monitor
 from utils.evaluation.watch import Watch
 from utils.learning import amp, health, initial, optim
 from utils.learning.accumulate import accumulate
+from utils.learning.contrast import counters_on_host_
 from utils.learning.method import Method, Step
 from utils.run import checkpoint, dist, flags, lock, replay, report, resume, tracker
 from utils.run.engine import Engine, NotFinite, StepInputs
@@ -195,11 +196,14 @@ def main(argv=None):
 
 def build(args, samples: int, device: torch.device) -> Method:
     """The method with its initial weights, which depend on --seed only."""
+    torch.backends.cudnn.benchmark = True  # on CUDA: the sizes of the views are fixed, so the search for algorithms pays
     torch.manual_seed(args.seed)
     method = METHODS[args.method](args, samples).to(device).to(memory_format=torch.channels_last)
     if args.compile:
         for encoder in method.encoders():
-            encoder.compile()
+            encoder.compile(dynamic=False)  # a graph for each size of views, not one for any size
+    else:  # which the compiler does not expect
+        counters_on_host_(method)
     return method
 
 

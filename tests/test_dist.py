@@ -262,3 +262,36 @@ def test_to_first__takes_any_number_of_rows(counts):
     first, other = spawn(collected, counts)
     assert other is None and first[:, 0].tolist() == [0] * counts[0] + [1] * counts[1] and first.shape[1] == 2
     assert torch.equal(collected(counts), first[: counts[0]])  # without a process group
+
+
+# ---------------------------------------------------------------- devices
+
+
+def beside_a_counter():
+    """A buffer on the meta device, which no process can send, stands for a counter in CPU memory beside a GPU."""
+    torch.manual_seed(dist.rank())
+    model = torch.nn.Linear(2, 2)
+    model.register_buffer("here", torch.full((1,), float(dist.rank())))
+    model.register_buffer("counter", torch.zeros(1, device="meta"))
+    dist.data_parallel(model, torch.device("cpu"))(torch.ones(1, 2)).sum().backward()
+    return model.weight.tolist(), model.here.item()
+
+
+def test_data_parallel__sends_no_buffer_of_another_device():
+    first, second = spawn(beside_a_counter)
+    assert first == second and first[1] == 0
+
+
+@pytest.mark.parametrize("device, bound", [("cuda", torch.device("cuda", 1)), ("cpu", None)])
+def test_setup__binds_the_process_group_to_its_gpu(monkeypatch, device, bound):
+    given = {}
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(dist.td, "rendezvous", lambda *_, **__: iter([(td.HashStore(), 1, 2)]))
+    monkeypatch.setattr(dist.td, "init_process_group", lambda *backend, **flags: given.update(flags, backend=backend))
+    monkeypatch.setattr(dist, "_store", None)
+    monkeypatch.setattr(dist, "_limit", 0)
+    for name in ("WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "1")
+    assert dist.setup(device).type == device
+    assert given["device_id"] == bound and given["backend"] == ("nccl" if bound else "gloo",)

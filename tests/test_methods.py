@@ -2,6 +2,7 @@
 
 import copy
 import random
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from methods import METHODS
 from utils.data.photometric import normalized
+from utils.learning.contrast import counters_on_host_
 from utils.learning.method import Step
 
 VARIANTS = {
@@ -130,6 +132,58 @@ def test_forward__all_tensors_are_on_the_gpu_and_nothing_waits_for_it(variant):
             loss, stats = step_of(method, batch)
             method.commit(Step(0, 10, 0))
     assert {value.device.type for value in [loss, *stats.values(), *method.buffers()]} == {"cuda"}
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations by name and device of the first tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if args and isinstance(args[0], torch.Tensor):
+            self.found[function.name(), args[0].device.type] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def fake():
+    with FakeTensorMode():
+        if not fake_cuda():
+            pytest.skip("this torch has no fake CUDA")
+        yield
+
+
+def test_normalized__uploads_its_constants_once(fake):
+    views = torch.empty(2, 3, 8, 8, dtype=torch.uint8, device="cuda")
+    with Operations() as operations:
+        for _ in range(5):
+            assert normalized(views).device.type == "cuda"
+    assert operations.found["aten::_to_copy", "cpu"] == 2  # mean and factor
+    assert operations.found["aten::sub_.Tensor", "cuda"] == operations.found["aten::mul_.Tensor", "cuda"] == 5
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_counters_on_host__batchnorm_counts_without_the_gpu(fake, inference):
+    network = torch.nn.Sequential(*(torch.nn.BatchNorm2d(3, device="cuda") for _ in range(4)))
+    x, adds = torch.empty(2, 3, 8, 8, device="cuda"), "aten::add_.Tensor"
+    with Operations() as before:
+        network(x)
+    counters_on_host_(network)
+    with Operations() as after, torch.inference_mode(inference):
+        network(x)
+    assert before.found[adds, "cuda"] == 4 and after.found[adds, "cuda"] == 0 and after.found[adds, "cpu"] == 4
+    assert all(norm.running_mean.device.type == "cuda" for norm in network)
+
+
+def test_counters_on_host__a_state_dict_has_them_and_loads_others():
+    network, plain = (torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3)) for _ in range(2))
+    counters_on_host_(network)
+    plain[1].num_batches_tracked.fill_(7)
+    network.load_state_dict(plain.state_dict())
+    network(torch.randn(4, 3))
+    assert list(network.state_dict()) == list(plain.state_dict()) and network.state_dict()["1.num_batches_tracked"] == 8
 
 
 def test_no_waiting__sees_a_copy_that_waits():

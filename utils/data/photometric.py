@@ -6,6 +6,7 @@ The formulas are PIL's, which torchvision uses too. They are computed in float32
 To add an augmentation, write its operation, add it to OPERATIONS before the flip, and add its draw to DRAWS in views.py.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -44,8 +45,16 @@ def normalized(views: torch.Tensor) -> torch.Tensor:
     """Normalize ... x 3 x H x W uint8 by ImageNet's mean and deviation, to float32. Float views are returned unchanged."""
     if views.is_floating_point():
         return views
-    mean, std = ((255 * torch.tensor(c)).view(3, 1, 1).to(views.device, non_blocking=True) for c in (MEAN, STD))
-    return views.float().sub_(mean).mul_(1 / std)
+    mean, factor = _mean_and_factor(views.device, getattr(views, "fake_mode", None))
+    return views.float().sub_(mean).mul_(factor)
+
+
+@functools.cache  # one upload for each device
+@torch.inference_mode(False)  # the tensors of a first call in that mode could not be used outside
+def _mean_and_factor(device, _):
+    """3 x 1 x 1 each. The second argument keeps fake tensors, which belong to a mode, from other calls."""
+    mean, std = (255 * torch.tensor(c).view(3, 1, 1) for c in (MEAN, STD))
+    return mean.to(device, non_blocking=True), (1 / std).to(device, non_blocking=True)
 
 
 def _steps(row):

@@ -12,6 +12,7 @@ from torch import nn
 from utils.evaluation import pixels
 from utils.learning import amp, layouts, torchvision_names
 from utils.learning.backbones import Probed
+from utils.learning.contrast import counters_on_host_
 from utils.learning.method import Method
 from utils.run import checkpoint, dist, weights
 from utils.run.flags import Flags, Parser, typed
@@ -182,9 +183,10 @@ class Live(Frozen):
         super().__init__(probed)
         self.args, self.method, self.classifier = args, method, probed.classifier
         self.to(device).to(memory_format=torch.channels_last)
+        counters_on_host_(self)  # as those of the training, so that `load` copies no number that the host would wait for
 
     def load(self, model: nn.Module) -> None:
         """Copy the weights of a method, with the first process's statistics of BatchNorm, as a checkpoint has them."""
         state = self.method.trunk(checkpoint.prefixed(model), self.args)
         layouts.load_trunk(self.trunk, state, self.classifier, "the live trunk")
-        dist.from_first_(list(self.trunk.buffers()))
+        dist.from_first_([x for x in self.trunk.buffers() if x.is_floating_point()])  # the others are equal on all processes

@@ -74,6 +74,16 @@ def in_groups(network: nn.Module, x: Tensor, group_size: int) -> Tensor:
     return torch.cat(out)
 
 
+def counters_on_host_(network: nn.Module) -> None:
+    """Keep the number of batches of each BatchNorm in CPU memory: on a GPU each addition to it would be a launch.
+
+    Only checkpoints need it. Call it when the network is on its device.
+    """
+    for norm in network.modules():
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.num_batches_tracked is not None:
+            norm.num_batches_tracked = norm.num_batches_tracked.cpu()
+
+
 @contextmanager
 def statistics_kept(network: nn.Module) -> Iterator[None]:
     """Inside, BatchNorm in training mode normalizes as ever, but leaves its running statistics as they are."""

@@ -42,7 +42,8 @@ def setup(device_flag: str, timeout: float = TIMEOUT) -> torch.device:
         store, rank, world = next(td.rendezvous("env://", timeout=limit))
         # when torchrun restarts all processes, its store may still hold values of the attempt before
         store = td.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        td.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
+        bound = device if backend == "nccl" else None  # connects at once: a fault shows here, not in the first collective
+        td.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit, device_id=bound)
         _store, _limit = store, timeout
     return device
 
@@ -54,11 +55,16 @@ def teardown() -> None:
 
 
 def data_parallel(model: nn.Module, device: torch.device, **options) -> nn.Module:
-    """DDP with these options, if there are several processes. Buffers (BatchNorm statistics, queues) are not broadcast."""
+    """DDP with these options, if there are several processes. Buffers (BatchNorm statistics, queues) are not broadcast.
+
+    At its start DDP broadcasts them once, except those on another device, such as counters in CPU memory.
+    """
     if world() == 1:
         return model
     renamed = "forward_sync_buffers" in signature(DistributedDataParallel).parameters  # in torch 2.15
     options["forward_sync_buffers" if renamed else "broadcast_buffers"] = False
+    elsewhere = [name for name, buffer in model.named_buffers() if buffer.device.type != device.type]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, elsewhere)
     ids = [device.index] if device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, **options)
 
