@@ -1,10 +1,11 @@
-"""Time and memory of a training step, compared with the plain form of benchmarks/plain.py.
+"""Time and memory of a training step, compared with the plain form of benchmarks/plain.py; time of the health measures.
 
     python -m benchmarks.step                                    every method: ResNet-50, 224 pixels, batch 8
     python -m benchmarks.step --methods moco --batch-size 32     on a GPU, if there is one
 
-`default` is the step of main_pretrain.py. Each form runs in its own process, and the forms take turns; the table shows medians.
-Memory is the peak of the process without Python and its libraries, or the device's own count.
+`default` is the step of main_pretrain.py. `watched` is the same step with the measures of health (docs/health.md), which one
+step of 100 has; `health` is the time that they add to training. Each form runs in its own process, and the forms take turns;
+the table shows medians. Memory is the peak of the process without Python and its libraries, or the device's own count.
 """
 
 import json
@@ -22,10 +23,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # python benchmarks/step.
 
 import main_pretrain
 from benchmarks import plain
+from methods import METHODS
 from mosrep.builder import Projector
 from utils.data.batch import Batch
+from utils.evaluation.frozen import Live
+from utils.evaluation.watch import Watch
 from utils.learning import amp, optim
 from utils.learning.accumulate import accumulate
+from utils.learning.health import WATCH
 from utils.learning.method import Step
 from utils.run import dist
 from utils.run.cpu import keep_freed_memory, peak_memory
@@ -40,6 +45,7 @@ CASES = {  # the method and its flags
     "cmc": "cmc --arch {arch}v1 --nce-k {nce_k}",
     "insdis": "insdis --arch {arch} --nce-k {nce_k}",
 }
+FORMS = ("plain", "default", "watched")
 SIZES = ["--size", "--batch-size", "--moco-k", "--nce-k", "--samples"]
 
 
@@ -66,9 +72,9 @@ def add_sizes(parser, batch_size: int, samples: int) -> None:
     add("--samples", type=int, default=samples, help="rows of a memory bank; ImageNet has 1281167 images")
 
 
-def form(pipe, args, case, is_plain):
-    """The process of one form: build the method, report it, then train a step for each number that arrives."""
-    before = peak_memory()
+def form(pipe, args, case, name):
+    """The process of one of FORMS: build the method, report it, then train a step for each number that arrives."""
+    before, is_plain, watched = peak_memory(), name == "plain", name == "watched"
     device = dist.setup(args.device)
     flags = flags_of(args, case, "fp32" if is_plain else amp.resolve(args.amp, device), args.batch_size)
     flags.compile = args.compile and not is_plain
@@ -81,6 +87,7 @@ def form(pipe, args, case, is_plain):
             keep_freed_memory()  # as a run does
     method.train()
     train = (plain.train_step if is_plain else train_step)(method, method, flags)
+    watch = Watch(Live(flags, METHODS[flags.method], device)) if watched else None
     batch = random_batch(method.views(flags), args.batch_size, device)
     pixels = count_pixels(method)
     pipe.send("ready")
@@ -88,7 +95,9 @@ def form(pipe, args, case, is_plain):
         if number == 1:
             pixels[:] = 0, 0  # the first step of NCE has forwards of its own
         start = time.perf_counter()
-        train(batch, Step(number, 1000, 0))
+        train(batch, Step(number, 1000, 0, watched))
+        if watch:
+            watch(method, batch)
         if device.type == "cuda":
             torch.cuda.synchronize()
         pipe.send(1e3 * (time.perf_counter() - start))
@@ -153,9 +162,9 @@ def processes():
 
 def measure(args, case) -> dict[str, float]:
     context, pipes = processes(), []
-    for is_plain in (True, False):
+    for name in FORMS:
         here, there = context.Pipe()
-        context.Process(target=form, args=(there, args, case, is_plain), daemon=True).start()
+        context.Process(target=form, args=(there, args, case, name), daemon=True).start()
         there.close()
         pipes.append(here)
 
@@ -167,13 +176,14 @@ def measure(args, case) -> dict[str, float]:
         for pipe in pipes:
             pipe.recv()
         times = [[ask(pipe, number) for pipe in pipes] for number in range(args.rounds + 2)]
-        (plain_mb, _), (default_mb, forwards) = (ask(pipe, None) for pipe in pipes)
+        (plain_mb, _), (default_mb, forwards), _ = (ask(pipe, None) for pipe in pipes)
     except EOFError:
         raise ValueError(f"--methods {case}: its process ended, see above") from None
-    plain_ms, default_ms = (statistics.median(form_times) for form_times in zip(*times[2:], strict=True))
+    plain_ms, default_ms, watched_ms = (statistics.median(form_times) for form_times in zip(*times[2:], strict=True))
     return {
         "plain_ms": plain_ms, "default_ms": default_ms, "ratio": default_ms / plain_ms, "plain_mb": plain_mb,
         "default_mb": default_mb, "memory_ratio": default_mb / plain_mb, "forwards_per_image": forwards,
+        "watched_ms": watched_ms, "health_share": (watched_ms / default_ms - 1) / WATCH,
     }  # fmt: skip
 
 
@@ -184,11 +194,11 @@ def main(argv=None):
         results = {case: measure(args, case) for case in args.methods}
     print(f"{args.arch}, {args.size} pixels, batch {args.batch_size}, queue {args.moco_k}, {args.rounds} rounds, "
           f"torch {torch.__version__}, {platform.machine()}, {torch.get_num_threads()} threads")  # fmt: skip
-    columns = ("plain ms", "default ms", "ratio", "plain MB", "default MB", "ratio", "forwards")
+    columns = ("plain ms", "default ms", "ratio", "plain MB", "default MB", "ratio", "forwards", "watched ms", "health")
     print(f"{'':16}" + "".join(f"{name:>12}" for name in columns))
     for case, result in results.items():
-        cells = (f"{x:12.{0 if name.endswith(('_ms', '_mb')) else 2}f}" for name, x in result.items())
-        print(f"{case:16}" + "".join(cells))
+        styles = {"ms": ".0f", "mb": ".0f", "share": ".2%"}
+        print(f"{case:16}" + "".join(f"{x:12{styles.get(name.rpartition('_')[2], '.2f')}}" for name, x in result.items()))
     print(json.dumps(results))
 
 
