@@ -37,7 +37,7 @@ from utils.learning import amp, health, initial, optim
 from utils.learning.accumulate import accumulate
 from utils.learning.contrast import counters_on_host_
 from utils.learning.method import Method, Step
-from utils.run import checkpoint, dist, flags, lock, replay, report, resume, tracker
+from utils.run import checkpoint, dist, flags, lock, mirror, replay, report, resume, tracker
 from utils.run.engine import Engine, NotFinite, StepInputs
 from utils.run.flags import Flags, Parser, in_range, one_line_ends, one_line_errors, positive, typed
 from utils.run.log import Log, say
@@ -83,6 +83,8 @@ def get_args(argv=None) -> Flags:
     METHODS[name].add_flags(method)  # last: a method has its own defaults of the other flags
     add = parser.group("run", identity=False).add_argument
     add("--save-freq", type=int, default=10, help="keep the checkpoint of every so many epochs")
+    add("--mirror", metavar="PLACE",
+        help="copy the run to s3://, hf:// or a folder after each save; --resume auto finds it there")  # fmt: skip
     add("--compile", action="store_true", help="compile the encoders with torch.compile")
     monitor.add_flags(parser.group("measured during training", identity=False))
     if failed:  # one process computes it, with the processes of the run as groups of BatchNorm
@@ -157,7 +159,7 @@ def main(argv=None):
         monitor.check(args, index, held_out)
         check(args, index.total, (monitor.view_of(args),) if held_out else ())
         dry = args.dry_run is not None
-        resume_from = dist.first_process_does(lambda: resume.open_run(args.output_dir, args.resume, dry))
+        resume_from = dist.first_process_does(lambda: resume.open_run(args.output_dir, args.resume, dry, args.mirror))
         method = build(args, index.total, device)
         lr = optim.scaled_lr(args.lr, args.batch_size)
         optimizer = optim.sgd(method.parameters(), lr, args.momentum, args.weight_decay, args.trust, exclude=True)
@@ -180,7 +182,7 @@ def main(argv=None):
         folder = Path(args.output_dir)
         dist.first_process_does(lambda: resume.begin(folder, args, resume_from, start, **facts))
         model = dist.data_parallel(method, device)
-    with one_line_ends(PROG, args.batch_size):
+    with one_line_ends(PROG, args.batch_size), mirror.copied_at_the_end():
         try:
             stopped_by = train(args, index, method, model, optimizer, scaler, start, init, lr, device, live, monitored)
         except NotFinite as failure:

@@ -22,6 +22,10 @@ FIELDS = {  # those that are used, of the fields in each tool's own schema (docs
         "spec": {"nprocPerNode": ANY, "runPolicy": {"cleanPodPolicy": ANY, "backoffLimit": ANY},
                  "pytorchReplicaSpecs": {"Master": REPLICA, "Worker": REPLICA}},
     },
+    "skypilot.yaml": {
+        "name": ANY, "resources": {"accelerators": ANY, "use_spot": ANY, "disk_size": ANY}, "num_nodes": ANY, "workdir": ANY,
+        "envs": {"MIRROR": ANY, "SHARDS": ANY}, "setup": ANY, "run": ANY,
+    },
 }  # fmt: skip
 
 

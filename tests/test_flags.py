@@ -247,7 +247,7 @@ def test_meaning__leaves_out_only_place_speed_and_inputs():
     args = main_pretrain.get_args(["--method", "moco", *PRETRAIN])
     rest = {"shards", "output_dir", "resume", "device", "workers", "print_freq", "save_freq", "photometric", "max_bad"}
     rest |= {"cache_dir", "allow_pipe", "verify_shards", "max_pixels", "dry_run", "save_steps", "save_minutes", "keep"}
-    rest |= {"dist_timeout", "tracker"}
+    rest |= {"dist_timeout", "tracker", "mirror"}
     rest |= {"accumulate", "compile", "replay", "init", "eval_shards", "eval_every", "eval_images", "eval_neighbours"}
     assert flags.meaning(args).keys() == vars(args).keys() - rest
 

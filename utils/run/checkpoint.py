@@ -35,6 +35,12 @@ def saved_in(folder: Path) -> list[Path]:
     return sorted(paths, key=place_of, reverse=True)
 
 
+def surplus(paths: list[Path], keep: int, keep_epochs: int) -> list[Path]:
+    """Those of a run's checkpoints that are neither among the newest `keep` nor of every `keep_epochs`-th epoch (0: none)."""
+    places = {path: place_of(path) for path in sorted(paths, key=place_of, reverse=True)}
+    return [path for path, (epoch, step) in places.items() if step or not keep_epochs or epoch % keep_epochs][keep:]
+
+
 class Checkpoint(NamedTuple):
     """A file that was read once. sha256: of the bytes that were read, if asked for; the name may belong to another file now."""
 
@@ -130,6 +136,15 @@ def _safetensors(path):
     with safe_open(path, "pt") as file:
         stated = {name: text for name, text in (file.metadata() or {}).items() if name in ("arch", "method")}
         return stated | {"state_dict": {name: file.get_tensor(name) for name in file.keys()}}  # noqa: SIM118
+
+
+def fingerprint(path: Path) -> tuple:
+    """The names, sizes and checksums in the directory of a checkpoint's file; empty if there is none, or of another kind."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return tuple((entry.filename, entry.file_size, entry.CRC) for entry in archive.infolist())
+    except (OSError, zipfile.BadZipFile):
+        return ()
 
 
 def check_types(saved: dict, types: dict[str, type], refusal: str) -> None:

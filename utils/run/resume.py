@@ -3,7 +3,7 @@
 import tempfile
 from pathlib import Path
 
-from utils.run import checkpoint, lock
+from utils.run import checkpoint, dist, lock, mirror
 from utils.run.files import second_name
 from utils.run.flags import Flags, meaning, typed
 from utils.run.log import say, write_config
@@ -30,11 +30,11 @@ def open_folder(folder: Path | str, dry: bool = False) -> Path:
     return folder
 
 
-def open_run(folder: Path | str, resume: str | None, dry: bool = False) -> Path | None:
+def open_run(folder: Path | str, resume: str | None, dry: bool = False, mirrored: str | None = None) -> Path | None:
     """Make and lock the output folder of a run. Returns the checkpoint to resume, None for a new run. Call on process 0.
 
-    resume: the value of --resume. dry: only check. Raises ValueError if the folder cannot be written, holds another run, or
-    another process runs in it.
+    resume: the value of --resume. dry: only check. mirrored: the value of --mirror. Raises ValueError if the folder cannot be
+    written, holds another run, or another process runs in it.
     """
     folder = open_folder(folder, dry)
     used = bool(checkpoint.saved_in(folder)) or (folder / checkpoint.LATEST).exists()
@@ -44,6 +44,8 @@ def open_run(folder: Path | str, resume: str | None, dry: bool = False) -> Path 
         raise ValueError(f"--output-dir {folder}: holds another run, which --resume {resume} would overwrite; pass another")
     for left in [] if dry else folder.glob(".checkpoint_*.tmp"):  # of a save that was killed
         left.unlink(missing_ok=True)
+    if mirrored:
+        mirror.attach(folder, mirrored, resume, dry)
     if resume == "auto":
         return found.path if (found := checkpoint.newest(folder, "--resume auto")) else None
     return Path(resume) if resume else None
@@ -72,7 +74,7 @@ def restore(path: Path, args: Flags, index_hash: str, steps: int, method, optimi
     steps: of an epoch. Weights and moments are those of the checkpoint; the optimizer's settings are those of the flags.
     Raises ValueError for a checkpoint of another run.
     """
-    saved = checkpoint.read(path, "--resume")
+    saved = read_together(path, "--resume")
     changed = _check_same_run(saved, path, args, index_hash, steps, method)
     for name in changed:
         say(f"warning: --{name.replace('_', '-')} was {saved['flags'][name]} in {path.name}, is now {getattr(args, name)}")
@@ -93,6 +95,13 @@ def restore(path: Path, args: Flags, index_hash: str, steps: int, method, optimi
     for group, setting in zip(optimizer.param_groups, settings, strict=True):
         group.update(setting)
     return (saved["epoch"], saved["step"]), saved.get("init")
+
+
+def read_together(path: Path, flag: str) -> dict:
+    """A checkpoint, on every process. A node that has not the first process's file gets its content from there."""
+    same = dist.gather_objects(checkpoint.fingerprint(path))
+    saved = checkpoint.read(path, flag) if same[dist.rank()] == same[0] else {}
+    return saved if len(set(same)) == 1 else dist.broadcast_object(saved)
 
 
 def _check_same_run(saved, path, args, index_hash, steps, method):

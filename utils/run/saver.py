@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from utils.run import checkpoint
+from utils.run import checkpoint, mirror
 from utils.run.files import atomic, second_name
 from utils.run.log import say
 
@@ -50,6 +50,7 @@ class Saver:
             write(path, content)
             self._tidy()
             self.failure = ""
+            mirror.push(self.keep, self.keep_epochs)
         except (OSError, RuntimeError) as error:
             # torch's own error about a full disk hides the system's error, which gives the reason
             self.failure = str(error.__context__ if isinstance(error.__context__, OSError) else error).splitlines()[0]
@@ -57,9 +58,7 @@ class Saver:
 
     def _tidy(self):
         """Delete old checkpoints: all except the newest `keep` and those of every `keep_epochs`-th epoch."""
-        places = {path: checkpoint.place_of(path) for path in checkpoint.saved_in(self.folder)}
-        passing = [path for path, (epoch, step) in places.items() if step or not self.keep_epochs or epoch % self.keep_epochs]
-        for path in passing[self.keep :]:
+        for path in checkpoint.surplus(checkpoint.saved_in(self.folder), self.keep, self.keep_epochs):
             path.unlink()
 
 
