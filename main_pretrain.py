@@ -36,6 +36,7 @@ from utils.evaluation.watch import Watch
 from utils.learning import amp, health, initial, optim
 from utils.learning.accumulate import accumulate
 from utils.learning.contrast import counters_on_host_
+from utils.learning.drawing import SHOWN
 from utils.learning.method import Method, Step
 from utils.run import checkpoint, dist, flags, lock, mirror, replay, report, resume, tracker
 from utils.run.engine import Engine, NotFinite, StepInputs
@@ -258,7 +259,7 @@ def train(args, index, method, model, optimizer, scaler, start, init, lr, device
 
     known = numbers_of(args, method, index.total, steps)
     verdicts = Verdicts(folder, start, known) if dist.rank() == 0 else None
-    watch = Watch(live)
+    watch, shown_views = Watch(live), None  # of pca.png, without held-out images
 
     with (
         Log(
@@ -287,6 +288,7 @@ def train(args, index, method, model, optimizer, scaler, start, init, lr, device
                 targets = method.targets(batch, step)
                 if (epoch, step_in_epoch) == start:
                     pictures.write_views(folder, method, batch, targets, log)
+                    shown_views = batch.views[0][:SHOWN].clone()
                 loss, stats = accumulate(model, batch, targets, step, args.accumulate, engine.backward)
                 stats |= engine.update(loss, StepInputs(epoch, step_in_epoch, batch))
                 method.commit(step)
@@ -300,6 +302,8 @@ def train(args, index, method, model, optimizer, scaler, start, init, lr, device
                     return engine.stopped_by
                 log.scalars(epoch, found)
                 monitored.show(log)
+            elif not monitored and shown_views is not None:
+                pictures.write_own_pca(folder, live, method, shown_views, log)
             engine.save(epoch + 1, 0)
             report.renew(folder)
         engine.finish()

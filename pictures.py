@@ -19,6 +19,7 @@ from utils.data.shards import training_plan
 from utils.evaluation import monitor, pictures
 from utils.evaluation.frozen import Live
 from utils.evaluation.monitor import Monitor
+from utils.learning.drawing import SHOWN
 from utils.learning.method import Step
 from utils.run import checkpoint, flags, report
 from utils.run.log import say
@@ -54,14 +55,15 @@ def of_run(given: flags.Flags, saved: dict[str, Any]) -> flags.Flags:
 
 
 @torch.no_grad()
-def draw_views(args: Namespace, method: Any, index: Any, device: torch.device) -> None:
-    """views.png, of a batch of IMAGES for each BatchNorm group."""
+def draw_views(args: Namespace, method: Any, index: Any, device: torch.device) -> torch.Tensor:
+    """views.png, of a batch of IMAGES for each BatchNorm group. Returns the first views."""
     size = min(args.batch_size, IMAGES * METHODS[args.method].bn_groups(args))
     plan = training_plan(index, size, args.seed, range(1))
     batch = next(load_batches(index, method.views(args), plan, args.seed, 0, device))
     step = Step(0, 1, args.seed)
     step.seed_torch()
     pictures.write_views(Path(args.output_dir), method, batch, method.targets(batch, step))
+    return batch.views[0][:SHOWN]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -80,14 +82,16 @@ def main(argv: list[str] | None = None) -> None:
         torch.manual_seed(args.seed)
         method = METHODS[args.method](args, index.total)
         method.load_state_dict(checkpoint.unprefixed(saved["state_dict"]))
-        draw_views(args, method.train(), index, device)
+        views, live = draw_views(args, method.train(), index, device), Live(args, METHODS[args.method], device)
         if args.eval_shards:
             held_out = load_index(args.eval_shards, "--eval-shards", **opened)
             args.batch_size = given.batch_size
             monitor.check(args, index, held_out)
-            watch = Monitor(Live(args, METHODS[args.method], device), index, held_out, device)
+            watch = Monitor(live, index, held_out, device)
             watch.live.load(method.eval())
             watch.measure(lambda: None)
+        else:
+            pictures.write_own_pca(folder, live, method.eval(), views)
         pictures.write_curves(folder)
     say(f"Pictures: {folder}/*.png")
     report.main([str(folder)])

@@ -198,11 +198,11 @@ def trained(images, out, method, *flags):
     return torch.load(out / checkpoint.LATEST, weights_only=True), without_clock(metrics(out))
 
 
-@pytest.mark.parametrize("method", ["mosrep", "cmc"])
-def test_main_pretrain__with_pictures_is_the_run_without_them(images, tmp_path, monkeypatch, method):
-    shards = "--eval-shards", f"{images}/val"
+@pytest.mark.parametrize("method, held_out", [("mosrep", True), ("cmc", True), ("mosrep", False), ("cmc", False)])
+def test_main_pretrain__with_pictures_is_the_run_without_them(images, tmp_path, monkeypatch, method, held_out):
+    shards = ["--eval-shards", f"{images}/val"] if held_out else []
     saved, lines = trained(images, tmp_path / "run", method, *shards)
-    names = {"views.png", "neighbours.png", "pca.png", "report.html"}
+    names = {"views.png", "pca.png", "report.html", *(["neighbours.png"] if held_out else [])}
     assert names <= {path.name for path in (tmp_path / "run").iterdir()}
     with Image.open(tmp_path / "run/views.png") as views:
         assert views.width >= SHOWN * SIDE
@@ -253,6 +253,20 @@ def test_pictures__are_drawn_again_from_a_run(images, tmp_path, monkeypatch):
     entry.main([str(tmp_path / "moved"), "--workers", "0"])
     again = {name: (tmp_path / f"moved/{name}.png").read_bytes() for name in names}
     assert all(again[name] == drawn[name] for name in ("neighbours", "pca", "curves"))
+
+
+def test_pictures__of_a_run_without_held_out_images(images, tmp_path):
+    """The first row of pca.png is that of views.png: the first images of the training."""
+    trained(images, tmp_path, "moco")
+    height = SIDE + pictures.TEXT
+    for again in (False, True):
+        rows = [np.array(Image.open(tmp_path / name).convert("RGB"))[:height] for name in ("views.png", "pca.png")]
+        left = pictures.TEXT + pictures.GAP
+        assert np.array_equal(rows[0][left:], rows[1][left:]) and rows[0].std() > 9
+        if not again:
+            for name in ("views.png", "pca.png"):
+                (tmp_path / name).unlink()
+            entry.main([str(tmp_path), "--workers", "0"])
 
 
 def test_pictures__of_no_run_is_one_line(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""Pictures of a run: views.png at its start, neighbours.png and pca.png at each measurement, curves.png at its end.
+"""Pictures of a run: views.png at its start, neighbours.png and pca.png at the end of epochs, curves.png at its end.
 
 They change nothing of a training, and an error in them ends none.
 """
@@ -11,6 +11,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from utils.data.batch import Batch
+from utils.evaluation.frozen import Live
 from utils.learning.drawing import SHOWN, SIDE, as_uint8
 from utils.learning.method import Method
 from utils.run import curves, dist, report
@@ -38,6 +39,16 @@ def write_curves(folder: Path, log: Log | None = None) -> None:
             curves.write_picture(folder / "curves.png", report.Run(folder).charts)
             if log:
                 log.picture(folder / "curves.png")
+
+
+def write_own_pca(folder: Path, live: Live, model: Method, views: torch.Tensor, log: Log | None = None) -> None:
+    """pca.png of views of the training, m x 3 x H x W, for a run without held-out images. All processes call it together."""
+    live.load(model)
+    if dist.rank() == 0:
+        with harmless("pca.png"), torch.no_grad():
+            write_pca(folder / "pca.png", as_uint8(views), live.maps_of(views))
+            if log:
+                log.picture(folder / "pca.png")
 
 
 def write_pca(path: Path, images: torch.Tensor, maps: torch.Tensor) -> None:

@@ -30,7 +30,7 @@ LARGEST = 400_000  # bytes of a picture that is embedded as it is; a larger one 
 CAPTIONS = {
     "views": "What the networks see of the first images",
     "neighbours": "Held-out images with their nearest training images; red: another class",
-    "pca": "Held-out images, and the first three principal components of their feature maps as colours",
+    "pca": "Images, and the first three principal components of their feature maps as colours",
     "curves": "Curves",
 }
 RESULTS = ("top1", "top5", "mean", "accuracy")  # starts of the entries of a result.json that the page shows
