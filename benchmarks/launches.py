@@ -24,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # python benchmarks/launc
 
 from benchmarks import step
 from methods import METHODS
-from utils.data.photometric import photometric
+from utils.data.photometric import COLUMNS
+from utils.data.photometric_batch import photometric_batch
 from utils.data.views import ViewSpec, draw, parameters_of
 from utils.learning.method import Step
 from utils.run.engine import Votes
@@ -160,8 +161,10 @@ def count(args, case: str) -> dict[str, Launches]:
                 loss, stats = train(batch, Step(number, 1000, 0))
                 log.add(number, loss, stats, 0.1, [])
         with Launches() as of_color:
-            for view, rows in zip(batch.views, drawn, strict=True):
-                photometric(view, rows)
+            for size in dict.fromkeys(spec.size for spec in specs):  # as the loader does
+                same = [i for i, spec in enumerate(specs) if spec.size == size]
+                views = torch.cat([batch.views[i].flatten(0, -4) for i in same])
+                photometric_batch(views, np.concatenate([drawn[i].reshape(-1, len(COLUMNS)) for i in same]))
     return {"step": of_step, "color": of_color}
 
 

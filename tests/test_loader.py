@@ -176,8 +176,22 @@ def test_load_batches__photometric_gives_the_same_in_the_worker_and_on_the_devic
     for on in ("worker", "device"):
         here.clear()
         assert same(joined(train(monkeypatch, photographs, 12, workers=workers, on=on)), alone)
-        in_this_process = 6 * len(MOCO) if on == "device" or workers == 0 else 0
-        assert len(here) == in_this_process
+        sizes = len({spec.size for spec in MOCO}) if on == "device" else len(MOCO) * (workers == 0)
+        assert len(here) == 6 * sizes
+
+
+def test_load_batches__an_accelerator_colors_all_views_of_one_size_together(monkeypatch, photographs):
+    """The device `meta`, of tensors without content, stands for an accelerator."""
+    sizes, spied = [], loader.photometric_batch
+    monkeypatch.setattr(loader, "photometric_batch", lambda x, rows: sizes.append((*x.shape, len(rows))) or spied(x, rows))
+    specs = [moco_v2_view("query", 16, (0.2, 1.0)), moco_v2_view("key", 16, (0.2, 1.0)), MOCO[1]]
+    plan = training_plan(photographs, 12, 0, range(1))
+    batch = next(load_batches(photographs, specs, plan, 0, 0, torch.device("meta")))
+    assert sizes == [(24, 3, 16, 16, 24), (24, 3, 8, 8, 24)]
+    assert [(x.dtype, *x.shape) for x in batch.views] == [
+        (torch.uint8, 12, *s) for s in [(3, 16, 16), (3, 16, 16), (2, 3, 8, 8)]
+    ]
+    assert [flips.shape for flips in batch.flips] == [(12, 1), (12, 1), (12, 2)]
 
 
 def test_load_batches__no_labels_is_minus_one(monkeypatch, tmp_path):

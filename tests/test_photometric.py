@@ -10,8 +10,11 @@ from PIL import ImageFilter
 from shards_helpers import PHOTOGRAPHS, photograph
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from benchmarks.launches import Launches
 from utils.data import photometric as unit
+from utils.data import photometric_batch as batch
 from utils.data.photometric import COLUMNS, OPERATIONS, normalized, photometric
+from utils.data.photometric_batch import colored, photometric_batch
 
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
 STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
@@ -43,7 +46,7 @@ def exact(views, parameters):
     """The same before the rounding."""
     x = views.float().contiguous()
     for view, values in zip(x.split(1), parameters.tolist(), strict=True):
-        unit._apply_(view, [unit._steps(values)])
+        unit._apply_(view, unit._steps(values))
     return x
 
 
@@ -256,17 +259,54 @@ def test_photometric__batch_is_its_samples_one_by_one():
     assert torch.equal(photometric(views[shuffled], rows[shuffled]), together[shuffled])
 
 
-def test_photometric__batched_as_on_an_accelerator_is_view_by_view():
-    """There an operation takes all views that need it at once, each with its own value."""
-    views = torch.stack([to_tensor(photo(name, (48, 40))) for name in PHOTOGRAPHS]).repeat(10, 1, 1, 1)
-    rows = random_rows(30, strong=True)
-    for n in (1, 2, 30):
-        together = views[:n].float().contiguous()
-        unit._apply_(together, [unit._steps(values) for values in rows[:n].tolist()])
-        torch.testing.assert_close(together, exact(views[:n], rows[:n]), atol=2e-3, rtol=0)
-    last = views.float().contiguous(memory_format=torch.channels_last)
-    unit._apply_(last, [unit._steps(values) for values in rows.tolist()])
-    torch.testing.assert_close(last, exact(views, rows), atol=2e-3, rtol=0)
+def of_every_order(n):
+    """n rows of all operations: all 24 orders, gray before the jitter and after it, brightness 0 and hues of half a turn."""
+    rows = random_rows(n, strong=True)
+    rows[:, COLUMNS.index("order")] = torch.arange(n) % 25 - 1
+    rows[:, COLUMNS.index("gray_first")] = (torch.arange(n) % 7 == 0).float()
+    rows[::11, COLUMNS.index("brightness")] = 0
+    rows[::13, COLUMNS.index("hue")] = 0.5
+    return rows
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("n", [1, 2, 250])
+def test_photometric_batch__is_view_by_view(n, layout):
+    """Up to the rounding of float32. A pixel that lies between two integers may then become the other one."""
+    views = torch.stack([to_tensor(photo(name, (24, 20))) for name in PHOTOGRAPHS]).repeat(84, 1, 1, 1)[:n]
+    rows, given = of_every_order(n), views.contiguous(memory_format=layout)
+    torch.testing.assert_close(colored(given, rows.numpy()), exact(views, rows), atol=2e-3, rtol=0)
+    out = photometric_batch(given, rows)
+    assert torch.equal(out, colored(given, rows.numpy()).round().byte()) and torch.equal(given, views)
+    assert (out != photometric(views, rows)).float().mean() < 1e-4
+
+
+@pytest.mark.parametrize("needed", [(), ("flip",), ("sigma",), ("solarize", "gray"), ("gray_first", "flip"), ("hue", "sigma")])
+def test_photometric_batch__leaves_out_operations_that_no_view_has(needed):
+    views, rows = torch.stack([to_tensor(photo(name, (24, 20))) for name in PHOTOGRAPHS]), row().repeat(3, 1)
+    for name in needed:
+        rows[1:, COLUMNS.index(name)] = torch.tensor([0.3 if name == "hue" else 1, NEUTRAL[name]])
+        rows[:, 0] = 5
+    out = photometric_batch(views, rows)
+    assert torch.equal(out[::2], views[::2]) and torch.equal(out, photometric(views, rows))
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (0,)])
+def test_photometric_batch__any_leading_dimensions(shape):
+    n = math.prod(shape)
+    views, rows = torch.randint(256, (*shape, 3, 9, 8), dtype=torch.uint8), random_rows(n)
+    out = photometric_batch(views, rows.view(*shape, len(COLUMNS)))
+    assert torch.equal(out.view(n, 3, 9, 8), photometric_batch(views.view(n, 3, 9, 8), rows))
+
+
+def test_places__hold_every_order():
+    for order in unit.ORDERS:
+        places = batch.places_of(order)
+        without = [operation for operation in order if operation != batch.BRIGHTNESS]
+        assert [batch.SEQUENCE[places[operation]] for operation in without] == without
+        assert sorted(without, key=lambda operation: places[operation]) == without
+        before = order[order.index(batch.BRIGHTNESS) - 1] if order[0] != batch.BRIGHTNESS else None
+        assert places[batch.BRIGHTNESS] == (0 if before is None else places[before])
 
 
 @pytest.mark.parametrize("shape", [(5, 2), (1, 6), (10, 1), (0, 4), (0,)])
@@ -324,14 +364,18 @@ def test_photometric__rows_do_not_leak_into_other_samples():
         assert same == [True, True, True, False, True], name
 
 
-@pytest.mark.parametrize("n", [1, 30])
-def test_photometric__under_fake_cuda_no_tensor_is_left_on_the_cpu(n):
-    steps = [unit._steps(values) for values in random_rows(30, strong=True)[-n:].tolist()]
+@pytest.mark.parametrize("n", [1, 32, 256])
+def test_photometric_batch__asks_little_of_a_gpu(n):
+    """Every operation at once: 40 launches and copies, one of them pinned, and the host does not wait."""
+    rows = of_every_order(n).numpy()
+    rows[:, COLUMNS.index("gray_first")], rows[0, 1:] = 0, 1.1
     with FakeTensorMode():
         try:
             views = torch.empty(n, 16, 16, 3, dtype=torch.uint8, device="cuda").permute(0, 3, 1, 2)
-            x = torch.empty_like(views, dtype=torch.float32).copy_(views)
+            with Launches() as found:
+                out = photometric_batch(views, rows)
         except RuntimeError as error:  # torch 2.9 built for CUDA, on a machine without its driver
             pytest.skip(f"this torch has no fake CUDA: {str(error).splitlines()[0]}")
-        unit._apply_(x, steps)
-        assert x.device.type == normalized(views).device.type == "cuda"
+        assert out.device.type == normalized(views).device.type == "cuda"
+    assert 30 < found.found.pop("launches") < 40
+    assert found.found == {"pinned copies": 1, "pageable copies": 0, "copies back": 0, "waits": 0}

@@ -19,6 +19,7 @@ from utils.data.batch import Batch
 from utils.data.index import Index
 from utils.data.limits import MORE_MEMORY, SHARDS, open_shards
 from utils.data.photometric import COLUMNS, photometric
+from utils.data.photometric_batch import photometric_batch
 from utils.data.reader import BadSample, Reader
 from utils.data.remote import is_remote
 from utils.data.shards import BatchPlan
@@ -174,16 +175,20 @@ def _finished(stream, specs, workers, device, in_worker):
 
 
 def _joined(parts, specs, device, in_worker):
-    views, flips = [], []
-    for i, spec in enumerate(specs):
+    views: list[torch.Tensor] = []
+    parameters = [torch.cat([part.parameters[i] for part in parts]) for i in range(len(specs))]  # n x count x len(COLUMNS) each
+    for _, same in itertools.groupby(range(len(specs)), lambda i: specs[i].size):  # views of one size are colored together
+        numbers = list(same)
         # each chunk is pinned, their concatenation is not
-        view = torch.cat([part.crops[i].flatten(0, 1).to(device, non_blocking=True) for part in parts])
-        parameters = torch.cat([part.parameters[i] for part in parts])  # n x count x len(COLUMNS)
+        crops = [part.crops[i].flatten(0, 1).to(device, non_blocking=True) for i in numbers for part in parts]
+        view = torch.cat(crops)
         if not in_worker:
             view = view.contiguous(memory_format=torch.channels_last)  # lost if a part has no image or one
-            view = photometric(view, parameters.flatten(0, 1))
-        views.append(view if spec.count == 1 else view.unflatten(0, (-1, spec.count)))
-        flips.append(parameters[..., COLUMNS.index("flip")].bool())
+            color = photometric if device.type == "cpu" else photometric_batch
+            view = color(view, torch.cat([parameters[i].flatten(0, 1) for i in numbers]))
+        for i, x in zip(numbers, view.split([parameters[i][..., 0].numel() for i in numbers]), strict=True):
+            views.append(x if specs[i].count == 1 else x.unflatten(0, (-1, specs[i].count)))
+    flips = [p[..., COLUMNS.index("flip")].bool() for p in parameters]
     sample_ids, labels = (
         torch.cat(x).to(device, non_blocking=True) for x in zip(*[(p.sample_ids, p.labels) for p in parts], strict=True)
     )

@@ -1,9 +1,11 @@
-"""All augmentations except the crop: OPERATIONS, for a whole batch on any device, with parameters of each view.
+"""All augmentations except the crop: OPERATIONS, view by view, with parameters of each view.
 
 The formulas are PIL's, which torchvision uses too. They are computed in float32 and rounded once, at the end. Pixels are in
-[0, 255]. An operation changes n x 3 x H x W in place and takes a list of n values.
+[0, 255]. An operation changes 1 x 3 x H x W in place and takes a value. photometric_batch.py has them for a whole batch on an
+accelerator.
 
-To add an augmentation, write its operation, add it to OPERATIONS before the flip, and add its draw to DRAWS in views.py.
+To add an augmentation, write its operation, add it to OPERATIONS before the flip, write it for a batch in `colored` of
+photometric_batch.py, and add its draw to DRAWS in views.py.
 """
 
 import functools
@@ -11,7 +13,6 @@ import itertools
 import math
 from collections.abc import Callable
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -20,24 +21,20 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LUMA = (0.299, 0.587, 0.114)  # ITU-R 601-2, as in PIL
 
 
-def photometric(views: torch.Tensor, parameters: torch.Tensor | np.ndarray) -> torch.Tensor:
+def photometric(views: torch.Tensor, parameters: torch.Tensor) -> torch.Tensor:
     """Apply to each view the operations that its parameters select.
 
-    views: ... x 3 x H x W uint8, on any device; parameters: ... x len(COLUMNS) float32, on the CPU. Returns a new uint8 tensor
-    of the shape of `views`. The parameters stay on the CPU, so no operation waits for the device. A view's result does not
-    depend on the other views.
+    views: ... x 3 x H x W uint8; parameters: ... x len(COLUMNS) float32, on the CPU. Returns a new uint8 tensor of the shape
+    of `views`. A view's result does not depend on the other views.
     """
     x = views.reshape(-1, *views.shape[-3:])
-    steps = [_steps(row) for row in np.asarray(parameters).reshape(-1, len(COLUMNS)).tolist()]
-    on_cpu = views.device.type == "cpu"
-    out = torch.empty_like(x, memory_format=torch.contiguous_format if on_cpu else torch.preserve_format)
-    together = 1 if on_cpu else max(1, len(x))  # one view stays in a core's cache from the first operation to the last
-    for i in range(0, len(x), together):
-        part = out[i : i + together]
-        pixels = torch.empty_like(part, dtype=torch.float32).copy_(x[i : i + together])
-        _apply_(pixels, [step[:-1] for step in steps[i : i + together]])
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    for i, row in enumerate(parameters.reshape(-1, len(COLUMNS)).tolist()):  # one view stays in a core's cache
+        part, (*steps, last) = out[i : i + 1], _steps(row)
+        pixels = torch.empty_like(part, dtype=torch.float32).copy_(x[i : i + 1])
+        _apply_(pixels, steps)
         part.copy_(pixels.round_().to(torch.int16))  # via int16: CPUs have no fast conversion from float32 to uint8
-        _apply_(part, [step[-1:] for step in steps[i : i + together]])  # the flip, which is faster on bytes than on floats
+        _apply_(part, [last])  # the flip, which is faster on bytes than on floats
     return out.view(views.shape)
 
 
@@ -67,23 +64,9 @@ def _steps(row):
 
 
 def _apply_(x, steps):
-    if len(x) == 1:
-        for operation, value in steps[0]:
-            if operation:
-                operation(x, [value])
-        return
-    for step in zip(*steps, strict=True):  # (operation, value) of each view
-        for operation in dict.fromkeys(operation for operation, _ in step if operation):
-            picked = [i for i, (o, _) in enumerate(step) if o is operation]
-            there = torch.tensor(picked).to(x.device, non_blocking=True)
-            part = x.index_select(0, there)
-            operation(part, [step[i][1] for i in picked])
-            x.index_copy_(0, there, part)
-
-
-def _spread(values, x):
-    """n values -> n x 1 x 1 x 1 on the device of x. One value stays a number, which is faster on a CPU."""
-    return values[0] if len(values) == 1 else torch.tensor(values).view(-1, 1, 1, 1).to(x.device, non_blocking=True)
+    for operation, value in steps:
+        if operation:
+            operation(x, value)
 
 
 def _channels(x):
@@ -96,21 +79,21 @@ def luma(x: torch.Tensor) -> torch.Tensor:
     return (r * LUMA[0]).add_(g, alpha=LUMA[1]).add_(b, alpha=LUMA[2])
 
 
-def brightness_(x: torch.Tensor, factors: list[float]) -> None:
-    x.mul_(_spread(factors, x)).clamp_(0, 255)
+def brightness_(x: torch.Tensor, factor: float) -> None:
+    x.mul_(factor).clamp_(0, 255)
 
 
-def contrast_(x: torch.Tensor, factors: list[float]) -> None:
-    factor, mean = _spread(factors, x), luma(x.mean((2, 3), keepdim=True))  # luma is linear
+def contrast_(x: torch.Tensor, factor: float) -> None:
+    mean = luma(x.mean((2, 3), keepdim=True))  # luma is linear
     x.mul_(factor).add_(mean * (1 - factor)).clamp_(0, 255)
 
 
-def saturation_(x: torch.Tensor, factors: list[float]) -> None:
-    torch.lerp(luma(x), x, _spread(factors, x), out=x).clamp_(0, 255)
+def saturation_(x: torch.Tensor, factor: float) -> None:
+    torch.lerp(luma(x), x, factor, out=x).clamp_(0, 255)
 
 
-def hue_(x: torch.Tensor, shifts: list[float]) -> None:
-    """Shift the hue of HSV (PIL's hexcone model) by `shifts` turns, without divisions and branches.
+def hue_(x: torch.Tensor, shift: float) -> None:
+    """Shift the hue of HSV (PIL's hexcone model) by `shift` turns, without divisions and branches.
 
     With v = max, m = min, c = v - m, hues lie on a ring of length 6c: green at 0, blue at 2c, red at -2c. A pixel lies at
     p = sign(b - r) (r + b - g + v - 2m). A channel with its hue at o c is v up to a distance of c, and m from 2c on. It
@@ -122,29 +105,28 @@ def hue_(x: torch.Tensor, shifts: list[float]) -> None:
     v, m = torch.maximum(v, b, out=v), torch.minimum(m, b, out=m)
     c = v - m
     place = torch.copysign((c - m).add_(r).add_(b).sub_(g), b - r)
-    a = torch.tensor([[(6 * shift - o) % 6 - 3 for o in (-2, 0, 2)] for shift in shifts]).view(-1, 3, 1, 1)
-    distance = torch.addcmul(place, c, a.to(x.device, non_blocking=True), out=x).abs_().sub_(c, alpha=3).abs_()
+    a = torch.tensor([(6 * shift - o) % 6 - 3 for o in (-2, 0, 2)]).view(3, 1, 1)
+    distance = torch.addcmul(place, c, a, out=x).abs_().sub_(c, alpha=3).abs_()
     torch.clamp(torch.sub(c.add_(v), distance, out=x), m, v, out=x)
 
 
-def gray_(x: torch.Tensor, _: list[float]) -> None:
+def gray_(x: torch.Tensor, _: float) -> None:
     x.copy_(luma(x).expand_as(x))
 
 
-def blur_(x: torch.Tensor, sigmas: list[float]) -> None:
-    """Separable Gaussian, sigmas in pixels. A kernel ends at round(3 sigma) pixels; pixels at the edge are repeated."""
-    kernels = [_half_kernel(sigma) for sigma in sigmas]
-    radius = max(map(len, kernels)) - 1
-    weights = [_spread([k[i] if i < len(k) else 0.0 for k in kernels], x) for i in range(radius + 1)]
+def blur_(x: torch.Tensor, sigma: float) -> None:
+    """Separable Gaussian, sigma in pixels. The kernel ends at round(3 sigma) pixels; pixels at the edge are repeated."""
+    weights = _half_kernel(sigma)
+    radius = len(weights) - 1
     padded = F.pad(x, (radius,) * 4, mode="replicate").contiguous()
     plane, row, _ = padded.stride()[1:]
-    out = padded.view(len(x), 1, 1, -1)  # flat: a shift along rows or columns is a shift in memory; wrapped pixels are cut off
+    out = padded.view(1, 1, 1, -1)  # flat: a shift along rows or columns is a shift in memory; wrapped pixels are cut off
     for step in (1, row):
         near = out.unfold(3, out.shape[3] - 2 * radius * step, step).unbind(3)  # shifted by -radius to radius
         out = near[radius] * weights[0]
         for i in range(1, radius + 1):
             for side in (near[radius - i], near[radius + i]):
-                out = out.add_(side, alpha=weights[i]) if len(x) == 1 else out.addcmul_(side, weights[i])
+                out = out.add_(side, alpha=weights[i])
     x.copy_(out.as_strided(x.shape, (out.stride(0), plane, row, 1)))
 
 
@@ -154,15 +136,15 @@ def _half_kernel(sigma):
     return [weight / (2 * sum(bell) - bell[0]) for weight in bell]
 
 
-def solarize_(x: torch.Tensor, _: list[float]) -> None:
+def solarize_(x: torch.Tensor, _: float) -> None:
     torch.where(x >= 127.5, 255 - x, x, out=x)
 
 
-def flip_(x: torch.Tensor, _: list[float]) -> None:
+def flip_(x: torch.Tensor, _: float) -> None:
     x.copy_(x.flip(3))
 
 
-OPERATIONS: dict[str, tuple[Callable[[torch.Tensor, list[float]], None], float]] = {
+OPERATIONS: dict[str, tuple[Callable[[torch.Tensor, float], None], float]] = {
     # parameter: (operation, the value that leaves a view unchanged), in the order of application
     "gray_first": (gray_, 0),
     "brightness": (brightness_, 1),  # factor; the color jitter's four are applied in the order of the order code
