@@ -33,7 +33,7 @@ def test_backward__gives_the_gradients_of_torchs_engine():
         network.zero_grad()
         bias.grad = None
     for ours, theirs in zip(*found, strict=True):
-        torch.testing.assert_close(ours, theirs, atol=0, rtol=0)
+        torch.testing.assert_close(ours, theirs)  # sums may have another order
 
 
 def test_launches__counts_operations_copies_and_waits():
