@@ -6,29 +6,31 @@
 #   RECIPE=v1       MoCo-v1: top-1 59.4. Batch 256, SGD lr 30, 60 epochs, on jittered images; RECIPE=v1-100: 73.4, lr 10
 #   RECIPE=unmix    Un-Mix: top-1 68.6. Batch 256, SGD lr 30, 100 epochs
 # Without RECIPE the flags of the pre-training, in the checkpoint, decide the protocol. A file without flags is MoCo-v2.
+# RECIPE=cifar10 probes the run of that recipe.
 # Add or override any flag. Variables: SHARDS OUTPUT (the run's folder) RECIPE CHECKPOINT MULTI_CROP NPROC.
 set -euo pipefail
 source "$(dirname "$(realpath "$0")")/utils/run/env.sh"
 use_environment requirements.txt
 use_shards "$@"
+# not the published protocol: a crop of 8 % of 28 pixels shows nothing, and few images give few steps
+small=(--size 32 --resize 32 --crop-min 1 --aug crop --batch-size 64 --lr 1.2 --trust 0 --epochs 15 --lr-steps)
 if [[ $SAMPLE ]]; then
     use_recipe v1 unmix
-    # not the published protocol: a crop of 8 % of 28 pixels shows nothing, and 6,000 images give few steps
-    recipe=(--size 64 --resize 64 --crop-min 1 --aug crop --batch-size 64 --lr 1.2 --trust 0 --epochs 15 --lr-steps)
+    recipe=("${small[@]}")
 else
-    use_recipe v1 v1-100 unmix
+    use_recipe v1 v1-100 unmix cifar10
+    recipe=(--size 224)
     v1=(--aug v1 --batch-size 256 --trust 0 --epochs 60 --lr-steps 30 40 50 --lr-gamma 0.2)
     case ${RECIPE:-} in
-        v1) recipe=(--lr 30 --crop-min 0.08 "${v1[@]}") ;;
-        v1-100) recipe=(--lr 10 --crop-min 0.2 "${v1[@]}") ;;
-        unmix) recipe=(--lr 30 --batch-size 256 --trust 0 --epochs 100 --lr-steps 60 80 --lr-gamma 0.1) ;;
-        *) recipe=() ;;
+        v1) recipe+=(--lr 30 --crop-min 0.08 "${v1[@]}") ;;
+        v1-100) recipe+=(--lr 10 --crop-min 0.2 "${v1[@]}") ;;
+        unmix) recipe+=(--lr 30 --batch-size 256 --trust 0 --epochs 100 --lr-steps 60 80 --lr-gamma 0.1) ;;
+        cifar10) recipe=("${small[@]}") ;;
     esac
-    recipe+=(--size 224)
 fi
-run=moco${RECIPE:+-$RECIPE}
+run=moco
 if [[ ${MULTI_CROP:-0} == 1 ]]; then run=moco-multicrop; fi
-OUTPUT=${OUTPUT:-${PROJECT}output/${SAMPLE:+sample-}$run}
+OUTPUT=${OUTPUT:-${PROJECT}output/${SAMPLE:+sample-}$run${RECIPE:+-$RECIPE}}
 use_checkpoint "$OUTPUT" pretrain_moco.sh "$@"
 
 launch "${PROJECT}"main_lincls.py --method moco --pretrained "$CHECKPOINT" --resume auto \

@@ -3,21 +3,25 @@
 #   bash linear_w2ssl.sh                         the embedded sample: whole images, batch 64, SGD lr 1.2 per 256, 15 epochs
 #   SHARDS=/imagenet-shards bash linear_w2ssl.sh           ImageNet: batch 256, SGD lr 0.1, 100 epochs
 # Expected with ImageNet: top-1 70.8, or 72.8 after pre-training with BATCH=1024 (the authors' figures).
-# Add or override any flag. Variables: SHARDS OUTPUT (the run's folder) CHECKPOINT BATCH NPROC.
+# RECIPE=cifar10 probes the run of that recipe.
+# Add or override any flag. Variables: SHARDS OUTPUT (the run's folder) RECIPE CHECKPOINT BATCH NPROC.
 set -euo pipefail
 source "$(dirname "$(realpath "$0")")/utils/run/env.sh"
 use_environment requirements.txt
 use_shards "$@"
-use_recipe ""
-run=w2ssl${BATCH:+-$BATCH}
+run=w2ssl${BATCH:+-$BATCH}${RECIPE:+-$RECIPE}
 OUTPUT=${OUTPUT:-${PROJECT}output/${SAMPLE:+sample-}$run}
 use_checkpoint "$OUTPUT" pretrain_w2ssl.sh "$@"
 
+# not the published protocol: a crop of 8 % of 28 pixels shows nothing, and few images give few steps
+small=(--size 32 --resize 32 --crop-min 1 --batch-size 64 --lr 1.2 --epochs 15)
 if [[ $SAMPLE ]]; then
-    # not the published protocol: a crop of 8 % of 28 pixels shows nothing, and 6,000 images give few steps
-    recipe=(--size 64 --resize 64 --crop-min 1 --batch-size 64 --lr 1.2 --epochs 15)
+    use_recipe ""
+    recipe=("${small[@]}")
 else
+    use_recipe cifar10
     recipe=(--size 224 --batch-size 256 --lr 0.1 --epochs 100)
+    if [[ ${RECIPE:-} == cifar10 ]]; then recipe=("${small[@]}"); fi
 fi
 
 launch "${PROJECT}"main_lincls.py --method w2ssl --pretrained "$CHECKPOINT" --resume auto \
