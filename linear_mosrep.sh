@@ -9,9 +9,6 @@ set -euo pipefail
 source "$(dirname "$(realpath "$0")")/utils/run/env.sh"
 use_environment requirements.txt
 use_shards "$@"
-OUTPUT=${OUTPUT:-${PROJECT}output/${SAMPLE:+sample-}mosrep${RECIPE:+-$RECIPE}}
-use_checkpoint "$OUTPUT" pretrain_mosrep.sh "$@"
-
 # not the published protocol: a crop of 8 % of 28 pixels shows nothing, and few images give few steps
 small=(--size 32 --resize 32 --crop-min 1 --batch-size 64 --lr 1.2 --trust 0 --epochs 15)
 if [[ $SAMPLE ]]; then
@@ -22,6 +19,8 @@ else
     recipe=(--size 224 --batch-size 4096 --lr 0.2 --epochs 90)
     if [[ ${RECIPE:-} == cifar10 ]]; then recipe=("${small[@]}"); fi
 fi
+OUTPUT=${OUTPUT:-${PROJECT}output/${SAMPLE:+sample-}mosrep${RECIPE:+-$RECIPE}}
+use_checkpoint "$OUTPUT" pretrain_mosrep.sh "$@"
 
 launch "${PROJECT}"main_lincls.py --method mosrep --pretrained "$CHECKPOINT" --resume auto \
     --train-shards "$TRAIN" --val-shards "$VAL" "${recipe[@]}" "$@"

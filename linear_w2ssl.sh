@@ -9,10 +9,6 @@ set -euo pipefail
 source "$(dirname "$(realpath "$0")")/utils/run/env.sh"
 use_environment requirements.txt
 use_shards "$@"
-run=w2ssl${BATCH:+-$BATCH}${RECIPE:+-$RECIPE}
-OUTPUT=${OUTPUT:-${PROJECT}output/${SAMPLE:+sample-}$run}
-use_checkpoint "$OUTPUT" pretrain_w2ssl.sh "$@"
-
 # not the published protocol: a crop of 8 % of 28 pixels shows nothing, and few images give few steps
 small=(--size 32 --resize 32 --crop-min 1 --batch-size 64 --lr 1.2 --epochs 15)
 if [[ $SAMPLE ]]; then
@@ -23,6 +19,9 @@ else
     recipe=(--size 224 --batch-size 256 --lr 0.1 --epochs 100)
     if [[ ${RECIPE:-} == cifar10 ]]; then recipe=("${small[@]}"); fi
 fi
+run=w2ssl${BATCH:+-$BATCH}${RECIPE:+-$RECIPE}
+OUTPUT=${OUTPUT:-${PROJECT}output/${SAMPLE:+sample-}$run}
+use_checkpoint "$OUTPUT" pretrain_w2ssl.sh "$@"
 
 launch "${PROJECT}"main_lincls.py --method w2ssl --pretrained "$CHECKPOINT" --resume auto \
     --train-shards "$TRAIN" --val-shards "$VAL" "${recipe[@]}" "$@"

@@ -19,7 +19,7 @@ for name in NPROC NNODES NODE_RANK MASTER_PORT MAX_RESTARTS BATCH; do
     [[ ${!name:-1} =~ ^[1-9][0-9]*$ ]] || die "$name=${!name}: must be a whole number, such as $name=1"
 done
 [[ ${MULTI_CROP:-0} == [01] ]] || die "MULTI_CROP=$MULTI_CROP: must be 0 or 1"
-[[ ${MULTI_CROP:-0} == 0 || ! ${RECIPE:-} ]] || die "RECIPE=$RECIPE: has two crops; leave out MULTI_CROP=1"
+[[ ${MULTI_CROP:-0} == 0 || ! ${RECIPE:-} || $RECIPE == cifar10 ]] || die "RECIPE=$RECIPE: has two crops; leave out MULTI_CROP=1"
 
 # use_environment FILE: set PYTHON to the interpreter of the active environment if it satisfies the requirements file. Otherwise
 # create or complete .venv if needed, and use it. No other environment is changed.
