@@ -261,19 +261,11 @@ def train(args, index, method, model, optimizer, scaler, start, init, lr, device
     verdicts = Verdicts(folder, start, known) if dist.rank() == 0 else None
     watch, shown_views = Watch(live), None  # of pca.png, without held-out images
 
+    tracked = tracker.start(args, folder)
     with (
         Log(
-            folder,
-            start,
-            steps,
-            args.print_freq,
-            args.batch_size,
-            bad,
-            known["chance"],
-            args.epochs,
-            verdicts,
-            tracker.start(args, folder),
-        ) as log,  # fmt: skip
+            folder, start, steps, args.print_freq, args.batch_size, bad, known["chance"], args.epochs, verdicts, tracked
+        ) as log,
         Engine(args, steps, optimizer, scaler, log, device, content, args.save_freq) as engine,
     ):
         for epoch in epochs:
