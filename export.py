@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from methods import METHODS
+from utils.data.views import side_before_crop
 from utils.evaluation.card import card
 from utils.evaluation.exports import TARGETS, Export, Loaded, pickled, safetensors
 from utils.evaluation.frozen import Frozen, Source, add_weights_flags, build_trunk, read_source
@@ -131,7 +132,7 @@ def whole_parts(args: Namespace, frozen: Frozen, images: torch.Tensor) -> Parts:
 def network_parts(args: Namespace, source: Source, network: Network, images: torch.Tensor) -> Parts:
     """One network, in the names of a library."""
     head = classifier(args.classifier, source) if args.classifier else None
-    resize = args.size * 256 // 224
+    resize = side_before_crop(args.size)
     text = card(source, network, args.size, resize, args.license or "unknown") if args.to == "huggingface" else ""
     facts = {"method": source.method, "arch": network.arch, "checkpoint_sha256": source.sha256 or ""}
     export = Export(network, args.size, resize, head, text, facts)

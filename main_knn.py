@@ -21,6 +21,7 @@ import torch
 
 from methods import METHODS
 from utils.data.index import Index
+from utils.data.views import side_before_crop
 from utils.evaluation import features, knn, neighbours, pixels, session
 from utils.evaluation.frozen import Frozen, Source, add_weights_flags, read_source
 from utils.run import dist, flags, lock, signals
@@ -52,7 +53,7 @@ def get_args(argv: list[str] | None = None, source: Source | None = None) -> fla
     parser.set_defaults(amp="fp32", **({"size": 32} if source.arch == pixels.NAME else {}))
     args = parser.parse_args(argv)
     if args.resize is None:
-        args.resize = args.size if args.pretrained == pixels.NAME else args.size * 256 // 224
+        args.resize = args.size if args.pretrained == pixels.NAME else side_before_crop(args.size)
     if args.output_dir is None:
         args.output_dir = session.default_folder(args.pretrained, "knn")
     return args

@@ -212,8 +212,11 @@ class CMC(MemoryBank):
         names, views = branch_names(args.space), chosen(args)
         trunk = Branches(args.arch, {names[view]: channels_of(view) for view in views})
         space = "+".join(views)
-        features = lambda x, of: trunk.features(color_views(x, space), of)  # noqa: E731
-        return backbones.Probed(trunk, trunk.layers, "fc", features, lambda x: trunk.last_maps(color_views(x, space)))
+        return backbones.Probed(
+            trunk, trunk.layers, "fc",
+            features=lambda x, of: trunk.features(color_views(x, space), of),
+            maps=lambda x: trunk.last_maps(color_views(x, space)),
+        )  # fmt: skip
 
     @staticmethod
     def networks(trunk: Any, args: Namespace) -> dict[str, backbones.Network]:

@@ -19,10 +19,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 import export
+import main_pretrain
 from cmc.color import color_views
 from cmc.nets import Branches
 from methods import METHODS
 from utils.evaluation import exports
+from utils.evaluation.card import OUTSIDE
 from utils.run import checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -278,6 +280,10 @@ def test_export__model_card_and_preprocessing(run, tmp_path):
     assert config["input_size"] == [3, 64, 64] and config["interpolation"] == "bilinear" and config["crop_mode"] == "center"
     assert config["mean"] == [0.485, 0.456, 0.406] and config["std"] == [0.229, 0.224, 0.225]
     assert round(64 / config["crop_pct"]) == 64 * 256 // 224
+
+
+def test_export__a_card_leaves_out_what_is_no_recipe():
+    assert main_pretrain.get_args(["--shards", "x"]).outside - {"init"} <= OUTSIDE
 
 
 def refused(capsys, *argv):

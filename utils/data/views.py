@@ -48,6 +48,11 @@ class ViewSpec:
     part: tuple[float, float] = (0.0, 1.0)  # the crop lies in this part of the image's width; pixels are rounded down
 
 
+def side_before_crop(size: int) -> int:
+    """The shorter side to which evaluations resize an image before they cut `size` pixels: 256 for 224."""
+    return size * 256 // 224
+
+
 def moco_v2_view(name: str, size: int, scale: tuple[float, float], count: int = 1) -> ViewSpec:
     """The view of MoCo-v2 (arXiv:2003.04297) and MosRep. Global and local views differ in size and scale only."""
     return ViewSpec(name, size, scale, count, jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, gray_p=0.2, blur_p=0.5)

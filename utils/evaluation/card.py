@@ -14,7 +14,7 @@ from utils.run.text import shown, shown_flags
 OUTSIDE = {"shards", "workers", "output_dir", "resume", "device", "print_freq", "save_steps", "save_minutes", "save_freq",
            "keep", "dry_run", "dist_timeout", "cache_dir", "allow_pipe", "verify_shards", "replay", "compile", "photometric",
            "max_bad", "max_pixels", "train_shards", "val_shards", "pretrained", "accumulate", "eval_shards", "eval_every",
-           "eval_images", "eval_neighbours"}  # fmt: skip
+           "eval_images", "eval_neighbours", "mirror", "tracker"}  # fmt: skip
 CARD = """---
 library_name: timm
 pipeline_tag: image-feature-extraction

@@ -131,8 +131,11 @@ def of_sets(args: Flags, sets: dict[str, Index], frozen: Frozen, weights: str, d
     (layer,) = frozen.layers
     bad = BadSamples(Path(args.output_dir), sum(index.total for index in sets.values()), args.max_bad)
     found = {}
+
+    def extract(x):
+        return frozen.features(x, args.amp)[layer]
+
     for name, index in sets.items():
-        extract = lambda x: frozen.features(x, args.amp)[layer]  # noqa: E731
         found[name] = features(args, index, test_view(args), extract, device, bad, ask, DTYPES[args.dtype], keep=keep)
         check_finite(found[name])
     if path:

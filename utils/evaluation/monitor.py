@@ -13,7 +13,7 @@ from torch import nn
 
 from utils.data.bad_samples import BadSamples
 from utils.data.index import Index
-from utils.data.views import ViewSpec
+from utils.data.views import ViewSpec, side_before_crop
 from utils.evaluation import health, knn, neighbours, pictures
 from utils.evaluation.features import features
 from utils.evaluation.frozen import Live
@@ -49,7 +49,7 @@ def check(args: flags.Flags, train: Index, held_out: Index | None) -> None:
 
 def view_of(args: flags.Flags) -> ViewSpec:
     """The test view of main_knn.py, at the size of the training's views."""
-    return ViewSpec("test", args.size, resize=args.size * 256 // 224, bicubic=True)
+    return ViewSpec("test", args.size, resize=side_before_crop(args.size), bicubic=True)
 
 
 class Asked(Exception):
@@ -97,7 +97,9 @@ class Monitor:
         keep = torch.device("cpu") if self.device.type == "mps" else self.device  # which has no float64
 
         def of(index, images):
-            extract = lambda x: self.live.features(x, "fp32")[self.live.layers[-1]]  # noqa: E731
+            def extract(x):
+                return self.live.features(x, "fp32")[self.live.layers[-1]]
+
             return features(args, index, view, extract, self.device, bad, ask, images=images, keep=keep)
 
         test = of(self.held_out, args.eval_images)

@@ -11,7 +11,7 @@ import torch
 
 from utils.data.index import Index
 from utils.data.limits import check_workers
-from utils.data.views import ViewSpec
+from utils.data.views import ViewSpec, side_before_crop
 from utils.evaluation.classifiers import Head
 from utils.evaluation.frozen import Source
 from utils.evaluation.session import check_classes, default_folder
@@ -37,7 +37,7 @@ def add_data_flags(parser: flags.Parser) -> None:
 def fill_in(args: Namespace, folder: str) -> None:
     """Fill in the defaults that depend on other flags. folder: see session.default_folder."""
     if args.resize is None:
-        args.resize = args.size * 256 // 224
+        args.resize = side_before_crop(args.size)
     if args.output_dir is None:
         args.output_dir = default_folder(args.pretrained, folder)
 

@@ -120,5 +120,7 @@ def probed(args: Namespace) -> Probed:
     trunk = build(args.arch, args.output_stride, num_classes=0).eval()
     output_of(trunk, args.arch, args.size)  # refuses a size that does not fit
     whole: Any = trunk
-    maps = lambda x: whole.forward_features(normalized(x))  # noqa: E731
-    return Probed(trunk, (POOLED,), classifier_name(trunk), lambda x, _: {POOLED: trunk(normalized(x))}, maps)
+    return Probed(
+        trunk, (POOLED,), classifier_name(trunk),
+        features=lambda x, _: {POOLED: trunk(normalized(x))}, maps=lambda x: whole.forward_features(normalized(x)),
+    )  # fmt: skip
