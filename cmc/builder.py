@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from cmc.color import PARTS, SCALES, SPACES, channels_of, color_views, view_names
-from cmc.memory import Bank, Scores, draw_rows, last_places
+from cmc.memory import Bank, DrawnAhead, Scores, last_places
 from cmc.nets import ARCHS, Branches
 from cmc.views import Views, bank_names, branch_names, chosen, graph_pairs
 from utils.data.views import moco_v1_view
@@ -80,7 +80,7 @@ class MemoryBank(Method):
         self.mixture = mixture.Mixture(args)
         self.encoder = encoder
         self.banks: Any = nn.ModuleDict({name: Bank(samples, args.nce_dim) for name in banks})
-        self.pairs = pairs
+        self.pairs, self.drawn = pairs, DrawnAhead()
         self.criteria: Any = nn.ModuleDict({name: criterion(args.loss, args.nce_t, samples) for name in pairs})
 
     def chance(self, batch_size: int) -> float:
@@ -110,7 +110,7 @@ class MemoryBank(Method):
         n, ids = len(batch), batch.sample_ids
         views = tuple(self.inputs(batch, step.rng))
         places = range(dist.rank() * n, (dist.rank() + 1) * n)
-        negatives = dist.on_device(draw_rows(step.seed, step.number, places, self.samples, self.negatives), ids.device)
+        negatives = dist.on_device(self.drawn(step.seed, step.number, places, self.samples, self.negatives), ids.device)
         rows = torch.cat([ids.unsqueeze(1).to(negatives.dtype), negatives], 1)  # n x (1 + K)
         targets = Targets({"group_size": n // self.bn_splits}, views=views, rows=rows)
         self.sample_ids = ids

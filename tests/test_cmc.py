@@ -2,6 +2,7 @@
 
 import copy
 import math
+import threading
 
 import numpy as np
 import pytest
@@ -10,8 +11,9 @@ from helpers import IMAGES, batch_of, build, forward, method_args, own_part, spa
 from torch.nn.functional import normalize
 
 import main_pretrain
+from cmc import memory as unit
 from cmc.color import color_views
-from cmc.memory import Bank, Scores, draw_rows, last_places
+from cmc.memory import Bank, DrawnAhead, Scores, draw_rows, last_places
 from cmc.nets import ARCHS, Branches
 from methods import METHODS
 from utils.learning.criterion import Nce, Softmax, criterion
@@ -125,7 +127,24 @@ def test_draw_rows__of_seed_step_and_place_alone():
     assert all((rows == other).mean() < 0.01 for other in (*others, np.roll(rows, 1, 0)))
 
 
-def test_scores__value_and_gradient_are_those_of_all_products():
+def test_drawn_ahead__is_the_draw_of_each_step_from_another_thread(monkeypatch):
+    """Resumed, repeated and skipped steps included: the rows are a function of seed and step."""
+    threads, drawn = [], DrawnAhead()
+
+    def watched(seed, number, *others):
+        threads.append((number, threading.current_thread() is threading.main_thread()))
+        return draw_rows(seed, number, *others)
+
+    monkeypatch.setattr(unit, "draw_rows", watched)
+    for number in (7, 8, 9, 9, 3, 4):
+        assert np.array_equal(drawn(0, number, range(2, 6), 100, 20), draw_rows(0, number, range(2, 6), 100, 20))
+    assert np.array_equal(drawn(0, 5, range(2, 4), 100, 20), draw_rows(0, 5, range(2, 4), 100, 20))  # another batch
+    assert sorted(number for number, main in threads if main) == [3, 5, 7, 9]
+
+
+@pytest.mark.parametrize("images", [1, 2, 3, 5, 9])  # at a time
+def test_scores__value_and_gradient_are_those_of_all_products(monkeypatch, images):
+    monkeypatch.setattr(unit, "images_at_a_time", lambda bank, rows: images)
     rng = torch.Generator().manual_seed(0)
     features = torch.randn(5, 4, generator=rng, dtype=torch.double, requires_grad=True)
     bank, rows = torch.randn(30, 4, generator=rng, dtype=torch.double), torch.randint(30, (5, 8), generator=rng)
@@ -137,6 +156,28 @@ def test_scores__value_and_gradient_are_those_of_all_products():
             assert scores[i, j].item() == pytest.approx((features[i] @ bank[rows[i, j]]).item())
     wanted = torch.stack([sum(weights[i, j] * bank[rows[i, j]] for j in range(8)) for i in range(5)])
     torch.testing.assert_close(features.grad, wanted)
+
+
+def test_scores__on_a_cpu_are_to_the_bit_those_of_one_image_after_the_other():
+    rng = torch.Generator().manual_seed(0)
+    features, bank = torch.randn(5, 128, generator=rng, requires_grad=True), torch.randn(300, 128, generator=rng)
+    rows, weights = torch.randint(300, (5, 1025), generator=rng, dtype=torch.int32), torch.randn(5, 1025, generator=rng)
+    scores = Scores.apply(features, bank, rows)
+    (scores * weights).sum().backward()
+    for i in range(5):
+        assert torch.equal(scores[i], bank[rows[i]] @ features[i])
+        assert torch.equal(features.grad[i], bank[rows[i]].T @ weights[i])
+
+
+def test_images_at_a_time__fill_the_memory_of_a_gpu():
+    bank, rows = (torch.empty(shape, device="meta") for shape in ((1000, 128), (128, 16385)))
+    assert unit.images_at_a_time(bank, rows) == 19 and unit.MEMORY < 20 * 16385 * 128 * 4
+    assert unit.images_at_a_time(bank, rows.new_empty(8, 10**6)) == 1  # one image may need more
+
+
+def test_last_places__are_exact_in_a_large_batch():
+    ids = torch.arange(2**20) % (2**20 - 3)
+    assert last_places(ids, 2**20).tolist()[:4] == [2**20 - 3, 2**20 - 2, 2**20 - 1, 3]
 
 
 def test_bank__starts_uniform_with_the_published_bound():

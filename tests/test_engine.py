@@ -236,7 +236,7 @@ def test_replay__of_a_gradient_that_fp16_skips_at_any_scale(images, tmp_path, ca
         assert train(images, tmp_path, "moco") == 2
         path = tmp_path / "failed_step_0000_000002.pth.tar"
         err = capsys.readouterr().err
-        assert err.count("\n") == 1 and "not finite in 3 steps in a row" in err and f"see --replay {path}" in err
+        assert err.count("error: ") == 1 and "not finite in 3 steps in a row" in err and f"see --replay {path}" in err
         code, out, _ = replay(capsys, path)
         assert code == 0 and "the step fails again" in out and "gradient that is not finite: 1 of" in out
     assert replay(capsys, path)[0] == 1
