@@ -57,7 +57,7 @@ def teardown() -> None:
 def data_parallel(model: nn.Module, device: torch.device, **options) -> nn.Module:
     """DDP with these options, if there are several processes. Buffers (BatchNorm statistics, queues) are not broadcast.
 
-    At its start torch 2.14 does it once, but not for those on another device, such as counters in CPU memory.
+    At its start a newer torch does it once, but not for those on another device, such as counters in CPU memory.
     """
     if world() == 1:
         return model
