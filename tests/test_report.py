@@ -72,7 +72,7 @@ def test_report__shows_the_run_and_strangers_text_as_text(tmp_path):
     assert titles[:3] == ["Loss", "Top-1 of the training's own task, %", "kNN on held-out images, %"]
     assert "Unusable images" not in titles  # while there are none
     data = json.loads(re.search("id=data>(.*?)</script>", page, re.S)[1])
-    assert data["charts"][0]["references"] == [["reference of loss", 9.7]]
+    assert data["charts"][0]["references"] == [["reference 9.7", 9.7]]
     assert [curve["dashed"] for curve in data["charts"][3]["curves"]] == [True, False]
 
 
@@ -101,6 +101,9 @@ def test_report__of_many_runs_begins_with_the_flags_that_differ(tmp_path, capsys
     assert re.findall("<td>(.*?)</td>", first) == ["lr", "0.03", "0.06"] and "<script>document" not in page
     data = json.loads(re.search("id=data>(.*?)</script>", page, re.S)[1])
     assert [curve["name"] for curve in data["charts"][0]["curves"]] == ["a", "b"]
+    titles = [html.unescape(title) for title in re.findall("<h3>(.*?)</h3>", page)]
+    lines = {title: chart["references"] for title, chart in zip(titles, data["charts"], strict=True)}
+    assert lines["Loss"] == [["reference 9.7", 9.7]] and lines["Spread of held-out features"] == [["reference 0.2", 0.2]]
     with pytest.raises(SystemExit, match="2"):
         report.main([*map(str, runs)])
     assert "pass -o compare.html" in capsys.readouterr().err

@@ -23,8 +23,16 @@ TITLES = {  # start of a name in metrics.jsonl -> title of its chart, in the ord
     "eval_spread": "Spread of held-out features",
     "eval_rankme": "RankMe of held-out features",
     "health_top1": "Top-1 by the place of a tile, %",
-    "health_mass": "Share of the queue's mass on a part of it",
+    "health_spread": "Spread of the embeddings",
+    "health_alignment": "Alignment: squared distance to the positive",
+    "health_uniformity": "Uniformity of the embeddings",
+    "health_rankme": "RankMe of the trunk's features",
+    "health_mass": "Share of the softmax on a part of the queue",
+    "health_key_age": "Age of the oldest key, steps",
+    "health_unwritten": "Share of the bank that was never written",
     "health_flat": "Share of views of one colour",
+    "grad_norm": "Norm of the gradient",
+    "health_weight_norm": "Norm of the weights",
 }
 LAST = {"lr": "Learning rate", "images_per_s": "Images per second", "data_wait": "Share of the time that waits for data",
         "peak_gb": "Peak memory, GB", "bad": "Unusable images", "skipped": "Skipped updates"}  # fmt: skip
@@ -77,9 +85,13 @@ def charts(entries: list[dict[str, Any]], steps: int, references: dict[str, floa
         start = _start(name)
         chart = found.setdefault(start, Chart((TITLES | LAST).get(start, start.replace("_", " "))))
         chart.series[name] = x[usable][order], y[usable][order]
-        if name in references:
-            chart.references[f"reference of {name}"] = float(references[name])
+        chart.references |= labelled([references.get(name)])
     return list(found.values())
+
+
+def labelled(references: Iterable[float | None]) -> dict[str, float]:
+    """Label -> value of reference lines. Equal ones are one line; None is none."""
+    return {f"reference {value:.4g}": float(value) for value in references if value is not None}
 
 
 def _start(name):

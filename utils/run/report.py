@@ -168,12 +168,13 @@ def _numbers(found, start=""):
 def page(folder: Path) -> str:
     """The HTML about a run."""
     run = Run(folder)
-    published = run.config.get("published", {})
+    published = {name: value for name, value in run.config.get("published", {}).items() if name != "method"}
     recipe = [[name, value, published.get(name, "")] for name, value in sorted(run.flags.items())]
     other, same = ([row for row in recipe if (row[0] in published) == wanted] for wanted in (True, False))
     title = f"{run.flags.get('method', 'run')} {run.flags.get('arch', '')}: {folder.resolve().name}"
     health = "".join(_verdict(verdict) for verdict in run.verdicts)
-    warnings = "".join(f"<li>{_text(w.get('text'))}</li>" for w in run.warnings[-SAID:])
+    said = list(dict.fromkeys(str(warning.get("text")) for warning in run.warnings))  # a run that resumes repeats some
+    warnings = "".join(f"<li>{_text(text)}</li>" for text in said[-SAID:])
     share = min(1.0, run.at / run.epochs) if run.epochs else 0
     parts = [
         f"<div class=card>{_pairs(run.facts())}<progress max=1 value={share:.4f}></progress></div>",
@@ -212,11 +213,13 @@ def comparison(folders: Sequence[Path]) -> str:
     joined: dict[str, curves.Chart] = {}
     for name, run in zip(names, runs, strict=True):
         for chart in run.charts:
-            for curve, points in chart.series.items():
-                both = joined.setdefault(curve, curves.Chart(f"{chart.title}: {curve}"))
+            own = {curve: points for curve, points in chart.series.items() if curves.FULL not in curve}
+            full = [points[1][-1] for curve, points in chart.series.items() if curve not in own]  # references
+            for curve, points in own.items():
+                title = chart.title if len(own) == 1 else f"{chart.title}: {curve}"
+                both = joined.setdefault(curve, curves.Chart(title))
                 both.series[name] = points
-                label = f"reference of {curve}"
-                both.references |= {f"{label}, {name}": chart.references[label]} if label in chart.references else {}
+                both.references |= curves.labelled([run.config.get("references", {}).get(curve), *full])
     pictures = [part for name, folder in zip(names, folders, strict=True) for part in _pictures(folder, name)]
     head = ["", *names]
     parts = [

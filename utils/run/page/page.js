@@ -5,6 +5,9 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const style = name => getComputedStyle(document.documentElement).getPropertyValue(name);
 const short = v => v == null ? "" : String(+v.toPrecision(4));
 
+// The ends of the vertical axis. uPlot's own are 0 and 100 for a curve that is always 0.
+const ends = (_, low, high) => low !== high ? uPlot.rangeNum(low, high, 0.1, true) : low ? [low - Math.abs(low) / 10, low + Math.abs(low) / 10] : [0, 1];
+
 function draw(chart, place) {
   const series = [{label: "epoch", value: (_, v) => short(v)}], columns = [chart.x], bands = [];
   chart.curves.forEach((curve, i) => {
@@ -29,7 +32,7 @@ function draw(chart, place) {
                        ticks: {stroke: () => style("--line"), width: 1}, font: "11px system-ui, sans-serif"});
   const values = {...axis(), size: 66, values: (_, marks) => marks.map(short)};
   return new uPlot({width: Math.max(200, place.clientWidth), height: 220, series, bands, axes: [axis(), values],
-                    scales: {x: {time: false}}, cursor: {sync: {key: "page"}}}, columns, place);
+                    scales: {x: {time: false}, y: {range: ends}}, cursor: {sync: {key: "page"}}}, columns, place);
 }
 
 const places = [...document.querySelectorAll("[data-chart]")];
