@@ -8,6 +8,7 @@ import pytest
 from helpers import method_args, method_of, spawn, tiny
 from PIL import Image
 from shards_helpers import encode, one_color, write_shards
+from test_launchers import PRETRAIN, dry_run, project  # noqa: F401
 
 import main_pretrain
 from methods import METHODS
@@ -64,6 +65,16 @@ def tell(args, index, method):
     return 0
 
 
+@pytest.mark.parametrize("launcher", PRETRAIN)
+def test_verdicts__recipes_of_the_sample_have_none_at_the_start(project, capsys, launcher):  # noqa: F811
+    """Neither the whole recipe nor one epoch of it."""
+    for flags in ([], ["--epochs", "1"]):
+        args = dry_run(project, launcher, *flags)
+        samples = 1128 if args.method == "cmc" else 6000
+        known = main_pretrain.numbers_of(args, method_of(args, samples), samples, samples // args.batch_size)
+        assert not Verdicts(None, (0, 0), known).said, capsys.readouterr().out
+
+
 def test_verdicts__leak_of_batchnorm(many, tmp_path):
     leak = said(many, tmp_path, "moco", "--size", "32", "--lr", "1", "--moco-m", "0.9", "--moco-k", "64", "--bn-splits", "1")
     assert "query and key see the same BatchNorm statistics" in leak["bn_leak"] and "collapse" not in leak
@@ -108,6 +119,7 @@ def test_verdicts__the_loader_limits(many, tmp_path, monkeypatch, workers, name,
 def slow_second(shards, out):
     """A run on two processes. The second one has a slow disk, and says that it computes four times as long."""
     health.WATCH, real, load = 1, Watch.features, main_pretrain.load_batches
+    verdicts.LEAST_SECONDS = 1e9  # on a busy machine the first process may wait too
     main_pretrain.load_batches = lambda *args: (time.sleep(0.3 * dist.rank()) or batch for batch in load(*args))
     Watch.features = lambda self, x: (real(self, x)[0], 1.0 + 3 * dist.rank())
     flags = ["--shards", str(shards), "--output-dir", str(out), "--size", "32", "--print-freq", "1"]

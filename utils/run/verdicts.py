@@ -45,7 +45,7 @@ TABLE = (
     Verdict("stale_keys", lambda n: n["replaced"] > 0.9,
         "--moco-m {momentum:g}: the keys are stale. The oldest are {queue_steps} steps old, and {replaced:.0%} of the key "
         "encoder's weights were replaced since; pass a value nearer to 1, such as {fresh_momentum:.4g}, or a smaller --moco-k"),
-    Verdict("keys_stay_random", lambda n: n["kept"] > 0.3,
+    Verdict("keys_stay_random", lambda n: n["kept"] > 0.5,
         "--moco-m {momentum:g}: after all {all_steps} steps, {kept:.0%} of the key encoder's weights are still those of "
         "its start; train longer or pass a smaller value"),
     Verdict("temperature_too_high", lambda n: n["floor_share"] > 0.75,
@@ -67,9 +67,9 @@ TABLE = (
         "the positive: a leak (arXiv 1911.05722, section 3.3); compare with --bn-splits 8 or several processes"),
     Verdict("loss_rises", lambda n: n["queue"] > 0 and n["epoch"] < 5 and n["loss"] > 1.01 * n["first_loss"]
             and n["steps_seen"] >= LEAST_STEPS and not collapsed(n),
-        "the loss rises, from {first_loss:.2f} to {loss:.2f}: by itself no failure. Random directions fill the queue at first "
-        "and are easy to tell from a key; real keys replace them within {queue_steps} steps and are harder. Look at top-1, "
-        "spread and kNN instead", "note"),
+        "the loss rises, from {first_loss:.2f} to {loss:.2f}: by itself no failure, and top-1 may fall with it. Negatives are "
+        "easy to tell at first: random directions, in the first {queue_steps} steps, and then keys of an encoder that changes "
+        "fast. They become harder. Look at spread, RankMe and kNN instead", "note"),
     Verdict("skipped_updates", lambda n: n["steps_seen"] >= LEAST_STEPS and n["skipped_share"] > 0.1,
         "{skipped_share:.0%} of the updates were skipped, because fp16 overflowed; pass --amp bf16 or a lower --lr"),
     Verdict("loader_limits", lambda n: n["workers"] > 0 and n["wait"] > 0.3,
