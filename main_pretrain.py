@@ -29,7 +29,7 @@ from utils.data.loader import load_batches
 from utils.data.measure import say_workers
 from utils.data.shards import lanes_of, steps_per_epoch, training_plan
 from utils.data.views import ViewSpec
-from utils.evaluation import monitor, pictures
+from utils.evaluation import fit, monitor, pictures
 from utils.evaluation.frozen import Live, open_weights, trunk_identity
 from utils.evaluation.monitor import Monitor
 from utils.evaluation.watch import Watch
@@ -64,8 +64,8 @@ def get_args(argv=None) -> Flags:
     add("--lanes", type=int, identity=True, help="ranges of an epoch; default: largest of 64, 32, .. 1 that divides the batch")
     optimization = parser.group("optimization")
     add = optimization.add_argument
-    add("--accumulate", type=int, default=1, identity=False,
-        help="slices of each process's batch: only one at a time needs memory; holds whole groups of --bn-splits")  # fmt: skip
+    add("--accumulate", type=number_or_auto, default=1, identity=False, metavar="M|auto",
+        help="slices of a process's batch, of whole --bn-splits groups, one at a time in memory; auto: the fewest")  # fmt: skip
     add("--epochs", type=int, default=200, help="number of epochs")
     add("--batch-size", type=int, default=256, help="global batch: images of a step over all processes")
     add("--lr", type=float, default=0.03, help="learning rate for a batch of 256; scaled once by batch size / 256")
@@ -94,6 +94,11 @@ def get_args(argv=None) -> Flags:
         one = {"bn_splits": groups, "accumulate": slices if "bn_splits" in failed["flags"] else 1}
         parser.set_defaults(**(failed["flags"] | one | {"device": "auto", "replay": None}))
     return parser.parse_args(argv)
+
+
+def number_or_auto(text: str) -> int | str:
+    """The value of --accumulate."""
+    return text if text == "auto" else int(text)
 
 
 def add_first_flags(parser: Parser) -> None:
@@ -138,12 +143,34 @@ def check(args: Flags, samples: int, beside: tuple[ViewSpec, ...] = ()) -> None:
 
 def check_slices(args: Flags, groups: int) -> None:
     """Raise ValueError unless each slice of --accumulate holds whole BatchNorm groups."""
-    if args.accumulate < 1 or groups % args.accumulate:
+    if args.accumulate != "auto" and (args.accumulate < 1 or groups % args.accumulate):
         if "bn_splits" in args:
             raise ValueError(f"--accumulate {args.accumulate}: a slice holds whole BatchNorm groups; --bn-splits is {groups}; "
                              f"pass a divisor of it, or --bn-splits {max(1, args.accumulate)}")  # fmt: skip
         raise ValueError(f"--accumulate {args.accumulate}: the BatchNorm of {args.method} takes the whole batch of a process; "
                          "leave it out")  # fmt: skip
+
+
+def fit_slices(args: Flags, samples: int, device: torch.device, resumed: Path | None) -> fit.Fit | None:
+    """Replace --accumulate auto: by the number of the run that is resumed, else by the fewest slices that fit.
+
+    Returns what was measured, at least with --dry-run. Raises ValueError if nothing fits.
+    """
+    groups, auto = METHODS[args.method].bn_groups(args), args.accumulate == "auto"
+    if auto and resumed:
+        kept = dist.first_process_does(lambda: checkpoint.flag_of(resumed, "accumulate"))
+        if isinstance(kept, int) and kept > 0 and groups % kept == 0:
+            args.accumulate = kept
+            say(f"--accumulate {kept}, as in {resumed.name}")
+    if args.accumulate != "auto" and args.dry_run is None:
+        return None
+    found = fit.fit(lambda few: build(few, samples, device), args, METHODS[args.method].views(args), groups, device)
+    if args.accumulate == "auto":
+        if not found.fits and args.dry_run is None:
+            raise ValueError(f"--accumulate auto: {fit.memory(found)}; pass a multiple of --bn-splits {groups}")
+        args.accumulate = found.slices
+        say(f"--accumulate {found.slices} (auto): {fit.memory(found)}")
+    return found
 
 
 @lock.released()
@@ -161,6 +188,7 @@ def main(argv=None):
         check(args, index.total, (monitor.view_of(args),) if held_out else ())
         dry = args.dry_run is not None
         resume_from = dist.first_process_does(lambda: resume.open_run(args.output_dir, args.resume, dry, args.mirror))
+        fitted = fit_slices(args, index.total, device, resume_from)
         method = build(args, index.total, device)
         lr = optim.scaled_lr(args.lr, args.batch_size)
         optimizer = optim.sgd(method.parameters(), lr, args.momentum, args.weight_decay, args.trust, exclude=True)
@@ -175,7 +203,9 @@ def main(argv=None):
         if dry:
             if dist.rank() == 0:
                 Verdicts(None, start, known)
-            return say_workers(args, index, method.views(args), steps)
+            rate = args.batch_size / dist.world() / fitted.seconds if fitted else 0.0
+            say_workers(args, index, method.views(args), steps, rate)
+            return say("\n".join(fit.said(fitted, args, device, known) if fitted else ()))
         facts = {"index": index.hash, "samples": index.total, "device": str(device), "init": init,
                  "references": references(known), "published": args.defaults}  # fmt: skip
         live = Live(args, METHODS[args.method], device)
@@ -311,6 +341,8 @@ def compute_again(args, device):
     if dist.world() > 1:
         raise ValueError(f"--replay {args.replay}: runs in one process, not in {dist.world()}; start it without torchrun")
     saved = replay.read_failed_step(args.replay)
+    if args.accumulate == "auto":
+        args.accumulate = METHODS[args.method].bn_groups(args)
     method = build(args, saved["images"], device)
 
     def loss_of(saved, backward):

@@ -6,11 +6,12 @@ from argparse import Namespace
 import pytest
 import torch
 from helpers import METHODS, build, method_args, own_part, spawn, uint8_batch
+from runs import TWO, Run, metrics, pretrain, steps
 
 from utils.learning import amp, optim
 from utils.learning.accumulate import accumulate
 from utils.learning.method import Step
-from utils.run import dist
+from utils.run import checkpoint, dist
 from utils.run.engine import Engine, StepInputs
 
 CPU = torch.device("cpu")
@@ -70,3 +71,30 @@ def all_cases(slices):
 def flags_of(case):
     name, *flags = CASES[case]
     return name, [*flags, "--batch-size", "16", *MORE.get(name, [])]
+
+
+STOPPED = """
+import os
+real = main_pretrain.optim.lr_at
+main_pretrain.optim.lr_at = lambda lr, at, *more: (1.3 < at < 1.5 and os.kill(os.getpid(), 15)) or real(lr, at, *more)
+"""  # a signal in the third step of the second epoch
+
+
+def test_main_pretrain__slices_resume_as_processes(images, tmp_path):
+    """One process with two slices stops in the middle of an epoch; two processes resume it, as if they had trained it all."""
+    flags = ["--epochs", "2", "--lr", "0.0006"]
+    sliced, whole = tmp_path / "sliced", tmp_path / "whole"
+    with Run(tmp_path, pretrain(images, sliced, *flags, "--bn-splits", 2, "--accumulate", 2), before=STOPPED) as first:
+        assert first.end() == 0 and steps(sliced)[-1] == (1, 2), first.said()
+    with (
+        Run(tmp_path, pretrain(images, sliced, *flags), TWO) as second,
+        Run(tmp_path, pretrain(images, whole, *flags), TWO) as other,
+    ):
+        assert second.end() == other.end() == 0, second.said() + other.said()
+    assert "epochs 1 (from its step 3) to 2" in second.said() and "--bn-splits was 2" in second.said()
+    assert steps(sliced) == steps(whole)
+    for a, b in zip(metrics(sliced), metrics(whole), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+    a, b = (checkpoint.find(folder, "").content["state_dict"] for folder in (sliced, whole))
+    for key, value in b.items():
+        assert torch.allclose(a[key].float(), value.float(), rtol=1e-4, atol=1e-6), key

@@ -37,12 +37,17 @@ def worker_ms(index: Index, specs: list[ViewSpec], seed: int, images: int = 256,
     return statistics.median(times[1:])
 
 
-def say_workers(args: Namespace, index: Index, specs: list[ViewSpec], steps: int) -> None:
-    """--dry-run: print images/s of a worker for these shards and views on this machine (as benchmarks/input_pipeline.py)."""
+def say_workers(args: Namespace, index: Index, specs: list[ViewSpec], steps: int, measured: float = 0.0) -> None:
+    """--dry-run: print images/s of a worker for these shards and views on this machine (as benchmarks/input_pipeline.py).
+
+    measured: images/s that a process trains, if it was measured.
+    """
     ms, rate = worker_ms(index, specs, args.seed), args.dry_run
     say(f"dry run: all flags work; {index.total} images, {steps} steps per epoch")
     say(f"a worker needs {ms:.2f} ms of a core for an image and feeds {1e3 / ms:.0f} images/s; a process that trains "
         f"{rate:.0f} images/s needs --workers {math.ceil(rate * ms / 1e3)} (now: {args.workers})")  # fmt: skip
+    if measured:
+        say(f"this device trains {measured:.0f} images/s: --workers {math.ceil(measured * ms / 1e3)}")
 
 
 def images_per_second(index: Index, specs: list[ViewSpec], workers: int, batch: int = 64) -> float:

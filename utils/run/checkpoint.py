@@ -89,6 +89,14 @@ def _place_in(path: Path) -> tuple[float, float]:
         return place_of(path)
 
 
+def flag_of(path: Path, name: str) -> Any:
+    """A flag of the run in its checkpoint, without reading tensors; None if it has none. `read` reports what is wrong."""
+    try:
+        return _unpickled(str(path), mmap=True)["flags"].get(name)
+    except Exception:  # any error of the unpickler
+        return None
+
+
 def _unpickled(file, **how):
     with torch.serialization.safe_globals(ALLOWED):
         return torch.load(file, map_location="cpu", weights_only=True, **how)

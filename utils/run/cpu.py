@@ -1,6 +1,8 @@
 """CPU time and memory of a process."""
 
+import contextlib
 import ctypes
+import gc
 import os
 import platform
 import re
@@ -37,6 +39,35 @@ def hardware() -> dict[str, str | int]:
     if torch.cuda.is_available():
         found["GPU"] = torch.cuda.get_device_name()
     return found
+
+
+def free_memory() -> float:
+    """Bytes that this machine, or its container, has left. Infinite if the system does not say."""
+    limits = [float("inf")]
+    if (path := Path("/proc/meminfo")).exists():
+        limits.append(1024 * int(re.findall(r"MemAvailable:\s*(\d+) kB", path.read_text())[0]))
+    for names in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+        most, used = (Path("/sys/fs/cgroup", name) for name in names)
+        if most.exists() and used.exists() and (text := most.read_text().strip()) != "max":
+            limits.append(int(text) - int(used.read_text()))
+    return max(0.0, min(limits))
+
+
+def processes_here() -> int:
+    """The processes of torchrun on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def reset_peak_memory() -> int:
+    """Start the peak of this process's memory anew, where the system can. Returns its memory now, in bytes."""
+    gc.collect()
+    if sys.platform == "linux":
+        if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # memory that was freed, but kept
+            libc.malloc_trim(0)
+        with contextlib.suppress(OSError):  # a kernel without it
+            Path("/proc/self/clear_refs").write_text("5")
+        return 1024 * int(re.findall(r"VmRSS:\s*(\d+) kB", Path("/proc/self/status").read_text())[0])
+    return peak_memory()
 
 
 def peak_memory() -> int:
