@@ -27,6 +27,7 @@ from methods import METHODS
 from utils.data.photometric import COLUMNS
 from utils.data.photometric_batch import photometric_batch
 from utils.data.views import ViewSpec, draw, parameters_of
+from utils.learning.contrast import counters_on_host_
 from utils.learning.method import Step
 from utils.run.engine import Votes
 from utils.run.flags import Parser, one_line_errors, positive
@@ -153,6 +154,7 @@ def count(args, case: str) -> dict[str, Launches]:
         device = torch.device("cuda:0")
         with device:
             method = METHODS[flags.method](flags, args.samples).train()
+        counters_on_host_(method)
         train = step.train_step(method, method, flags, Unread(device, True), backward)
         batch = step.random_batch(specs, args.batch_size, device)
         log.epoch(0)

@@ -135,7 +135,8 @@ def load_batches(
 ) -> Iterator[Batch]:
     """The batches of the plan, finished on the device. They do not depend on the number of workers.
 
-    photometric_on: "device", "worker", or "auto": the device if it is an accelerator. All give the same views. Raises RunError.
+    photometric_on: "device", "worker", or "auto": the device if it is an accelerator. On a CPU all give the same bytes; a GPU
+    rounds some otherwise. Raises RunError.
     """
     if device.type == "cpu":
         keep_freed_memory()  # also the memory of the batches

@@ -204,7 +204,8 @@ def add_evaluation_flags(parser: Parser, output_dir: str | None, output_help: st
     add = parser.group("data", identity=False).add_argument
     add("--workers", type=int, default=default_workers(), help="loader workers of each process; changes no result")
     add("--photometric", default="auto", choices=["auto", "device", "worker"],
-        help="where to compute colours and blur; auto: on an accelerator, else in the workers; changes no result")  # fmt: skip
+        help="where to compute colours and blur; auto: on an accelerator, else in the workers; "
+             "equal bytes on a CPU, other rounding on a GPU")  # fmt: skip
     add("--max-bad", type=float, default=0.01, help="stop the run if a larger share of the images is unusable")
     add_shard_flags(parser)
     add = parser.group("run", identity=False).add_argument
