@@ -15,9 +15,10 @@ torch.set_num_threads(1)  # the computations of the tests are too small for seve
 
 
 @pytest.fixture(autouse=True)
-def no_curves(monkeypatch):
-    """curves.png takes matplotlib a second; runs of test_report.py draw it."""
-    monkeypatch.setattr(pictures, "write_curves", lambda *_: None)
+def few_pictures(monkeypatch):
+    """curves.png takes matplotlib a second, and pca.png a tenth of it in each epoch; runs of test_report.py draw them."""
+    for name in ("write_curves", "write_own_pca"):
+        monkeypatch.setattr(pictures, name, lambda *_: None)
 
 
 @pytest.fixture(scope="session")

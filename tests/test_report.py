@@ -25,7 +25,7 @@ from utils.learning.drawing import SHOWN, SIDE
 from utils.learning.method import Step
 from utils.run import checkpoint, curves, report, warned
 
-WRITE_CURVES = pictures.write_curves  # conftest.py replaces it
+WRITE_CURVES, WRITE_OWN_PCA = pictures.write_curves, pictures.write_own_pca  # conftest.py replaces them
 BAD = "<script>document.title = 'changed'</script>\"'"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
@@ -203,6 +203,7 @@ def trained(images, out, method, *flags):
 
 @pytest.mark.parametrize("method, held_out", [("mosrep", True), ("cmc", True), ("mosrep", False), ("cmc", False)])
 def test_main_pretrain__with_pictures_is_the_run_without_them(images, tmp_path, monkeypatch, method, held_out):
+    monkeypatch.setattr(pictures, "write_own_pca", WRITE_OWN_PCA)
     shards = ["--eval-shards", f"{images}/val"] if held_out else []
     saved, lines = trained(images, tmp_path / "run", method, *shards)
     names = {"views.png", "pca.png", "report.html", *(["neighbours.png"] if held_out else [])}
@@ -258,8 +259,9 @@ def test_pictures__are_drawn_again_from_a_run(images, tmp_path, monkeypatch):
     assert all(again[name] == drawn[name] for name in ("neighbours", "pca", "curves"))
 
 
-def test_pictures__of_a_run_without_held_out_images(images, tmp_path):
+def test_pictures__of_a_run_without_held_out_images(images, tmp_path, monkeypatch):
     """The first row of pca.png is that of views.png: the first images of the training."""
+    monkeypatch.setattr(pictures, "write_own_pca", WRITE_OWN_PCA)
     trained(images, tmp_path, "moco")
     height = SIDE + pictures.TEXT
     for again in (False, True):
