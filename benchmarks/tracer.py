@@ -6,6 +6,7 @@ from collections import Counter
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 from utils.run import dist
 
@@ -15,12 +16,14 @@ class Tracer(TorchDispatchMode):
 
     received: collective -> bytes that reach this process from others. An all-reduce counts as a ring: 2 (W - 1) / W of its
     tensors. peak: the most bytes that tensors have held at a time since `start`. It does not contain the memory of a device's
-    libraries, such as cuDNN's workspace and the allocator's gaps.
+    libraries, such as cuDNN's workspace and the allocator's gaps. work: (FLOPs, bytes read and written) of each operation
+    since `start`, except views and collectives.
     """
 
     def __init__(self):
         super().__init__()
         self.received: Counter[str] = Counter()
+        self.work: list[tuple[float, float]] = []
         self.counting, self.held, self.peak, self.known = False, 0, 0, set()
 
     def start(self) -> None:
@@ -32,6 +35,10 @@ class Tracer(TorchDispatchMode):
             name, received = received_by(function, args)
             self.received[name] += received
         result = function(*args, **(kwargs or {}))
+        if self.counting and function.namespace != "c10d" and not _is_view(function):
+            count = flop_registry.get(function._overloadpacket)
+            moved = sum(x.nbytes for x in tree_leaves((args, kwargs, result)) if isinstance(x, torch.Tensor))
+            self.work.append((count(*args, **(kwargs or {}), out_val=result) if count else 0.0, moved))
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
                 self._hold(tensor.untyped_storage())
@@ -47,6 +54,11 @@ class Tracer(TorchDispatchMode):
     def _release(self, key, size):
         self.known.discard(key)
         self.held -= size
+
+
+def _is_view(function):
+    """Whether its result shares the memory of an argument, unchanged."""
+    return any(x.alias_info is not None and not x.alias_info.is_write for x in function._schema.returns)
 
 
 def received_by(function, args) -> tuple[str, int]:

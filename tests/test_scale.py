@@ -9,12 +9,13 @@ import pytest
 import torch
 from helpers import forkserver, spawn
 
-from benchmarks import scale, step
+from benchmarks import devices, scale, step
 from benchmarks.tracer import Tracer, received_by
 from utils.run import dist
 
 # cmc has no tiny network, and differs from insdis in the number of its banks alone
-SIZES = {"arch": "tiny_resnet", "size": 64, "batch_size": 4, "moco_k": 64, "nce_k": 24, "samples": 100}
+SIZES = {"arch": "tiny_resnet", "size": 64, "batch_size": 4, "moco_k": 64, "nce_k": 24, "samples": 100,
+         "accumulate": 2, "devices": ["H100"]}  # fmt: skip
 FEW = Namespace(methods=[case for case in step.CASES if case != "cmc"], processes=[2, 4], **SIZES)
 MANY = Namespace(methods=["moco"], processes=[8, 64], **SIZES)
 VIEW = 3 * 64 * 64  # values of a view
@@ -24,11 +25,11 @@ VIEW = 3 * 64 * 64  # values of a view
 def simulated():
     """The predictions: the default form on few processes, both forms on many."""
     with ProcessPoolExecutor(2, forkserver(), max_tasks_per_child=1) as pool:
-        return list(pool.map(simulate, [FEW, MANY, MANY], [False, False, True]))
+        return list(pool.map(simulate, [FEW, MANY, MANY], ["default", "default", "plain"]))
 
 
-def simulate(args, plain):  # of this module, so that the tiny trunks are known in its process
-    return scale.simulate(args, plain)
+def simulate(args, form):  # of this module, so that the tiny trunks are known in its process
+    return scale.simulate(args, form)
 
 
 def real():
@@ -36,7 +37,7 @@ def real():
 
 
 def without_memory(found):
-    return {name: value for name, value in found.items() if name != "memory"}
+    return {name: value for name, value in found.items() if name not in ("memory", "H100")}
 
 
 @pytest.mark.parametrize("processes", [2, 4])
@@ -91,6 +92,30 @@ def test_tracer__memory_is_what_storages_hold_at_a_time():
     assert (tracer.peak, held) == (16000, 4000)
 
 
+def test_tracer__work_is_arithmetic_and_traffic_of_each_operation():
+    a, b = torch.zeros(3, 4), torch.zeros(4, 5)
+    with Tracer() as tracer:
+        a @ b  # not counted yet
+        tracer.start()
+        c = (a @ b).t()  # a view costs nothing
+        c.add_(1)
+        c + a.new_ones(1)
+    bytes_ = [4 * n for n in (12 + 20 + 15, 15 + 15, 1, 15 + 1 + 15)]
+    assert (
+        tracer.work[:2] == [(2 * 3 * 4 * 5, bytes_[0]), (0, bytes_[1])] and [moved for _, moved in tracer.work][-1] == bytes_[3]
+    )
+
+
+def test_seconds__the_longer_of_arithmetic_traffic_and_host():
+    device = devices.Device(flops=1e12, memory_rate=1e9, memory=1e9, link=1e6, network=1e5)
+    work = [(devices.COMPUTE * 3e12, 5), (7, devices.STREAM * 2e9)]  # 3 s of arithmetic, 2 s of memory
+    assert devices.seconds(device, work, 0, 1) == pytest.approx(5)
+    assert devices.seconds(device, work, 1e6, 8) == pytest.approx(6) and devices.seconds(device, work, 1e6, 9) == pytest.approx(
+        15
+    )
+    assert devices.seconds(device, [(0, 0)] * 10**6, 0, 1) == pytest.approx(1e6 * devices.LAUNCH)
+
+
 def test_received_by__an_unknown_collective_is_not_left_out():
     with pytest.raises(NotImplementedError, match="barrier.* not counted"):
         received_by(torch.ops.c10d.barrier.default, ())
@@ -98,13 +123,17 @@ def test_received_by__an_unknown_collective_is_not_left_out():
 
 def test_main__prints_each_number_of_processes(capsys, monkeypatch):
     monkeypatch.setattr(step, "processes", forkserver)
-    flags = ["--arch", "resnet18", "--size", "64", "--batch-size", "4", "--moco-k", "64"]
+    flags = ["--arch", "resnet18", "--size", "224", "--batch-size", "32", "--moco-k", "64", "--samples", "1000"]
     flags += ["--methods", "mosrep", "insdis", "--processes"]
-    scale.main([*flags, "2"])
+    scale.main([*flags, "1", "2", "--accumulate", "4"])
     results = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert list(results) == ["2"] and list(results["2"]) == ["mosrep", "insdis"]
-    for forms in results["2"].values():
-        assert list(forms) == ["plain", "default"] and forms["default"]["memory"] < forms["plain"]["memory"]
+    assert list(results) == ["1", "2"] and list(results["2"]) == ["mosrep", "insdis"]
+    for number in ("1", "2"):
+        for forms in results[number].values():
+            assert list(forms) == ["plain", "default", "slices"]
+            assert forms["slices"]["memory"] < forms["default"]["memory"] < forms["plain"]["memory"]
+            assert forms["default"]["H100"] > forms["slices"]["H100"] > 0 and "H100" not in forms["plain"]
+            assert ("all_reduce" in forms["default"]) == (number == "2")
     with pytest.raises(SystemExit):
-        scale.main([*flags, "1"])
-    assert "error: --processes 1: one process has no traffic" in capsys.readouterr().err
+        scale.main([*flags, "1", "--accumulate", "3"])
+    assert "error: --accumulate 3: must divide --batch-size 32" in capsys.readouterr().err
