@@ -2,8 +2,10 @@
 
     python -m benchmarks.step                                    every method: ResNet-50, 224 pixels, batch 8
     python -m benchmarks.step --methods moco --batch-size 32     on a GPU, if there is one
+    python -m benchmarks.step --shards DIR --workers 8           with the whole loop: also reading and colours
 
-`default` is the step of main_pretrain.py. `watched` is the same step with the measures of health (docs/health.md), which one
+`default` is the step of main_pretrain.py. `loop` is the mean step of LOOP steps with batches of the loader; the host waits for
+the device after the last of them only. `watched` is the same step with the measures of health (docs/health.md), which one
 step of 100 has; `health` is the time that they add to training. Each form runs in its own process, and the forms take turns;
 the table shows medians. Memory is the peak of the process without Python and its libraries, or the device's own count.
 """
@@ -14,6 +16,8 @@ import platform
 import statistics
 import sys
 import time
+from collections.abc import Iterator
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +30,9 @@ from benchmarks import plain
 from methods import METHODS
 from mosrep.builder import Projector
 from utils.data.batch import Batch
+from utils.data.index import load_index
+from utils.data.loader import load_batches
+from utils.data.shards import training_plan
 from utils.evaluation.frozen import Live
 from utils.evaluation.watch import Watch
 from utils.learning import amp, optim
@@ -35,7 +42,7 @@ from utils.learning.method import Step
 from utils.run import dist
 from utils.run.cpu import keep_freed_memory, peak_memory
 from utils.run.engine import Engine, StepInputs
-from utils.run.flags import Parser, one_line_errors, positive
+from utils.run.flags import Parser, default_workers, one_line_errors, positive
 
 CASES = {  # the method and its flags
     "mosrep": "mosrep --arch {arch} --moco-k {moco_k} --shift-range {shift}",
@@ -46,6 +53,7 @@ CASES = {  # the method and its flags
     "insdis": "insdis --arch {arch} --nce-k {nce_k}",
 }
 FORMS = ("plain", "default", "watched")
+LOOP = 10  # steps
 SIZES = ["--size", "--batch-size", "--moco-k", "--nce-k", "--samples"]
 
 
@@ -57,6 +65,9 @@ def get_args(argv=None):
     add("--device", default="auto", choices=["auto", "cuda", "cpu"], help="device of the step")
     add("--amp", default="auto", choices=["auto", *amp.DTYPES], help="dtype of the default form's encoders")
     add("--compile", action="store_true", help="compile the default form's encoders")
+    add("--shards", metavar="DIR", help="measure the whole loop too, with these shards")
+    add("--workers", type=int, default=default_workers(), help="loader workers of the whole loop")
+    add("--photometric", default="auto", choices=["auto", "device", "worker"], help="where the whole loop computes colours")
     return parser.parse_args(argv)
 
 
@@ -73,7 +84,7 @@ def add_sizes(parser, batch_size: int, samples: int) -> None:
 
 
 def form(pipe, args, case, name):
-    """The process of one of FORMS: build the method, report it, then train a step for each number that arrives."""
+    """The process of a form: build the method, report it, then train for each number that arrives: LOOP steps, or one."""
     before, is_plain, watched = peak_memory(), name == "plain", name == "watched"
     device = dist.setup(args.device)
     flags = flags_of(args, case, "fp32" if is_plain else amp.resolve(args.amp, device), args.batch_size)
@@ -88,19 +99,22 @@ def form(pipe, args, case, name):
     method.train()
     train = (plain.train_step if is_plain else train_step)(method, method, flags)
     watch = Watch(Live(flags, METHODS[flags.method], device)) if watched else None
-    batch = random_batch(method.views(flags), args.batch_size, device)
+    steps, specs = LOOP if name == "loop" else 1, method.views(flags)
+    batches = loaded(args, specs, device) if name == "loop" else repeat(random_batch(specs, args.batch_size, device))
     pixels = count_pixels(method)
     pipe.send("ready")
     while (number := pipe.recv()) is not None:
         if number == 1:
             pixels[:] = 0, 0  # the first step of NCE has forwards of its own
         start = time.perf_counter()
-        train(batch, Step(number, 1000, 0, watched))
+        for i in range(steps):
+            batch = next(batches)
+            train(batch, Step(steps * number + i, 1000, 0, watched))
         if watch:
             watch(method, batch)
         if device.type == "cuda":
             torch.cuda.synchronize()
-        pipe.send(1e3 * (time.perf_counter() - start))
+        pipe.send(1e3 * (time.perf_counter() - start) / steps)
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_memory() - before
     pipe.send((peak / 1e6, pixels[0] / (args.batch_size * args.size**2 * pixels[1])))
 
@@ -119,6 +133,13 @@ def random_batch(specs, n, device) -> Batch:
     views = [torch.randint(0, 256, shape, generator=rng, dtype=torch.uint8).to(device) for shape in shapes]
     ids = torch.arange(dist.rank() * n, (dist.rank() + 1) * n, device=device)
     return Batch(views, [torch.zeros(n, s.count, dtype=torch.bool) for s in specs], ids, torch.full_like(ids, -1), [])
+
+
+def loaded(args, specs, device) -> Iterator[Batch]:
+    """The batches of a run with --shards."""
+    index = load_index(args.shards)
+    plan = training_plan(index, args.batch_size, 0, range(10**6))
+    return load_batches(index, specs, plan, 0, args.workers, device, args.photometric)
 
 
 def count_pixels(method):
@@ -162,9 +183,9 @@ def processes():
 
 def measure(args, case) -> dict[str, float]:
     context, pipes = processes(), []
-    for name in FORMS:
+    for name in (*FORMS, "loop") if args.shards else FORMS:
         here, there = context.Pipe()
-        context.Process(target=form, args=(there, args, case, name), daemon=True).start()
+        context.Process(target=form, args=(there, args, case, name), daemon=name != "loop").start()  # which has workers
         there.close()
         pipes.append(here)
 
@@ -176,25 +197,33 @@ def measure(args, case) -> dict[str, float]:
         for pipe in pipes:
             pipe.recv()
         times = [[ask(pipe, number) for pipe in pipes] for number in range(args.rounds + 2)]
-        (plain_mb, _), (default_mb, forwards), _ = (ask(pipe, None) for pipe in pipes)
+        (plain_mb, _), (default_mb, forwards), *_ = (ask(pipe, None) for pipe in pipes)
     except EOFError:
         raise ValueError(f"--methods {case}: its process ended, see above") from None
-    plain_ms, default_ms, watched_ms = (statistics.median(form_times) for form_times in zip(*times[2:], strict=True))
+    finally:
+        for pipe in pipes:
+            pipe.close()  # the others end
+    plain_ms, default_ms, watched_ms, *loop_ms = (statistics.median(found) for found in zip(*times[2:], strict=True))
     return {
         "plain_ms": plain_ms, "default_ms": default_ms, "ratio": default_ms / plain_ms, "plain_mb": plain_mb,
         "default_mb": default_mb, "memory_ratio": default_mb / plain_mb, "forwards_per_image": forwards,
         "watched_ms": watched_ms, "health_share": (watched_ms / default_ms - 1) / WATCH,
-    }  # fmt: skip
+    } | ({"loop_ms": loop_ms[0]} if loop_ms else {})  # fmt: skip
 
 
 def main(argv=None):
     args = get_args(argv)
     with one_line_errors("benchmarks.step"):
         positive(["--rounds", *SIZES], args)
+        if args.shards and not args.batch_size <= (images := load_index(args.shards).total) <= args.samples:
+            flag = "--samples" if images > args.samples else "--batch-size"
+            raise ValueError(f"--shards {args.shards}: has {images} images, not between --batch-size {args.batch_size} and "
+                             f"--samples {args.samples}; pass {flag} {images}")  # fmt: skip
         results = {case: measure(args, case) for case in args.methods}
     print(f"{args.arch}, {args.size} pixels, batch {args.batch_size}, queue {args.moco_k}, {args.rounds} rounds, "
           f"torch {torch.__version__}, {platform.machine()}, {torch.get_num_threads()} threads")  # fmt: skip
-    columns = ("plain ms", "default ms", "ratio", "plain MB", "default MB", "ratio", "forwards", "watched ms", "health")
+    columns = ["plain ms", "default ms", "ratio", "plain MB", "default MB", "ratio", "forwards", "watched ms", "health"]
+    columns += ["loop ms"] if args.shards else []
     print(f"{'':16}" + "".join(f"{name:>12}" for name in columns))
     for case, result in results.items():
         styles = {"ms": ".0f", "mb": ".0f", "share": ".2%"}
