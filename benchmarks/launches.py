@@ -157,15 +157,18 @@ def count(args, case: str) -> dict[str, Launches]:
         counters_on_host_(method)
         train = step.train_step(method, method, flags, Unread(device, True), backward)
         batch = step.random_batch(specs, args.batch_size, device)
+        for i, view in enumerate(batch.views):  # as the workers make them
+            batch.views[i] = view.flatten(0, -4).contiguous(memory_format=torch.channels_last).view(view.shape)
         log.epoch(0)
         for number in range(2):  # momentum exists from the second step on
             with Launches() as of_step:
                 loss, stats = train(batch, Step(number, 1000, 0))
                 log.add(number, loss, stats, 0.1, [])
-        with Launches() as of_color:
-            for size in dict.fromkeys(spec.size for spec in specs):  # as the loader does
-                same = [i for i, spec in enumerate(specs) if spec.size == size]
-                views = torch.cat([batch.views[i].flatten(0, -4) for i in same])
+        of_color = Launches()
+        for size in dict.fromkeys(spec.size for spec in specs):  # as the loader does
+            same = [i for i, spec in enumerate(specs) if spec.size == size]
+            views = torch.cat([batch.views[i].flatten(0, -4) for i in same])
+            with of_color:
                 photometric_batch(views, np.concatenate([drawn[i].reshape(-1, len(COLUMNS)) for i in same]))
     return {"step": of_step, "color": of_color}
 

@@ -62,11 +62,11 @@ class PlainMoCo(PlainQueue, MoCo):
 class PlainMosRep(PlainQueue, MosRep):
     def contrast(self, q, keys, places, reduction="mean"):
         logits = torch.cat([q @ keys.T, q @ self.queue.clone()], dim=1)
-        return info_nce(logits, torch.from_numpy(places).to(q.device), self.temperature, reduction)
+        return info_nce(logits, places, self.temperature, reduction)
 
     def embed_tiles(self, crops, offset):
         boxes = tile_boxes(self.size, offset)
-        features = self.encoder_q(shift(compose(crops), offset))
+        features = self.encoder_q(shift(compose(crops).contiguous(), offset))
         rois = [boxes.to(features.device)] * len(features)
         tiles = roi_align(features, rois, tuple(features.shape[2:]), 1 / self.stride, aligned=True)
         weights = tile_weights(boxes, self.size).to(crops.device).repeat(len(crops))

@@ -91,25 +91,24 @@ class MosRep(KeyQueue):
         places = dist.rank() * n + np.arange(n)  # of the images in the global batch
         return Targets({"keys": keys, "group_size": n // self.bn_splits}, places=places, offsets=offsets)
 
-    def contrast(self, q: torch.Tensor, keys: torch.Tensor, places: np.ndarray, reduction: str = "mean"):
+    def contrast(self, q: torch.Tensor, keys: torch.Tensor, places: torch.Tensor, reduction: str = "mean"):
         """InfoNCE with all keys of the global batch and the queue as candidates, so the images of one mosaic are negatives.
 
         q: m x C; keys: N x C; places: m, the row of each query's key. -> (loss, top-1 in %).
         """
         logits = torch.cat([q @ keys.T, q @ self.queue], dim=1)  # m x (N + K)
-        return info_nce(logits, dist.on_device(places, q.device), self.temperature, reduction)
+        return info_nce(logits, places, self.temperature, reduction)
 
     def embed_tiles(self, crops: torch.Tensor, offset: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Local crops of one BatchNorm group, n x 4 x 3 x s x s -> 4n x C and 4n weights, mosaic by mosaic, tile by tile."""
         boxes = tile_boxes(self.size, offset)
-        mosaics = compose(crops).contiguous(memory_format=torch.channels_last)  # n x 3 x 2s x 2s
-        mosaics = shift(normalized(mosaics), offset)
+        mosaics = shift(normalized(compose(crops)), offset)  # n x 3 x 2s x 2s
         with amp.autocast(crops.device, self.amp):
             features = self.encoder_q(mosaics)
             with torch.autocast(crops.device.type, enabled=False):
                 tiles = cut_tiles(features, boxes, self.stride)  # 4n x channels x h x w
             z = self.projector_q(tiles)  # 4n x C
-        weights = tile_weights(boxes, self.size).to(crops.device, non_blocking=True).repeat(len(crops))
+        weights = dist.on_device(tile_weights(boxes, self.size).repeat(len(crops)), crops.device)
         return nn.functional.normalize(z.float(), dim=1), weights
 
     def pictures(self, batch: Batch, targets: Targets) -> list[tuple[str, torch.Tensor]]:
@@ -123,17 +122,18 @@ class MosRep(KeyQueue):
         x_q, _, crops = batch.views  # n x 3 x H x W, n x 3 x H x W, n x 4 x 3 x H/2 x W/2
         size, starts = targets.group_size, range(0, len(x_q), targets.group_size)
         q = self.embed(nn.Sequential(self.encoder_q, self.projector_q), x_q, size)  # n x C
-        loss_query, top1 = self.contrast(q, targets.keys, targets.places)
+        of_tiles = [targets.places[i : i + size][sources(size)].flatten() for i in starts]  # 4n together
+        places, of_tiles = dist.on_device(np.concatenate([targets.places, *of_tiles]), q.device).split([len(q), 4 * len(q)])
+        loss_query, top1 = self.contrast(q, targets.keys, places)
 
         parts = [self.embed_tiles(crops[i : i + size], tuple(targets.offsets[i])) for i in starts]
-        q_tile, weights = (torch.cat(p) for p in zip(*parts, strict=True))  # 4n x C, 4n
-        places = np.concatenate([targets.places[i : i + size][sources(size)].flatten() for i in starts])  # 4n
-        loss_tile, top1_tile = self.contrast(q_tile, targets.keys, places, reduction="none")
+        q_tile, weights = (torch.cat(p) if len(p) > 1 else p[0] for p in zip(*parts, strict=True))  # 4n x C, 4n
+        loss_tile, top1_tile = self.contrast(q_tile, targets.keys, of_tiles, reduction="none")
         loss_tile = (loss_tile * weights).mean()
         stats = {"top1": top1, "top1_tile": top1_tile, "loss_query": loss_query.detach(), "loss_tile": loss_tile.detach()}
         if step.watched:
-            stats |= self.health(q, targets.keys[dist.on_device(targets.places, q.device)], step)
+            stats |= self.health(q, targets.keys[places], step)
             for tile, position in enumerate(POSITIONS):
-                part = q_tile[tile::TILES].detach(), targets.keys, places[tile::TILES]
+                part = q_tile[tile::TILES].detach(), targets.keys, of_tiles[tile::TILES]
                 stats[f"health_top1_{position}"] = self.contrast(*part)[1]
         return loss_query + loss_tile, stats

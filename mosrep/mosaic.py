@@ -5,6 +5,7 @@ import torch
 from torchvision.ops import roi_align
 
 from utils.learning.drawing import as_uint8, boxed
+from utils.run import dist
 
 
 def compose(crops: torch.Tensor) -> torch.Tensor:
@@ -12,8 +13,11 @@ def compose(crops: torch.Tensor) -> torch.Tensor:
 
     Slot i (0 top-left, 1 top-right, 2 bottom-left, 3 bottom-right) of mosaic j holds crop i of image (j - i) mod n.
     """
-    slots = [crops[:, i].roll(i, 0) for i in range(4)]
-    return torch.cat([torch.cat(slots[:2], dim=3), torch.cat(slots[2:], dim=3)], dim=2)
+    n, _, channels, height, width = crops.shape
+    taken = dist.on_device((4 * sources(n) + np.arange(4)).flatten(), crops.device)  # 4n, of all crops
+    x = crops.flatten(0, 1)[taken].view(n, 2, 2, channels, height, width)  # n x row x column x C x s x s
+    x = x.permute(0, 1, 4, 2, 5, 3).reshape(n, 2 * height, 2 * width, channels)
+    return x.permute(0, 3, 1, 2)  # channels-last in memory
 
 
 def sources(n: int) -> np.ndarray:
@@ -91,4 +95,5 @@ def roi_weights(boxes: torch.Tensor, h: int, w: int, stride: int, device: torch.
         for x in (one_row, one_column)
     )  # 2 x h x h x w, 2 x w x h x w: channel y or x, then the tile's rows and columns
     rows, columns = r[..., 0].transpose(1, 2).reshape(2 * h, h), c[..., 0, :].transpose(1, 2).reshape(2 * w, w)
-    return rows.to(device, non_blocking=True), columns.to(device, non_blocking=True)
+    both = dist.on_device(torch.cat([rows.flatten(), columns.flatten()]), device)
+    return both[: rows.numel()].view(rows.shape), both[rows.numel() :].view(columns.shape)

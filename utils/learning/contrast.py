@@ -15,7 +15,7 @@ def info_nce(logits: Tensor, target: Tensor, temperature: float, reduction: str 
 
     logits: n x M similarities; target: n, the column of the right key. -> (loss, top-1 accuracy in %).
     """
-    top1 = (logits.detach().argmax(1) == target).float().mean() * 100
+    top1 = (logits.detach().argmax(1) == target).mean(dtype=torch.float32) * 100
     return nn.functional.cross_entropy(logits / temperature, target, reduction=reduction), top1
 
 
@@ -55,7 +55,8 @@ def enqueue_(queue: Tensor, pointer: Tensor, keys: Tensor) -> None:
     A key that is not finite replaces no column: on CUDA the failure is known one step later, and --replay reads this queue.
     """
     columns = (pointer + torch.arange(len(keys), device=queue.device)) % queue.shape[1]
-    keys = torch.where(keys.isfinite().all(1, keepdim=True), keys, queue[:, columns].T)
+    finite = keys.norm(dim=1, keepdim=True) < torch.inf  # fewer launches than isfinite().all()
+    keys = torch.where(finite, keys, queue[:, columns].T)
     queue.index_copy_(1, columns, keys.T.to(queue.dtype))
     pointer.add_(len(keys)).remainder_(queue.shape[1])
 

@@ -137,8 +137,12 @@ class Log:
         bad: new unusable samples of this process. Raises RunError if there are too many on all processes.
         """
         self.met += bad
-        for name, value in {"loss": loss.detach(), **stats}.items():
-            self.sums[name] = self.sums.get(name, 0) + value
+        values = {"loss": loss.detach(), **stats}
+        if known := [name for name in values if name in self.sums]:  # one launch for all of them
+            torch._foreach_add_([self.sums[name] for name in known], [values[name] for name in known])
+        for name, value in values.items():
+            if name not in self.sums:
+                self.sums[name] = value.clone()
             self.counts[name] = self.counts.get(name, 0) + 1
         self.count += 1
         self.now = step, lr
