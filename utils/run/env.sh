@@ -203,6 +203,8 @@ use_slurm() {
 launch() {
     use_cluster
     NPROC=${NPROC:-$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
+    # without torchrun's --numa-binding: it ends the run where numactl is missing or may not bind. And the default of --workers
+    # would be too small: each process divides the cores that it may use by the number of processes
     local torchrun=("$PYTHON" -m utils.run.agent --nproc_per_node "$NPROC" --max_restarts "${MAX_RESTARTS:-0}")
     if ((${NNODES:-1} > 1)) && [[ ! ${NODE_RANK:-} ]]; then
         exec "${torchrun[@]}" --nnodes "$NNODES" --rdzv_backend "${PET_RDZV_BACKEND:-c10d}" \
