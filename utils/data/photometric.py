@@ -43,7 +43,7 @@ def normalized(views: torch.Tensor) -> torch.Tensor:
     if views.is_floating_point():
         return views
     mean, factor = _mean_and_factor(views.device, getattr(views, "fake_mode", None))
-    return views.float().sub_(mean).mul_(factor)
+    return (views - mean).mul_(factor)
 
 
 @functools.cache  # one upload for each device

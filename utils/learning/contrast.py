@@ -22,8 +22,9 @@ def info_nce(logits: Tensor, target: Tensor, temperature: float, reduction: str 
 @torch.no_grad()
 def ema_(pairs: list[tuple[nn.Module, nn.Module]], momentum: float) -> None:
     """key = momentum key + (1 - momentum) query, for the parameters of every (query, key) pair of modules."""
-    for query, key in pairs:
-        torch._foreach_lerp_(list(key.parameters()), list(query.parameters()), 1 - momentum)
+    queries: list[Tensor] = [p for query, _ in pairs for p in query.parameters()]
+    keys: list[Tensor] = [p for _, key in pairs for p in key.parameters()]
+    torch._foreach_lerp_(keys, queries, 1 - momentum)
 
 
 def key_copy(query: nn.Module, key: nn.Module) -> nn.Module:
@@ -44,7 +45,8 @@ def shuffled_keys(key_forward: Callable, x_k: Tensor, rng: np.random.Generator) 
     dealt = dist.permute(x_k, permutation)
     with torch.inference_mode():
         keys = key_forward(dealt)
-    keys = dist.gather(keys.clone())  # a loss cannot use tensors of inference mode
+    keys = dist.gather(keys)
+    # a loss cannot use tensors of inference mode, but the copy that the index makes
     return keys[dist.on_device(np.argsort(permutation), keys.device)]
 
 
