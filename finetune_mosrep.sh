@@ -21,7 +21,7 @@ use_checkpoint "$OUTPUT" "pretrain_$METHOD.sh" "$@"
 
 if [[ $SAMPLE ]]; then
     use_recipe
-    side=$([[ $METHOD == cmc ]] && echo 64 || echo 32)
+    case $METHOD in cmc | insdis) side=64 ;; *) side=32 ;; esac
     # not a published protocol: few labels give few steps
     recipe=(--size "$side" --resize "$side" --crop-min 0.5 --batch-size 64 --lr 0.04 --lr-head 0.4 --lr-steps --eval-every 5)
     if [[ $METHOD != cmc && ! ${IMAGES:-} ]]; then # the shards are in random order

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Linear probe of the frozen trunk that pretrain_moco.sh trained; MULTI_CROP=1 for its multi-crop run, RECIPE for its recipes.
-#   bash linear_moco.sh                          the embedded sample: whole images, batch 64, SGD lr 1.2 per 256, 15 epochs
+#   bash linear_moco.sh                          the embedded sample: whole images, SGD, 15 epochs, the best of four rates
 #   SHARDS=/imagenet-shards bash linear_moco.sh            ImageNet: batch 4096, lr 0.2 per 256 (3.2 in all), 90 epochs, LARC
 # Expected with ImageNet: top-1 67.7, multi-crop 69.8; the authors' figures (MosRep, ICLR 2023).
 #   RECIPE=v1       MoCo-v1: top-1 59.4. Batch 256, SGD lr 30, 60 epochs, on jittered images; RECIPE=v1-100: 73.4, lr 10
@@ -13,7 +13,7 @@ source "$(dirname "$(realpath "$0")")/utils/run/env.sh"
 use_environment requirements.txt
 use_shards "$@"
 # not the published protocol: a crop of 8 % of 28 pixels shows nothing, and few images give few steps
-small=(--size 32 --resize 32 --crop-min 1 --aug crop --batch-size 64 --lr 1.2 --trust 0 --epochs 15 --lr-steps)
+small=(--size 32 --resize 32 --crop-min 1 --aug crop --batch-size 64 --lr 0.3 1.2 5 20 --val-fraction 0.1 --trust 0 --epochs 15 --lr-steps)
 if [[ $SAMPLE ]]; then
     use_recipe v1 unmix
     recipe=("${small[@]}")
