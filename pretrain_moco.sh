@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # MoCo-v2 pre-training (arXiv 2003.04297); MULTI_CROP=1 adds four 112-pixel crops.
-#   bash pretrain_moco.sh                        ResNet-10-T, 32-pixel views of the embedded 6,000 images of Fashion-MNIST
+#   bash pretrain_moco.sh                        ResNet-18, 32-pixel views of the embedded 6,000 images of Fashion-MNIST
 #   SHARDS=/imagenet-shards bash pretrain_moco.sh          ResNet-50, ImageNet, batch 256 in all, lr .03, 200 epochs
 # Expected with ImageNet, linear probe (linear_moco.sh): top-1 67.7, multi-crop 69.8; the authors' figures (MosRep, ICLR 2023).
 # Other published recipes; the probe takes the same RECIPE:
@@ -14,23 +14,23 @@ source "$(dirname "$(realpath "$0")")/utils/run/env.sh"
 use_environment requirements.txt
 use_shards "$@"
 
-run=moco crops=() epochs=(24 8) # of the sample, of CIFAR-10
+run=moco crops=() epochs=(16 8) # of the sample, of CIFAR-10
 if [[ ${MULTI_CROP:-0} == 1 ]]; then # about the same time
-    run=moco-multicrop crops=(--local-crops 4 --local-scale 0.1 0.6) epochs=(9 3)
+    run=moco-multicrop crops=(--local-crops 4 --local-scale 0.1 0.6) epochs=(7 3)
 fi
-small=(-a resnet10t --size 32 --output-stride 8 --batch-size 64 --lr 0.24 --moco-k 2048 --moco-m 0.99 --bn-splits 2)
+small=(--size 32 --output-stride 8 --batch-size 64 --lr 0.24 --moco-k 2048 --moco-m 0.99 --bn-splits 2)
 v1=(--moco-head linear --aug v1 --moco-t 0.07 --amp fp32) # MoCo-v1, of the CMC authors' code
 if [[ $SAMPLE ]]; then
     use_recipe v1 unmix
-    recipe=("${small[@]}" --epochs "${epochs[0]}")
-    if [[ ${RECIPE:-} == v1 ]]; then recipe+=("${v1[@]}" --epochs 18 --lr-steps 12 15); fi
+    recipe=(-a resnet18 "${small[@]}" --epochs "${epochs[0]}")
+    if [[ ${RECIPE:-} == v1 ]]; then recipe+=("${v1[@]}" --lr-steps 11 14); fi
 else
     use_recipe v1 v1-100 unmix cifar10
     recipe=(-a resnet50 --size 224 --moco-m 0.999)
     case ${RECIPE:-} in
         v1) recipe+=(--batch-size 128 --lr 0.06 --epochs 200 --lr-steps 120 160 --moco-k 16384 --crop-min 0.08 "${v1[@]}") ;;
         v1-100) recipe+=(--batch-size 128 --lr 0.06 --epochs 240 --lr-steps 120 160 200 --moco-k 16384 --crop-min 0.2 "${v1[@]}") ;;
-        cifar10) recipe=("${small[@]}" --epochs "${epochs[1]}") ;;
+        cifar10) recipe=(-a resnet10t "${small[@]}" --epochs "${epochs[1]}") ;;
         *) recipe+=(--batch-size 256 --lr 0.03 --epochs 200 --moco-k 65536) ;;
     esac
 fi
