@@ -1,15 +1,14 @@
-"""The counts of benchmarks/launches.py."""
+"""The counts of tests/launches.py."""
 
 import json
 
+import launches
 import pytest
 import torch
+from launches import Launches, backward
 from test_methods import fake_cuda
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-
-from benchmarks import launches
-from benchmarks.launches import Launches, backward
 
 
 def test_backward__gives_the_gradients_of_torchs_engine():

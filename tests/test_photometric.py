@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 import torchvision.transforms.functional as T
+from launches import Launches
 from PIL import ImageFilter
 from shards_helpers import PHOTOGRAPHS, photograph
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks.launches import Launches
 from utils.data import photometric as unit
 from utils.data import photometric_batch as batch
 from utils.data.photometric import COLUMNS, OPERATIONS, normalized, photometric

@@ -1,7 +1,7 @@
 """Count what a training step asks of a GPU, without one: operations, copies and waits of the host.
 
-    python -m benchmarks.launches                          every method: ResNet-50, 32 images
-    python -m benchmarks.launches --methods moco --top 20  its most frequent operations
+    python tests/launches.py                          every method: ResNet-50, 32 images
+    python tests/launches.py --methods moco --top 20  its most frequent operations
 
 The step of main_pretrain.py runs in bf16 with fake CUDA tensors: shapes without content. An operation counts as one launch,
 although a library may need several. Views and new memory launch nothing. `color` is the work of `--photometric device`.
@@ -20,7 +20,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # python benchmarks/launches.py works like python -m benchmarks.launches
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import step
 from methods import METHODS
@@ -181,11 +181,11 @@ def parameters(specs: list[ViewSpec], n: int) -> list[np.ndarray]:
 
 
 def main(argv=None):
-    parser = Parser(prog="benchmarks.launches", description=__doc__.split("\n\n")[0])
+    parser = Parser(prog="tests/launches.py", description=__doc__.split("\n\n")[0])
     step.add_sizes(parser, batch_size=32, samples=1281167)
     parser.add_argument("--top", type=int, default=0, help="print this number of the most frequent operations")
     args = parser.parse_args(argv)
-    with one_line_errors("benchmarks.launches"):
+    with one_line_errors("tests/launches.py"):
         positive(step.SIZES, args)
         found = {case: count(args, case) for case in args.methods}
     print(f"{args.arch}, {args.size} pixels, {args.batch_size} images, torch {torch.__version__}\n{'':24}"
