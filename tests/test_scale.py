@@ -124,10 +124,10 @@ def test_received_by__an_unknown_collective_is_not_left_out():
 def test_main__prints_each_number_of_processes(capsys, monkeypatch):
     monkeypatch.setattr(step, "processes", forkserver)
     flags = ["--arch", "resnet18", "--size", "224", "--batch-size", "32", "--moco-k", "64", "--samples", "1000"]
-    flags += ["--methods", "mosrep", "insdis", "--processes"]
+    flags += ["--methods", "mosrep", "--processes"]
     scale.main([*flags, "1", "2", "--accumulate", "4"])
     results = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert list(results) == ["1", "2"] and list(results["2"]) == ["mosrep", "insdis"]
+    assert list(results) == ["1", "2"] and list(results["2"]) == ["mosrep"]
     for number in ("1", "2"):
         for forms in results[number].values():
             assert list(forms) == ["plain", "default", "slices"]
