@@ -62,20 +62,10 @@ def form(pipe, args, case, slices):
 
 def measure(args, case) -> dict[str, float]:
     """ms and MB of both forms, and their ratios."""
-    context, pipes = step.processes(), []
-    for slices in (1, args.accumulate):
-        here, there = context.Pipe()
-        context.Process(target=form, args=(there, args, case, slices), daemon=True).start()
-        there.close()
-        pipes.append(here)
-
-    def ask(pipe, message):
-        pipe.send(message)
-        return pipe.recv()
-
+    pipes = [step.started(form, args, case, slices) for slices in (1, args.accumulate)]
     try:
-        times = [[ask(pipe, True) for pipe in pipes] for _ in range(args.rounds + 1)][1:]
-        whole_mb, slices_mb = (ask(pipe, False) / 1e6 for pipe in pipes)
+        times = [[step.ask(pipe, True) for pipe in pipes] for _ in range(args.rounds + 1)][1:]
+        whole_mb, slices_mb = (step.ask(pipe, False) / 1e6 for pipe in pipes)
     except EOFError:
         raise ValueError(f"--methods {case}: its process ended, see above") from None
     whole_ms, slices_ms = (statistics.median(found) for found in zip(*times, strict=True))

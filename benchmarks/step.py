@@ -181,18 +181,23 @@ def processes():
     return multiprocessing.get_context("spawn")
 
 
+def started(form, *args, daemon=True):
+    """A pipe to a new process that calls form(pipe, *args)."""
+    context = processes()
+    here, there = context.Pipe()
+    context.Process(target=form, args=(there, *args), daemon=daemon).start()
+    there.close()
+    return here
+
+
+def ask(pipe, message):
+    pipe.send(message)
+    return pipe.recv()
+
+
 def measure(args, case) -> dict[str, float]:
-    context, pipes = processes(), []
-    for name in (*FORMS, "loop") if args.shards else FORMS:
-        here, there = context.Pipe()
-        context.Process(target=form, args=(there, args, case, name), daemon=name != "loop").start()  # which has workers
-        there.close()
-        pipes.append(here)
-
-    def ask(pipe, message):
-        pipe.send(message)
-        return pipe.recv()
-
+    names = (*FORMS, "loop") if args.shards else FORMS
+    pipes = [started(form, args, case, name, daemon=name != "loop") for name in names]  # the loop has workers
     try:
         for pipe in pipes:
             pipe.recv()
