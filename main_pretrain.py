@@ -151,28 +151,6 @@ def check_slices(args: Flags, groups: int) -> None:
                          "leave it out")  # fmt: skip
 
 
-def fit_slices(args: Flags, samples: int, device: torch.device, resumed: Path | None) -> fit.Fit | None:
-    """Replace --accumulate auto: by the number of the run that is resumed, else by the fewest slices that fit.
-
-    Returns what was measured, at least with --dry-run. Raises ValueError if nothing fits.
-    """
-    groups, auto = METHODS[args.method].bn_groups(args), args.accumulate == "auto"
-    if auto and resumed:
-        kept = dist.first_process_does(lambda: checkpoint.flag_of(resumed, "accumulate"))
-        if isinstance(kept, int) and kept > 0 and groups % kept == 0:
-            args.accumulate = kept
-            say(f"--accumulate {kept}, as in {resumed.name}")
-    if args.accumulate != "auto" and args.dry_run is None:
-        return None
-    found = fit.fit(lambda few: build(few, samples, device), args, METHODS[args.method].views(args), groups, device)
-    if args.accumulate == "auto":
-        if not found.fits and args.dry_run is None:
-            raise ValueError(f"--accumulate auto: {fit.memory(found)}; pass a multiple of --bn-splits {groups}")
-        args.accumulate = found.slices
-        say(f"--accumulate {found.slices} (auto): {fit.memory(found)}")
-    return found
-
-
 @lock.released()
 def main(argv=None):
     with one_line_errors(PROG):
@@ -188,7 +166,9 @@ def main(argv=None):
         check(args, index.total, (monitor.view_of(args),) if held_out else ())
         dry = args.dry_run is not None
         resume_from = dist.first_process_does(lambda: resume.open_run(args.output_dir, args.resume, dry, args.mirror))
-        fitted = fit_slices(args, index.total, device, resume_from)
+        groups = METHODS[args.method].bn_groups(args)
+        fitted = fit.choose(lambda few: build(few, index.total, device), args, METHODS[args.method].views(args), groups, device,
+                            resume_from)  # fmt: skip
         method = build(args, index.total, device)
         lr = optim.scaled_lr(args.lr, args.batch_size)
         optimizer = optim.sgd(method.parameters(), lr, args.momentum, args.weight_decay, args.trust, exclude=True)
@@ -213,7 +193,8 @@ def main(argv=None):
         folder = Path(args.output_dir)
         dist.first_process_does(lambda: resume.begin(folder, args, resume_from, start, **facts))
         model = dist.data_parallel(method, device)
-    with one_line_ends(PROG, args.batch_size), mirror.copied_at_the_end():
+    smaller = "--accumulate auto" if args.accumulate < groups else None
+    with one_line_ends(PROG, args.batch_size, smaller), mirror.copied_at_the_end():
         try:
             stopped_by = train(args, index, method, model, optimizer, scaler, start, init, lr, device, live, monitored)
         except NotFinite as failure:

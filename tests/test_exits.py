@@ -31,7 +31,8 @@ def failing(self, batch, targets, step):
     return forward(self, batch, targets, step)
 METHODS["moco"].forward = failing
 """
-MEMORY = "--batch-size 8: out of memory; pass 4 or fewer --workers"
+MEMORY = "--batch-size 8: out of memory; pass --batch-size 4 or fewer --workers"
+SLICES = "--batch-size 8: out of memory; pass --accumulate auto, --batch-size 4 or fewer --workers"
 
 
 def gone(pids, seconds=20):
@@ -46,7 +47,7 @@ def gone(pids, seconds=20):
     (1, "KeyError('a fault')", 1, "KeyError: 'a fault'"),
     (1, "torch.OutOfMemoryError('CUDA out of memory.')", 2, MEMORY),
     (1, "RuntimeError(\"DefaultCPUAllocator: can't allocate memory\")", 2, MEMORY),
-    (1, "MemoryError()", 2, MEMORY),
+    (1, "MemoryError()", 2, SLICES),
     (1, "OSError(5, 'Input/output error', 'metrics.jsonl')", 2, "Input/output error: 'metrics.jsonl'"),
     (1, "ValueError('Expected more than 1 value per channel when training')", 2, "--batch-size 8: too few images"),
     (1, "KeyboardInterrupt()", 1, "KeyboardInterrupt"),
@@ -55,7 +56,8 @@ def gone(pids, seconds=20):
     (2, "MemoryError()", 2, MEMORY),
 ])  # fmt: skip
 def test_main_pretrain__any_error_ends_workers_and_peers(images, tmp_path, processes, error, code, line):
-    command = pretrain(images, tmp_path / "run", "--epochs", "99", "--workers", "2")
+    groups = "2" if line == SLICES else "1"
+    command = pretrain(images, tmp_path / "run", "--epochs", "99", "--workers", "2", "--bn-splits", groups)
     with Run(tmp_path, command, TWO if processes == 2 else (), before=RAISING.format(error=error)) as run:
         run.until(lambda: steps(tmp_path / "run"))
         pids = run.pids()

@@ -24,6 +24,7 @@ from utils.evaluation import pictures
 from utils.learning.drawing import SHOWN, SIDE
 from utils.learning.method import Step
 from utils.run import checkpoint, curves, report, warned
+from utils.run.history import Run
 
 WRITE_CURVES, WRITE_OWN_PCA = pictures.write_curves, pictures.write_own_pca  # conftest.py replaces them
 BAD = "<script>document.title = 'changed'</script>\"'"
@@ -81,7 +82,7 @@ def test_report__time_left_is_that_at_the_speed_since_the_start(tmp_path):
     config = json.loads((folder / "config.json").read_text())
     config["flags"]["epochs"] = 4
     (folder / "config.json").write_text(json.dumps(config))
-    assert report.Run(folder).left() == "about 20 min"  # 3 epochs took an hour
+    assert Run(folder).left() == "about 20 min"  # 3 epochs took an hour
 
 
 def test_report__names_the_state_and_each_verdict_once(tmp_path):

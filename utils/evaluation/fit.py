@@ -5,6 +5,7 @@ import gc
 import time
 from argparse import Namespace
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -14,8 +15,9 @@ from utils.data.views import ViewSpec
 from utils.learning import optim
 from utils.learning.accumulate import accumulate
 from utils.learning.method import Method, Step
-from utils.run import cpu, dist
+from utils.run import checkpoint, cpu, dist
 from utils.run.flags import Flags, typed
+from utils.run.log import say
 
 SHARE = {"cuda": 0.9, "cpu": 0.8}  # of the free memory, for a step; the rest is for batches that the loader prepares
 FEW = 4, 8  # images in a BatchNorm group of the steps that a CPU measures
@@ -35,6 +37,31 @@ class Fit(NamedTuple):
     @property
     def fits(self) -> bool:
         return self.need <= self.room
+
+
+def choose(
+    build: Build, args: Namespace, specs: list[ViewSpec], groups: int, device: torch.device, resumed: Path | None
+) -> Fit | None:
+    """Replace --accumulate auto: by the number of the run that is resumed, else by the fewest slices that fit.
+
+    Returns what was measured, at least with --dry-run. Raises ValueError if nothing fits. The arguments are those of `fit`.
+    resumed: the checkpoint that the run starts from.
+    """
+    auto = args.accumulate == "auto"
+    if auto and resumed:
+        kept = dist.first_process_does(lambda: checkpoint.flag_of(resumed, "accumulate"))
+        if isinstance(kept, int) and kept > 0 and groups % kept == 0:
+            args.accumulate = kept
+            say(f"--accumulate {kept}, as in {resumed.name}")
+    if args.accumulate != "auto" and args.dry_run is None:
+        return None
+    found = fit(build, args, specs, groups, device)
+    if args.accumulate == "auto":
+        if not found.fits and args.dry_run is None:
+            raise ValueError(f"--accumulate auto: {memory(found)}; pass a multiple of --bn-splits {groups}")
+        args.accumulate = found.slices
+        say(f"--accumulate {found.slices} (auto): {memory(found)}")
+    return found
 
 
 def fit(build: Build, args: Namespace, specs: list[ViewSpec], groups: int, device: torch.device) -> Fit:

@@ -14,8 +14,9 @@ from utils.data.batch import Batch
 from utils.evaluation.frozen import Live
 from utils.learning.drawing import SHOWN, SIDE, as_uint8
 from utils.learning.method import Method
-from utils.run import curves, dist, report
+from utils.run import curves, dist
 from utils.run.files import atomic
+from utils.run.history import Run
 from utils.run.log import Log, harmless
 from utils.run.text import brief
 
@@ -36,7 +37,7 @@ def write_curves(folder: Path, log: Log | None = None) -> None:
     """curves.png: the numbers of metrics.jsonl. On the first process."""
     if dist.rank() == 0:
         with harmless("curves.png"):
-            curves.write_picture(folder / "curves.png", report.Run(folder).charts)
+            curves.write_picture(folder / "curves.png", Run(folder).charts)
             if log:
                 log.picture(folder / "curves.png")
 

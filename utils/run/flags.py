@@ -129,32 +129,38 @@ def fail(prog: str, message: str) -> NoReturn:
 
 
 @contextlib.contextmanager
-def one_line_errors(prog: str, kinds: tuple[type[Exception], ...] = (ValueError, OSError, RunError), batch: int | None = None):
-    """Turn these exceptions, and others with a known reason, into `fail`. batch: the --batch-size that may be too large."""
+def one_line_errors(prog: str, kinds: tuple[type[Exception], ...] = (ValueError, OSError, RunError), batch: int | None = None,
+                    smaller: str | None = None):  # fmt: skip
+    """Turn these exceptions, and others with a known reason, into `fail`.
+
+    batch: the --batch-size that may be too large. smaller: flags with which a step of it takes less memory.
+    """
     try:
         yield
     except Exception as error:
-        if reason := _reason(error, batch) or (isinstance(error, kinds) and (str(error) or type(error).__name__)):
+        if reason := _reason(error, batch, smaller) or (isinstance(error, kinds) and (str(error) or type(error).__name__)):
             fail(prog, reason)
         raise
 
 
 @contextlib.contextmanager
-def one_line_ends(prog: str, batch: int | None = None):
+def one_line_ends(prog: str, batch: int | None = None, smaller: str | None = None):
     """Around training: the same for RunError and for errors with a known reason. The loader's workers end too."""
     try:
-        with one_line_errors(prog, (RunError,), batch):
+        with one_line_errors(prog, (RunError,), batch, smaller):
             yield
     finally:
         signals.end_workers()
 
 
-def _reason(error: Exception, batch: int | None) -> str | None:
+def _reason(error: Exception, batch: int | None, smaller: str | None) -> str | None:
     """The known reason of an error that is not ours."""
     line = (str(error).splitlines() or [""])[0]
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in line or "_ALLOC_FAILED" in line:
-        fix = f"--batch-size {batch}: out of memory; pass {batch // 2 or 1}" if batch else "out of memory; lower --batch-size"
-        return f"{fix} or fewer --workers ({line})"
+        if not batch:
+            return f"out of memory; lower --batch-size or --workers ({line})"
+        fixes = f"{smaller}, " if smaller else ""
+        return f"--batch-size {batch}: out of memory; pass {fixes}--batch-size {batch // 2 or 1} or fewer --workers ({line})"
     if line.startswith("Expected more than 1 value per channel"):
         return f"--batch-size {batch}: too few images for BatchNorm in a process or group; pass twice as many ({line})"
     if isinstance(error, OSError) and error.errno:
