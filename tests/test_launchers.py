@@ -237,6 +237,26 @@ def test_launchers__from_another_folder_and_through_a_link(project, tmp_path, ho
     assert dry_run(project, folder / "linear_moco.sh", cwd=here).pretrained == f"{project}/output/sample-moco"
 
 
+def test_launchers__two_that_start_together_convert_the_sample_once(project):
+    """The second one waits for the first, and finds the shards complete."""
+    shutil.rmtree(project / "output/sample-shards")
+    stand_in = """
+PYTHON=convert
+convert() {
+    echo convert >>log
+    sleep 0.5
+    mkdir -p $TRAIN $VAL
+    touch {$TRAIN,$VAL}/{names.txt,index.json}
+}
+launch() { [[ -f $VAL/index.json ]] && echo train >>log; }
+"""
+    with open(project / "utils/run/env.sh", "a") as env:
+        env.write(stand_in)
+    both = bash("-c", "bash pretrain_moco.sh & bash pretrain_mosrep.sh & wait -n && wait -n", cwd=project)
+    assert both.returncode == 0, both.stderr
+    assert (project / "log").read_text().split() == ["convert", "train", "train"]
+
+
 def test_launchers__modules_are_found_from_another_folder(tmp_path):
     script = f'source "{ROOT}/utils/run/env.sh"; PYTHON="{sys.executable}"; cd /; launch -c "import utils.run.streams"'
     assert bash("-c", script, cwd=tmp_path, NPROC="1").returncode == 0

@@ -68,9 +68,17 @@ make_environment() (
 use_shards() {
     if chosen "$@"; then return; fi
     SAMPLE=1 TRAIN=${PROJECT}output/sample-shards/train VAL=${PROJECT}output/sample-shards/val
-    if [[ ! -f $TRAIN/index.json || ! -f $VAL/index.json || ! -f $TRAIN/names.txt ]]; then # an index is written last
-        "$PYTHON" "${PROJECT}imagenet2wds.py" -i "${PROJECT}data" -o "${TRAIN%/train}" --dataset FashionMNIST
-    fi
+    if converted; then return; fi
+    mkdir -p "${TRAIN%/train}"
+    (
+        exec 9<"${TRAIN%/train}"
+        flock 9 2>/dev/null || true # a second launcher waits here for the first, if the file system has locks
+        converted || "$PYTHON" "${PROJECT}imagenet2wds.py" -i "${PROJECT}data" -o "${TRAIN%/train}" --dataset FashionMNIST
+    )
+}
+
+converted() { # whether the shards of the embedded sample are complete: an index is written last
+    [[ -f $TRAIN/index.json && -f $VAL/index.json && -f $TRAIN/names.txt ]]
 }
 
 # use_color_shards FLAGS...: the same with the embedded colour pictures, which are shards already.
