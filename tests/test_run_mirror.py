@@ -302,8 +302,6 @@ def place(request, tmp_path):
     if request.param == "folder":
         yield str(tmp_path / "copy"), {}, lambda: names(tmp_path / "copy") if (tmp_path / "copy").exists() else []
         return
-    for package in ("moto", "s3fs"):
-        pytest.importorskip(package, reason="pip install 'moto[server,s3]' s3fs to copy to an S3 server on this machine")
     import s3fs
     from moto.server import ThreadedMotoServer
 
