@@ -20,8 +20,10 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.convnext import ConvNeXt
 from timm.models.resnet import BasicBlock, ResNet
 
+import cmc.builder
 import main_lincls
 import main_pretrain
+from cmc import nets
 from methods import METHODS
 from utils.data.batch import Batch
 from utils.evaluation.frozen import build_trunk, read_source
@@ -35,7 +37,7 @@ DEFAULT = ["--arch", "tiny_resnet", "--size", "64", "--batch-size", "8"]  # flag
 SMALL = {
     "moco": TINY,
     "mosrep": [*TINY, "--shift-range", "14"],
-    "cmc": ["--arch", "resnet18v1", "--size", "32", "--batch-size", "8", *BANK],
+    "cmc": ["--arch", "tiny_resnetv0", "--size", "32", "--batch-size", "8", *BANK],
     "insdis": [*TINY[:4], "--batch-size", "8", *BANK],
     "w2ssl": [*TINY[:4], "--batch-size", "8", "--moco-dim", "16", "--moco-mlp-dim", "32", "--warmup-epochs", "0.4"],
 }
@@ -56,6 +58,11 @@ def tiny_convnext(pretrained=False, **kwargs):
     """A ConvNeXt with 64 channels at stride 32."""
     model = {"depths": (1, 1, 1, 1), "dims": (16, 24, 32, 64)} | kwargs
     return build_model_with_cfg(ConvNeXt, "tiny_convnext", pretrained, **model)
+
+
+# a network of CMC with 8 to 64 channels, and one with 32 to 256, for benchmarks/step.py
+nets.RESNETS["tiny_resnet"], nets.WIDTHS["v0"] = (BasicBlock, (1, 1, 1, 1)), 0.125
+cmc.builder.ARCHS = (*nets.ARCHS, "tiny_resnetv0", "tiny_resnetv1")
 
 
 def tiny(method):

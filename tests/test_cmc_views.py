@@ -15,7 +15,7 @@ import main_lincls
 import main_pretrain
 from cmc.color import PARTS, SCALES, color_views, view_names
 from cmc.memory import Scores, draw_rows
-from cmc.nets import half
+from cmc.nets import Branches, half
 from methods import METHODS
 from utils.learning import mixture
 from utils.learning.criterion import criterion
@@ -110,14 +110,14 @@ def test_two_views__are_two_networks_and_two_banks_to_the_bit():
     method = method_of(method_args("cmc"))
     torch.manual_seed(3)
     wanted = {f"encoder.{name}.{k}": v for name, channels in (("l_to_ab", 1), ("ab_to_l", 2))
-              for k, v in half("resnet18v1", channels, 16).state_dict().items()}  # fmt: skip
+              for k, v in half("tiny_resnetv0", channels, 16).state_dict().items()}  # fmt: skip
     bound = 1 / math.sqrt(16 / 3)
     wanted |= {f"banks.{name}.memory": torch.empty(IMAGES, 16).uniform_(-bound, bound) for name in ("l", "ab")}
     wanted |= {f"criteria.{name}.log_z": torch.tensor(math.inf) for name in ("l", "ab")}
     state = method.state_dict()
     assert state.keys() == wanted.keys() and all(torch.equal(v, state[k]) for k, v in wanted.items())
     gammas = [v for k, v in state.items() if k.endswith("bn2.weight")]
-    assert len(gammas) == 16 and all((v == 1).all() for v in gammas)  # not timm's 0
+    assert len(gammas) == 8 and all((v == 1).all() for v in gammas)  # not timm's 0
 
     pixels, ids = uint8_views(method_args("cmc"))[0], torch.arange(8)
     loss, _ = forward(method, batch_of([pixels], ids), Step(6, 10, 0))
@@ -279,9 +279,9 @@ def test_probe__features_of_chosen_views_are_their_part_of_all(three):
     x = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     whole, args = opened(*paths(folder))
     features = whole.features(x, "fp32")[6]
-    assert args.space == "ab+L+Cr" and features.shape == (4, 3 * 256)
-    for name, part in zip(("ab", "L", "Cr"), features.split(256, 1), strict=True):
-        network = half("resnet18v1", len(CHANNELS[name][1]))
+    assert args.space == "ab+L+Cr" and features.shape == (4, 3 * 64)
+    for name, part in zip(("ab", "L", "Cr"), features.split(64, 1), strict=True):
+        network = half("tiny_resnetv0", len(CHANNELS[name][1]))
         prefix = f"module.encoder.view_{name}."
         state = {k.removeprefix(prefix): v for k, v in saved["state_dict"].items() if k.startswith(prefix) and ".fc." not in k}
         network.load_state_dict(state)
@@ -289,16 +289,16 @@ def test_probe__features_of_chosen_views_are_their_part_of_all(three):
         torch.testing.assert_close(part, wanted.detach(), rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(opened(*paths(folder), "--only-views", name)[0].features(x, "fp32")[6], part)
     two = opened(*paths(folder), "--only-views", "Cr", "ab")[0].features(x, "fp32")[6]  # in the order of the training
-    torch.testing.assert_close(two, torch.cat([features[:, :256], features[:, 512:]], 1))
+    torch.testing.assert_close(two, torch.cat([features[:, :64], features[:, 128:]], 1))
     with pytest.raises(ValueError, match="--only-views Y: the views are ab L Cr; pass some of them"):
         opened(*paths(folder), "--only-views", "Y")
     with pytest.raises(ValueError, match="--space Lab: .* was trained with ab.L.Cr; leave it out"):
         opened(*paths(folder), "--space", "Lab")
 
 
-def test_probe__of_bare_weights_names_its_views(three, tmp_path):
+def test_probe__of_bare_weights_names_its_views(tmp_path):
     """A file without flags is recognized as CMC's by its names; its views come from the flag."""
-    trunk = opened(*paths(three[0]))[0].trunk.state_dict()
+    trunk = Branches("resnet18v1", {"view_ab": 2, "view_L": 1, "view_Cr": 1}).state_dict()
     torch.save({"state_dict": trunk}, tmp_path / "bare.pth")
     loaded, args = opened(*paths(tmp_path / "bare.pth"), "--space", "ab+L+Cr")
     assert (args.method, args.arch) == ("cmc", "resnet18v1") and all(
@@ -313,4 +313,4 @@ def test_main_lincls__of_two_of_three_views(images, tmp_path, three):
              "--batch-size", "8", "--size", "32", "--output-dir", str(tmp_path), *COMMON]  # fmt: skip
     main_lincls.main(["--pretrained", str(three[0]), *flags])
     state = checkpoint.read(tmp_path / checkpoint.LATEST, "x")
-    assert state["probe"]["only_views"] == ["L", "ab"] and state["state_dict"]["module.fc.6.weight"].shape == (2, 512)
+    assert state["probe"]["only_views"] == ["L", "ab"] and state["state_dict"]["module.fc.6.weight"].shape == (2, 128)

@@ -38,6 +38,7 @@ RUNS = {
     "convnext_tiny": ("insdis", "--arch", "convnext_tiny"),
     "efficientnet_b0": ("insdis", "--arch", "efficientnet_b0"),
     **{name: (name,) for name in METHODS},
+    "cmc": ("cmc", "--arch", "resnet18v1"),  # of which timm has the depths
     "alexnet": ("cmc", "--arch", "alexnet", "--size", "224"),
     "dilated": ("moco", "--arch", "resnet18", "--output-stride", "16"),
 }

@@ -95,7 +95,7 @@ def test_init__from_cmcs_release_both_branches(tmp_path):
     torch.manual_seed(8)
     branches = filled(Branches("resnet18v1", {"l_to_ab": 1, "ab_to_l": 2}, 16), 3)
     torch.save({"model": {f"encoder.module.{n}": v for n, v in branches.state_dict().items()}}, tmp_path / "c.pth")
-    method, _, _ = started(tmp_path / "c.pth", "cmc")
+    method, _, _ = started(tmp_path / "c.pth", "cmc", "--arch", "resnet18v1")
     assert all(torch.equal(v, method.state_dict()[f"encoder.{n}"]) for n, v in branches.state_dict().items())
     with pytest.raises(ValueError, match="its trunk is resnet18v1, not resnet50v1; pass --arch resnet18v1"):
         started(tmp_path / "c.pth", "cmc", "--arch", "resnet50v1")

@@ -89,7 +89,7 @@ def test_main_pretrain__what_a_run_writes(images, tmp_path, method, capsys):
     assert torch.__version__.startswith(config["versions"]["torch"])
 
     assert (saved["epoch"], saved["method"]) == (2, method)
-    assert saved["arch"] == ("resnet18v1" if method == "cmc" else "tiny_resnet")
+    assert saved["arch"] == ("tiny_resnetv0" if method == "cmc" else "tiny_resnet")
     assert all(name.startswith("module.") for name in saved["state_dict"])
     if method in ("moco", "mosrep"):
         assert saved["state_dict"]["module.queue"].shape == (16, 32)

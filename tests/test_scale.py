@@ -13,7 +13,7 @@ from benchmarks import devices, scale, step
 from benchmarks.tracer import Tracer, received_by
 from utils.run import dist
 
-# cmc has no tiny network, and differs from insdis in the number of its banks alone
+# cmc differs from insdis in the number of its banks alone
 SIZES = {"arch": "tiny_resnet", "size": 64, "batch_size": 4, "moco_k": 64, "nce_k": 24, "samples": 100,
          "accumulate": 2, "devices": ["H100"]}  # fmt: skip
 FEW = Namespace(methods=[case for case in step.CASES if case != "cmc"], processes=[2, 4], **SIZES)
