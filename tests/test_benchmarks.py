@@ -9,7 +9,7 @@ import pytest
 from helpers import forkserver
 from shards_helpers import one_photograph, write_shards
 
-from benchmarks import input_pipeline, knn, plan, step
+from benchmarks import accumulate, input_pipeline, knn, plan, step
 from benchmarks.input_pipeline import VIEWS, pil_chain
 from methods import METHODS
 from utils.run.cpu import peak_memory
@@ -53,7 +53,7 @@ def test_plan__ends_with_a_line_of_json(capsys, monkeypatch):
 def test_step__also_measures_the_whole_loop(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(step, "processes", forkserver)
     write_shards(tmp_path / "x", (5, 4), one_photograph)
-    flags = ["--methods", "insdis", "-a", "resnet18", "--size", "32", "--batch-size", "4", "--nce-k", "8", "--rounds", "1"]
+    flags = ["--methods", "insdis", "-a", "tiny_resnet", "--size", "32", "--batch-size", "4", "--nce-k", "8", "--rounds", "1"]
     flags += ["--device", "cpu", "--shards", str(tmp_path / "x"), "--workers", "0"]
     with pytest.raises(SystemExit, match="2"):
         step.main([*flags, "--samples", "8"])
@@ -70,6 +70,19 @@ def test_knn__ends_with_a_line_of_json(capsys, monkeypatch):
     assert result["16"]["memory_mib"] < 32 < result["plain"]["memory_mib"]  # plain has 30000 x 512 similarities, 59 MiB
 
 
+def test_accumulate__ends_with_a_line_of_json(capsys, monkeypatch):
+    monkeypatch.setattr(step, "processes", forkserver)
+    flags = ["--methods", "moco", "-a", "tiny_resnet", "--size", "32", "--batch-size", "8", "--moco-k", "64", "--device", "cpu"]
+    accumulate.main([*flags, "--accumulate", "2", "--rounds", "2"])
+    (found,) = json.loads(capsys.readouterr().out.splitlines()[-1]).values()
+    assert all(found[name] > 0 for name in ("whole_ms", "slices_ms", "whole_mb", "slices_mb"))
+    assert found["ratio"] == found["slices_ms"] / found["whole_ms"]
+    assert found["memory_ratio"] == found["slices_mb"] / found["whole_mb"]
+    with pytest.raises(SystemExit, match="2"):
+        accumulate.main([*flags, "--accumulate", "3"])
+    assert "--accumulate 3: must divide --batch-size 8" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_pil_chain__has_the_operations_of_a_view():
     names = [type(operation).__name__ for operation in pil_chain(VIEWS["2x224"][0]).transforms]
     assert names == ["RandomResizedCrop", "RandomApply", "RandomGrayscale", "RandomApply", "RandomHorizontalFlip", "ToTensor",
@@ -80,7 +93,7 @@ def test_pil_chain__has_the_operations_of_a_view():
 def test_step__ends_with_a_line_of_json(capsys, monkeypatch):
     """All forms of some methods, each in a separate process. CMC's two forwards are of half networks."""
     monkeypatch.setattr(step, "processes", forkserver)
-    flags = ["-a", "resnet18", "--size", "64", "--batch-size", "4", "--moco-k", "64", "--rounds", "1", "--device", "cpu"]
+    flags = ["-a", "tiny_resnet", "--size", "64", "--batch-size", "4", "--moco-k", "64", "--rounds", "1", "--device", "cpu"]
     step.main([*flags, "--nce-k", "64", "--samples", "100", "--methods", "mosrep", "w2ssl", "cmc"])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert {case: r["forwards_per_image"] for case, r in result.items()} == {
@@ -103,7 +116,7 @@ def test_peak_memory__is_not_the_parents():
 def three_losses(name):
     """case -> the losses of three steps, in one form."""
     warnings.simplefilter("error")
-    flags = step.get_args(["-a", "resnet18", "--size", "64", "--batch-size", "4", "--moco-k", "64", "--amp", "fp32",
+    flags = step.get_args(["-a", "tiny_resnet", "--size", "64", "--batch-size", "4", "--moco-k", "64", "--amp", "fp32",
                            "--nce-k", "64", "--samples", "100"])  # fmt: skip
     found, losses = {}, []
     for module in set(METHODS.values()):  # the plain forms inherit it
