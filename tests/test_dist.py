@@ -207,7 +207,7 @@ def test_spawn__raises_the_error_of_any_process():
 
 def test_spawn__ends_processes_that_hang():
     with pytest.raises(TimeoutError, match="wait_for_each_other"):
-        spawn(wait_for_each_other, timeout=3)
+        spawn(wait_for_each_other, timeout=1)
 
 
 def test_spawn__leaves_this_process_alone():
@@ -218,10 +218,10 @@ def test_spawn__leaves_this_process_alone():
 
 
 def slow_first_process(alive):
-    dist._limit = 2.0
+    dist._limit = 2.0 if alive else 1.0
 
     def slow():
-        for _ in range(12):
+        for _ in range(7 if alive else 10):
             time.sleep(0.5)
             if alive:
                 dist.alive()
@@ -237,7 +237,7 @@ def slow_first_process(alive):
 def test_first_process_does__may_take_longer_than_the_limit_while_it_is_alive():
     assert spawn(slow_first_process, True) == ["done", "done"]
     first, second = spawn(slow_first_process, False)
-    assert (first, second) == ("done", "no sign of it for 2 s")
+    assert (first, second) == ("done", "no sign of it for 1 s")
 
 
 def parts_of_first_node():
