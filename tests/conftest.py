@@ -1,6 +1,8 @@
 """Fixtures of several test files."""
 
+import functools
 import io
+import os
 
 import numpy as np
 import pytest
@@ -10,7 +12,9 @@ from conversions import draw
 from PIL import Image
 
 from utils.evaluation import pictures
+from utils.run import log
 
+COMMIT = functools.cache(log._commit)
 torch.set_num_threads(1)  # the computations of the tests are too small for several cores
 
 
@@ -19,6 +23,13 @@ def few_pictures(monkeypatch):
     """curves.png takes matplotlib a second, and pca.png a tenth of it in each epoch; runs of test_report.py draw them."""
     for name in ("write_curves", "write_own_pca"):
         monkeypatch.setattr(pictures, name, lambda *_: None)
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch):
+    """A start asks git twice and waits 17 times for the disk. A test that needs them replaces or calls them itself."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    monkeypatch.setattr(log, "_commit", COMMIT)
 
 
 @pytest.fixture(scope="session")

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from helpers import default_start_method, forkserver, tiny
 from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
+from torch.distributed.elastic.rendezvous import dynamic_rendezvous
 
 import main_finetune
 import main_knn
@@ -28,11 +29,11 @@ import main_lincls
 import main_pretrain
 import main_transfer
 from utils.evaluation import pictures
-from utils.run import agent, signals
+from utils.run import agent, log, signals
 
 ROOT = Path(__file__).parent.parent
 FLAGS = ["--device", "cpu", "--amp", "fp32", "--workers", "0", "--print-freq", "1"]
-TWO = ["--standalone", "--nproc_per_node", "2"]  # torchrun's flags
+TWO = ["--standalone", "--nproc_per_node", "2", "--monitor_interval", "0.02"]  # torchrun's flags
 SCRIPT = "script"  # stands where torchrun takes a file
 MODULES = {module.PROG[5:-3]: module for module in (main_pretrain, main_lincls, main_finetune, main_knn, main_transfer)}
 EVALUATIONS = [name for name in MODULES if name != "pretrain"]
@@ -112,6 +113,7 @@ def _command(out, launch, command, before, host, environment):
     if launch:
         Forked.before = before
         subprocess_handler.Popen = Forked
+        dynamic_rendezvous._delay = lambda seconds: time.sleep(0.01)  # up to 1 s, to spare the store of many nodes
         as_script(agent.main, [*launch, SCRIPT, *command])
     else:
         as_script(_train, command, before)
@@ -121,7 +123,8 @@ def _train(command, before):
     signals.start()
     torch.set_num_threads(1)
     warnings.simplefilter("error")
-    pictures.write_curves = pictures.write_own_pca = lambda *_: None  # as conftest.py
+    # as conftest.py
+    pictures.write_curves = pictures.write_own_pca = os.fsync = log._commit = lambda *_: None
     exec(before, {"main_pretrain": main_pretrain})
     MODULES[command[0]].main(command[1:])
 
