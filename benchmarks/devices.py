@@ -12,7 +12,7 @@ class Device(NamedTuple):
     """Peaks of data sheets: bf16 FLOP/s (fp16 before A100) without sparsity, bytes/s and bytes of memory.
 
     link, network: bytes/s that one device receives from its node, and from other nodes. The network is an assumption: 400 Gb/s
-    for each H100 and H200, 200 for A100, 100 for others.
+    for each B200, H100 and H200, 200 for A100, 100 for others.
     """
 
     flops: float
@@ -23,6 +23,7 @@ class Device(NamedTuple):
 
 
 DEVICES = {
+    "B200": Device(2250e12, 8000e9, 180e9, 900e9, 50e9),
     "H200": Device(989e12, 4800e9, 141e9, 450e9, 50e9),
     "H100": Device(989e12, 3350e9, 80e9, 450e9, 50e9),
     "A100-80GB": Device(312e12, 2039e9, 80e9, 300e9, 25e9),
