@@ -14,9 +14,9 @@ source "$(dirname "$(realpath "$0")")/utils/run/env.sh"
 use_environment requirements.txt
 use_shards "$@"
 
-run=moco crops=() epochs=(16 8) # of the sample, of CIFAR-10
+run=moco crops=() epochs=(16 25) # of the sample, of CIFAR-10
 if [[ ${MULTI_CROP:-0} == 1 ]]; then # about the same time
-    run=moco-multicrop crops=(--local-crops 4 --local-scale 0.1 0.6) epochs=(7 3)
+    run=moco-multicrop crops=(--local-crops 4 --local-scale 0.1 0.6) epochs=(7 9)
 fi
 small=(--size 32 --output-stride 8 --batch-size 64 --lr 0.24 --moco-k 2048 --moco-m 0.99 --bn-splits 2)
 v1=(--moco-head linear --aug v1 --moco-t 0.07 --amp fp32) # MoCo-v1, of the CMC authors' code

@@ -17,7 +17,7 @@ if [[ $SAMPLE ]]; then
 else
     use_recipe cifar10
     recipe=(-a resnet50 --size 224 --batch-size 256 --lr 0.03 --epochs 200 --moco-k 65536 --moco-m 0.999 --shift-range 48)
-    if [[ ${RECIPE:-} == cifar10 ]]; then recipe=(-a resnet10t "${small[@]}" --epochs 4); fi
+    if [[ ${RECIPE:-} == cifar10 ]]; then recipe=(-a resnet10t "${small[@]}" --epochs 11); fi
 fi
 OUTPUT=${OUTPUT:-${PROJECT}output/${SAMPLE:+sample-}mosrep${RECIPE:+-$RECIPE}}
 

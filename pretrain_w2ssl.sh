@@ -17,7 +17,7 @@ if [[ $SAMPLE ]]; then
 else
     use_recipe cifar10
     recipe=(-a resnet50 --size 224 --batch-size $((2 * ${BATCH:-256})) --lr 0.6 --epochs 200 --warmup-epochs 10)
-    if [[ ${RECIPE:-} == cifar10 ]]; then recipe=(-a resnet10t "${small[@]}" --epochs 6); fi
+    if [[ ${RECIPE:-} == cifar10 ]]; then recipe=(-a resnet10t "${small[@]}" --epochs 20); fi
 fi
 run=w2ssl${BATCH:+-$BATCH}${RECIPE:+-$RECIPE}
 OUTPUT=${OUTPUT:-${PROJECT}output/${SAMPLE:+sample-}$run}

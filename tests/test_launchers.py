@@ -252,7 +252,7 @@ launch() { [[ -f $VAL/index.json ]] && echo train >>log; }
 """
     with open(project / "utils/run/env.sh", "a") as env:
         env.write(stand_in)
-    both = bash("-c", "bash pretrain_moco.sh & bash pretrain_mosrep.sh & wait -n && wait -n", cwd=project)
+    both = bash("-c", "bash pretrain_moco.sh & bash pretrain_mosrep.sh && wait $!", cwd=project)
     assert both.returncode == 0, both.stderr
     assert (project / "log").read_text().split() == ["convert", "train", "train"]
 
