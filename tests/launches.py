@@ -175,9 +175,9 @@ def count(args, case: str) -> dict[str, Launches]:
 
 def parameters(specs: list[ViewSpec], n: int) -> list[np.ndarray]:
     """Parameters of the colours of n images, as workers draw them: n x count x len(COLUMNS) of each spec."""
-    kinds = [spec for spec in specs for _ in range(spec.count)]
-    rows = [[parameters_of(*view) for view in zip(kinds, draw(0, 0, i, len(kinds)).tolist(), strict=True)] for i in range(n)]
-    return np.split(np.array(rows, np.float32), np.cumsum([spec.count for spec in specs])[:-1], axis=1)
+    counts = [spec.count for spec in specs]
+    u = np.stack([draw(0, 0, i, sum(counts)) for i in range(n)])
+    return [parameters_of(*drawn) for drawn in zip(specs, np.split(u, np.cumsum(counts)[:-1], axis=1), strict=True)]
 
 
 def main(argv=None):

@@ -16,7 +16,7 @@ from utils.data.bad_samples import BadSamples
 from utils.data.index import load_index
 from utils.data.reader import Reader
 from utils.data.shards import evaluation_plan
-from utils.data.views import make_views
+from utils.data.views import cut_views, draw
 from utils.evaluation import features, pixels
 from utils.evaluation.frozen import Frozen, build_trunk, read_source
 from utils.learning import backbones
@@ -58,7 +58,7 @@ def test_features__are_the_trunks_in_fp32_one_image_after_the_other(images, tmp_
     index = load_index(f"{images}/val")
     reader = Reader(index, 2)
     for row in range(11):
-        (crop,), _ = make_views(reader(row, True).image, [features.test_view(ARGS)], (0, 0, row))
+        (crop,) = cut_views(reader(row, True).image, [features.test_view(ARGS)], draw(0, 0, row, 1))
         with torch.no_grad():
             wanted = frozen.trunk(backbones.normalized(crop[None]))[0]
         assert torch.allclose(found.values[row], wanted, rtol=1e-5, atol=1e-6)
@@ -69,7 +69,7 @@ def test_test_view__is_pils(how):
     """256 of 224, as the protocol has it; an image of noise is the hardest."""
     view = features.test_view(Namespace(size=14, resize=16, interpolation=how))
     noise = np.random.default_rng(0).integers(0, 256, (50, 40, 3), dtype=np.uint8)
-    (crop,), _ = make_views(encode(Image.fromarray(noise), "PNG"), [view], (0, 0, 0))
+    (crop,) = cut_views(encode(Image.fromarray(noise), "PNG"), [view], draw(0, 0, 0, 1))
     wanted = np.asarray(Image.fromarray(noise).resize((16, 20), Image.Resampling[how.upper()]))[3:17, 1:15]
     assert np.abs(crop.permute(1, 2, 0).numpy().astype(int) - wanted).max() <= 1
 

@@ -41,7 +41,7 @@ from utils.data.measure import worker_ms
 from utils.data.photometric import COLUMNS, photometric
 from utils.data.reader import Reader
 from utils.data.shards import BatchPlan, epoch_plan, evaluation_plan, training_plan
-from utils.data.views import ViewSpec, cut_views, draw, make_views, moco_v2_view, parameters_of
+from utils.data.views import ViewSpec, cut_views, draw, moco_v2_view, parameters_of
 from utils.run.cpu import keep_freed_memory
 from utils.run.flags import MAX_PIXELS, RunError, one_line_errors
 
@@ -234,7 +234,7 @@ def finished(image, specs, seed, epoch, planned):
     views = []
     for v, spec in enumerate(kinds):
         (view,) = cut_views(image, [ViewSpec(**vars(spec) | {"count": 1})], u[v : v + 1])
-        views.append(photometric(view, torch.tensor(parameters_of(spec, u[v].tolist()))))
+        views.append(photometric(view, torch.from_numpy(parameters_of(spec, u[v]))))
     return views
 
 
@@ -538,7 +538,7 @@ def test_load_batches__shard_with_another_number_of_samples_ends_the_run(monkeyp
 def test_load_batches__leaves_the_number_of_threads(monkeypatch, colors):
     """Views are cropped with one thread."""
     threads, inside = torch.get_num_threads(), set()
-    monkeypatch.setattr(loader, "make_views", lambda *args: inside.add(torch.get_num_threads()) or make_views(*args))
+    monkeypatch.setattr(loader, "cut_views", lambda *args: inside.add(torch.get_num_threads()) or cut_views(*args))
     torch.set_num_threads(2)
     try:
         for batch in load_batches(colors, PLAIN, training_plan(colors, 18, 0, range(1)), 0, 0, CPU):

@@ -19,7 +19,7 @@ from methods import METHODS
 from utils.data import decode as decoding
 from utils.data import views
 from utils.data.photometric import COLUMNS, OPERATIONS
-from utils.data.views import DRAWS, NUMBERS, SPARE, ViewSpec, crop_box, cut_views, draw, make_views, parameters_of
+from utils.data.views import DRAWS, NUMBERS, SPARE, ViewSpec, crop_box, cut_views, draw, parameters_of
 
 ROWS = 20_000
 LAST = 1 - 2**-53  # the largest number of `draw`
@@ -37,8 +37,8 @@ def many():
 
 def parameters(spec, u):
     """{name: its value in each of these rows}"""
-    found = np.array([parameters_of(spec, row) for row in u.tolist()], np.float32)
-    assert found.shape == (len(u), len(COLUMNS))
+    found = parameters_of(spec, u)
+    assert found.dtype == np.float32 and found.shape == (len(u), len(COLUMNS))
     return dict(zip(COLUMNS, found.T, strict=True))
 
 
@@ -319,16 +319,27 @@ def test_draws__numbers_keep_their_use(many):
     assert np.array_equal(p["brightness"], (0.6 + many[:, 24] * (1 + 0.4 - 0.6)).astype(np.float32))
 
 
-def test_make_views__is_a_function_of_the_key(many):
-    """Crops and parameters equal those of each view alone, in the order of the specs."""
-    specs = [LOCAL, ViewSpec("second", 16, count=2, jitter=JITTER, jitter_p=0.8)]
-    data, u = encode(PHOTO, "PNG"), draw(3, 2, 11, 3)
-    crops, drawn = make_views(data, specs, (3, 2, 11))
-    for view, row, spec, numbers in zip(crops, drawn, [specs[0], specs[1], specs[1]], u, strict=True):
+def test_cut_views__are_those_of_each_view_alone(many):
+    """In the order of the specs. Another sample has others. Given memory, of any layout, takes the same pixels."""
+    specs = [LOCAL, ViewSpec("second", 16, count=2), ViewSpec("test", 20, resize=24)]
+    data, u = encode(PHOTO, "PNG"), draw(3, 2, 11, 4)
+    crops = cut_views(data, specs, u)
+    for view, spec, numbers in zip(crops, [specs[0], specs[1], specs[1], specs[2]], u, strict=True):
         assert torch.equal(view, cut(data, dataclasses.replace(spec, count=1), numbers))
-        assert row == parameters_of(spec, numbers.tolist())
-    others = make_views(data, specs, (3, 2, 12))
-    assert all(not torch.equal(a, b) for a, b in zip(crops, others[0], strict=True)) and drawn != others[1]
+    others = cut_views(data, specs, draw(3, 2, 12, 4))
+    assert all(not torch.equal(a, b) for a, b in zip(crops[:3], others, strict=False))
+    for places in ([torch.empty(v.shape, dtype=torch.uint8) for v in crops], [torch.empty_like(v) for v in crops]):
+        assert cut_views(data, specs, u, places) is places
+        assert all(torch.equal(a, b) for a, b in zip(crops, places, strict=True))
+
+
+def test_cut_views__pixels_are_those_of_interpolate(many):
+    image = to_tensor(PHOTO)
+    for spec, u in itertools.product((LOCAL, ViewSpec("small", 7), ViewSpec("one", 1)), many[:20]):
+        top, left, height, width = crop_box(spec, u, *image.shape[1:])
+        part = image[None, :, top : top + height, left : left + width]
+        resized = torch.nn.functional.interpolate(part, (spec.size, spec.size), mode="bilinear", antialias=True)
+        assert torch.equal(cut(image, spec, u), resized[0])
 
 
 # decode

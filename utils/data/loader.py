@@ -23,7 +23,7 @@ from utils.data.photometric_batch import photometric_batch
 from utils.data.reader import BadSample, Reader
 from utils.data.remote import is_remote
 from utils.data.shards import BatchPlan
-from utils.data.views import ViewSpec, make_views
+from utils.data.views import NUMBERS, ViewSpec, cut_views, draw, parameters_of
 from utils.run.cpu import keep_freed_memory
 from utils.run.flags import RunError
 from utils.run.signals import leave_to_parent
@@ -86,30 +86,33 @@ class Chunks(IterableDataset):
         Image.MAX_IMAGE_PIXELS = self.index.max_pixels
         n, counts = len(planned), [spec.count for spec in self.specs]
         crops = [torch.empty(n, s.count, s.size, s.size, 3, dtype=torch.uint8).permute(0, 1, 4, 2, 3) for s in self.specs]
-        drawn = np.empty((n, sum(counts), len(COLUMNS)), np.float32)
+        numbers = np.empty((n, sum(counts), NUMBERS))
         found: list[tuple[int, int]] = []  # sample id, label
         bad: list[dict[str, str]] = []
         for sample_id in planned.tolist():
-            if usable := self._usable(reader, epoch, sample_id, bad):
-                taken, label, (views, drawn[len(found)]) = usable
-                for view, place in zip(views, [place for crop in crops for place in crop[len(found)]], strict=True):
-                    place.copy_(view)
-                found.append((taken, label))
+            places = [place for crop in crops for place in crop[len(found)]]
+            numbers[len(found)] = u = draw(self.seed, epoch, sample_id, sum(counts))
+            if usable := self._usable(reader, sample_id, u, places, bad):
+                found.append(usable)
         n = len(found)
-        crops, parameters = [crop[:n] for crop in crops], list(torch.from_numpy(drawn[:n]).split(counts, dim=1))
+        crops, of_specs = [crop[:n] for crop in crops], np.split(numbers[:n], np.cumsum(counts)[:-1], axis=1)
+        parameters = [torch.from_numpy(parameters_of(spec, u)) for spec, u in zip(self.specs, of_specs, strict=True)]
         if self.photometric_here:
             crops = [photometric(crop, p) for crop, p in zip(crops, parameters, strict=True)]
         sample_ids, labels = torch.tensor(found, dtype=torch.long).view(n, 2).unbind(1)
         return Chunk(crops, parameters, sample_ids, labels, bad)
 
-    def _usable(self, reader, epoch, planned, bad):
-        """(sample id, label, make_views) of the planned sample or of the next usable one; None if it may not be replaced."""
-        sample_id = planned
+    def _usable(self, reader, sample_id, u, places, bad):
+        """Write the views of the planned sample, or of the next usable one, into `places`. u: the draws of the planned sample.
+
+        Returns its sample id and label, or None if the planned sample may not be replaced.
+        """
         for attempt in range(NEIGHBOURS):
             try:
                 sample = reader(sample_id, attempt == 0)
                 try:
-                    return sample_id, sample.label, make_views(sample.image, self.specs, (self.seed, epoch, planned))
+                    cut_views(sample.image, self.specs, u, places)
+                    return sample_id, sample.label
                 except MemoryError:
                     raise
                 except Exception as error:  # PIL raises errors of many types for bytes that are no image

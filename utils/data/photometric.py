@@ -42,8 +42,21 @@ def normalized(views: torch.Tensor) -> torch.Tensor:
     """Normalize ... x 3 x H x W uint8 by ImageNet's mean and deviation, to float32. Float views are returned unchanged."""
     if views.is_floating_point():
         return views
-    mean, factor = _mean_and_factor(views.device, getattr(views, "fake_mode", None))
-    return (views - mean).mul_(factor)
+    fake_mode = getattr(views, "fake_mode", None)
+    mean, factor = _mean_and_factor(views.device, fake_mode)
+    if fake_mode or views.device.type != "cpu":  # fake tensors stand for a GPU
+        return (views - mean).mul_(factor)
+    out = torch.empty_like(views, dtype=torch.float32)
+    _normalize_into(out, views, mean, factor)
+    return out
+
+
+def _normalize_into(out, views, mean, factor):
+    if views.ndim > 3:  # one view stays in a core's cache
+        for part, view in zip(out, views, strict=True):
+            _normalize_into(part, view, mean, factor)
+    else:
+        out.copy_(views).sub_(mean).mul_(factor)
 
 
 @functools.cache  # one upload for each device

@@ -73,37 +73,29 @@ def _factor(strength, u):
     return low + u * (1 + strength - low)
 
 
-DRAWS: dict[str, tuple[tuple[int, ...], Callable[..., float]]] = {
-    # parameter of photometric: (its numbers of `draw`, its value by the spec and these numbers). 33 to 39 are free. A number
-    # never changes its use; otherwise a seed would give other views.
-    "order": ((23, 28), lambda spec, chance, u: math.floor(24 * u) if chance < spec.jitter_p else -1),
-    "gray_first": ((29,), lambda spec, chance: spec.gray_first and chance < spec.gray_p),
+DRAWS: dict[str, tuple[tuple[int, ...], Callable[..., np.ndarray]]] = {
+    # parameter of photometric: (its numbers of `draw`, its values by the spec and arrays of these numbers). 33 to 39 are free.
+    # A number never changes its use; otherwise a seed would give other views.
+    "order": ((23, 28), lambda spec, chance, u: np.where(chance < spec.jitter_p, np.floor(24 * u), -1)),
+    "gray_first": ((29,), lambda spec, chance: spec.gray_first & (chance < spec.gray_p)),
     "brightness": ((24,), lambda spec, u: _factor(spec.jitter[0], u)),
     "contrast": ((25,), lambda spec, u: _factor(spec.jitter[1], u)),
     "saturation": ((26,), lambda spec, u: _factor(spec.jitter[2], u)),
     "hue": ((27,), lambda spec, u: spec.jitter[3] * (2 * u - 1)),
-    "gray": ((29,), lambda spec, chance: not spec.gray_first and chance < spec.gray_p),
+    "gray": ((29,), lambda spec, chance: (not spec.gray_first) & (chance < spec.gray_p)),
     "sigma": ((30, 31), lambda spec, chance, u:
-        spec.blur[0] + u * (spec.blur[1] - spec.blur[0]) if chance < spec.blur_p else 0),
+        np.where(chance < spec.blur_p, spec.blur[0] + u * (spec.blur[1] - spec.blur[0]), 0)),
     "solarize": ((32,), lambda spec, chance: chance < spec.solarize_p),
-    "flip": ((22,), lambda spec, chance: not spec.resize and chance < spec.flip_p),
+    "flip": ((22,), lambda spec, chance: (not spec.resize) & (chance < spec.flip_p)),
 }  # fmt: skip
 
 
-def parameters_of(spec: ViewSpec, u: list[float]) -> list[float]:
-    """The parameters of a view for `photometric`, in the order of COLUMNS. u: a row of `draw`."""
-    drawn = (DRAWS[name] for name in COLUMNS)
-    return [value(spec, *[u[i] for i in numbers]) for numbers, value in drawn]
-
-
-def make_views(data: bytes, specs: list[ViewSpec], key: tuple[int, int, int]) -> tuple[list[torch.Tensor], list[list[float]]]:
-    """All views of an encoded image: their crops (see `cut_views`) and their parameters for `photometric`.
-
-    key: (seed, epoch, sample id), which decides the draws. Raises the errors of `cut_views`.
-    """
-    kinds = [spec for spec in specs for _ in range(spec.count)]
-    u = draw(*key, len(kinds))
-    return cut_views(data, specs, u), [parameters_of(spec, row) for spec, row in zip(kinds, u.tolist(), strict=True)]
+def parameters_of(spec: ViewSpec, u: np.ndarray) -> np.ndarray:
+    """The parameters of views for `photometric`: ... x NUMBERS of `draw` -> ... x len(COLUMNS) float32."""
+    out = np.empty((*u.shape[:-1], len(COLUMNS)), np.float32)
+    for column, (numbers, values) in enumerate(DRAWS[name] for name in COLUMNS):
+        out[..., column] = values(spec, *(u[..., i] for i in numbers))
+    return out
 
 
 def crop_box(spec: ViewSpec, u: np.ndarray, height: int, width: int) -> tuple[int, int, int, int]:
@@ -128,11 +120,14 @@ def crop_box(spec: ViewSpec, u: np.ndarray, height: int, width: int) -> tuple[in
     return (height - h) // 2, start + (width - w) // 2, h, w
 
 
-def cut_views(data: bytes, specs: list[ViewSpec], u: np.ndarray) -> list[torch.Tensor]:
+def cut_views(
+    data: bytes, specs: list[ViewSpec], u: np.ndarray, places: list[torch.Tensor] | None = None
+) -> list[torch.Tensor]:
     """Decode an image once and crop every view, in the order of specs, each 3 x size x size uint8.
 
-    u: a row of `draw` for each view. A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if no view loses detail: every crop
-    must keep SPARE times the pixels of its view along a side. Raises the errors of decode.py, of many types.
+    u: a row of `draw` for each view; places: the memory of the views, or else new memory. A JPEG is decoded at 1/2, 1/4 or 1/8
+    of its size if no view loses detail: every crop must keep SPARE times the pixels of its view along a side. Raises the errors
+    of decode.py, of many types.
     """
     kinds = [spec for spec in specs for _ in range(spec.count)]
     with open_image(data) as image:
@@ -142,23 +137,30 @@ def cut_views(data: bytes, specs: list[ViewSpec], u: np.ndarray) -> list[torch.T
         pixels = decode(image, data, max(r for r in (1, 2, 4, 8) if r <= max(spare, 1)))  # H x W x 3
     pixels = pixels.unsqueeze(0).permute(0, 3, 1, 2)  # 1 x 3 x H x W in channels-last memory, the fastest to resize
     reduction = round(width / pixels.shape[3])
-    return [
-        _crop(pixels, box, reduction, spec.size) if box else _centre(pixels, spec)
-        for box, spec in zip(boxes, kinds, strict=True)
-    ]
+    places = places or [torch.empty(spec.size, spec.size, 3, dtype=torch.uint8).permute(2, 0, 1) for spec in kinds]
+    for place, box, spec in zip(places, boxes, kinds, strict=True):
+        if box:
+            _crop(pixels, box, reduction, place)
+        else:
+            place.copy_(_centre(pixels, spec))
+    return places
 
 
-def resize(image: torch.Tensor, height: int, width: int, mode: str = "bilinear") -> torch.Tensor:
+def resize(image: torch.Tensor, height: int, width: int, mode: str) -> torch.Tensor:
     """Resize 1 x C x h x w uint8 to 1 x C x height x width with antialiasing; mode: bilinear or bicubic."""
     return F.interpolate(image, (height, width), mode=mode, antialias=True, align_corners=False)
 
 
-def _crop(image, box, reduction, size):
-    """3 x size x size of an image decoded at 1 / reduction. box: (top, left, height, width) at its full size."""
+def _crop(image, box, reduction, place):
+    """Resize a part of an image decoded at 1 / reduction into `place`. box: (top, left, height, width) at its full size.
+
+    The operation is that of `resize`, whose public function cannot write into given memory.
+    """
     top, left, height, width = box
     top, bottom = round(top / reduction), round((top + height) / reduction)
     left, right = round(left / reduction), round((left + width) / reduction)
-    return resize(image[:, :, top:bottom, left:right], size, size)[0]
+    part = image[:, :, top:bottom, left:right]
+    torch.ops.aten._upsample_bilinear2d_aa.out(part, place.shape[1:], False, None, None, out=place.unsqueeze(0))
 
 
 def _centre(image, spec):
