@@ -16,12 +16,8 @@ from PIL import Image
 from PIL.TiffImagePlugin import TiffImageFile
 
 try:
-    import simplejpeg
-except ImportError:
-    simplejpeg = None
-try:
-    from torchvision.io import decode_jpeg
-except ImportError:
+    from simplejpeg import decode_jpeg
+except ImportError:  # torch.hub needs no decoder
     decode_jpeg = None
 
 Image.init()
@@ -57,17 +53,12 @@ def stored_size(image: Image.Image) -> tuple[int, int]:
 def decode(image: Image.Image, data: bytes, reduction: int = 1) -> torch.Tensor:
     """The H x W x 3 uint8 pixels of an opened image; data: its encoded bytes. Raises PIL's errors, and ValueError (see above).
 
-    Only JPEGs are reduced. simplejpeg, if it is installed, decodes an ordinary JPEG in half of PIL's time, and torchvision,
-    whose decoders are deprecated since 0.29, almost as fast; to the same pixels. PIL decodes the rest, also damaged ones, so
-    that each is usable at all reductions or at none.
+    Only JPEGs are reduced. simplejpeg decodes an ordinary JPEG in half of PIL's time, to the same pixels. PIL decodes the rest,
+    also damaged ones, so that each is usable at all reductions or at none.
     """
-    if image.format == "JPEG" and image.mode in ("RGB", "L") and reduction == 1:
-        if simplejpeg:
-            with contextlib.suppress(ValueError):
-                return torch.from_numpy(simplejpeg.decode_jpeg(data))
-        elif decode_jpeg:
-            with contextlib.suppress(RuntimeError):
-                return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode="RGB").permute(1, 2, 0)
+    if image.format == "JPEG" and image.mode in ("RGB", "L") and reduction == 1 and decode_jpeg:
+        with contextlib.suppress(ValueError):
+            return torch.from_numpy(decode_jpeg(data))
     if reduction > 1:
         image.draft(None, (image.width // reduction, image.height // reduction))
     tags = {tag: image.tag_v2[tag] for tag in TAGS if tag in image.tag_v2} if isinstance(image, TiffImageFile) else {}
