@@ -43,7 +43,7 @@ from utils.data.reader import Reader
 from utils.data.shards import BatchPlan, epoch_plan, evaluation_plan, training_plan
 from utils.data.views import ViewSpec, cut_views, draw, moco_v2_view, parameters_of
 from utils.run.cpu import keep_freed_memory
-from utils.run.flags import MAX_PIXELS, RunError, one_line_errors
+from utils.run.flags import MAX_PIXELS, RunError, one_line_ends, one_line_errors
 
 # the machine may have fewer cores than a test starts workers
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -711,7 +711,7 @@ def limited(folder, shared_memory, files, check, workers):
     index, specs = load_index(str(folder / "x")), [ViewSpec("one", 100), ViewSpec("two", 100, count=2)]
     if files:
         resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
-    with one_line_errors("loader"):
+    with one_line_errors("loader"), one_line_ends("loader"):  # as the entry points
         if check:
             limits.check_workers(specs, 12, workers)
         else:

@@ -4,6 +4,7 @@ import argparse
 import os
 import shutil
 import tarfile
+import warnings
 from pathlib import Path
 
 import torchvision
@@ -84,11 +85,13 @@ def extract_imagenet(source: Path, split: str) -> None:
     shutil.rmtree(source / partial, ignore_errors=True)
     print(f"Unpacking ILSVRC2012_img_{split}.tar into {source / split}/")
     try:
-        if split == "train":
-            imagenet.parse_train_archive(str(source), folder=partial)
-        else:
-            imagenet.parse_devkit_archive(str(source))
-            imagenet.parse_val_archive(str(source), folder=partial)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Python 3.14 will", DeprecationWarning)  # of torchvision, on Python 3.12 and 3.13
+            if split == "train":
+                imagenet.parse_train_archive(str(source), folder=partial)
+            else:
+                imagenet.parse_devkit_archive(str(source))
+                imagenet.parse_val_archive(str(source), folder=partial)
     except (RuntimeError, ImportError, tarfile.TarError) as error:
         need = "val needs ILSVRC2012_devkit_t12.tar.gz in the same folder, and pip install scipy to read it"
         raise ValueError(f"-i {source}: {error} ({need})") from None
