@@ -35,5 +35,6 @@ def accumulate(
             loss, stats = model(batch.part(part), targets.part(part), step)
             backward(loss / slices)
         found.append({"loss": loss.detach()} | stats)
+        del loss  # and its graph, before that of the next slice
     means = {name: torch.stack([one[name] for one in found]).mean(0) for name in found[0]}
     return means.pop("loss"), means
