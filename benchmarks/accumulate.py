@@ -15,12 +15,11 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(
-    0, str(Path(__file__).parent.parent)
-)  # python benchmarks/accumulate.py works like python -m benchmarks.accumulate
+sys.path.insert(0, str(Path(__file__).parent.parent))  # python benchmarks/accumulate.py works too
 
 import main_pretrain
 from benchmarks import step
+from utils.evaluation.fit import random_batch
 from utils.learning import amp
 from utils.learning.method import Step
 from utils.run import dist
@@ -48,7 +47,7 @@ def form(pipe, args, case, slices):
     method = main_pretrain.build(flags, args.samples, device).train()
     if device.type == "cpu":
         keep_freed_memory()  # as a run does
-    train, batch = step.train_step(method, method, flags), step.random_batch(method.views(flags), args.batch_size, device)
+    train, batch = step.train_step(method, method, flags), random_batch(method.views(flags), args.batch_size, device)
     number = 0
     while pipe.recv():
         start = time.perf_counter()

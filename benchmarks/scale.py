@@ -29,6 +29,7 @@ from benchmarks.devices import COMPUTE, DEVICES, LAUNCH, STREAM, seconds
 from benchmarks.plain import PLAIN, train_step
 from benchmarks.tracer import Tracer
 from methods import METHODS
+from utils.evaluation.fit import random_batch
 from utils.learning.method import Step
 from utils.run import dist
 from utils.run.engine import Votes
@@ -85,7 +86,7 @@ def trace(args, case: str, form: str = "default", fake: bool = False) -> dict[st
             model.register_comm_hook(None, all_reduced)
         votes = Unread(device, False) if fake else None
         train = train_step(method, model, flags) if plain else step.train_step(method, model, flags, votes)
-        batch = step.random_batch(method.views(flags), args.batch_size, device)
+        batch = random_batch(method.views(flags), args.batch_size, device)
         with model.no_sync() if dist.world() > 1 else nullcontext():  # DDP has not yet rebuilt its buckets
             train(batch, Step(0, 10, 0))  # momentum exists from the second step on
         tracer.start()

@@ -33,6 +33,7 @@ from utils.data.batch import Batch
 from utils.data.index import load_index
 from utils.data.loader import load_batches
 from utils.data.shards import training_plan
+from utils.evaluation.fit import random_batch
 from utils.evaluation.frozen import Live
 from utils.evaluation.watch import Watch
 from utils.learning import amp, optim
@@ -124,15 +125,6 @@ def flags_of(args, case, amp_name, batch_size):
     own = CASES[case].format(**vars(args), shift=args.size * 48 // 224)
     general = f"--shards none --size {args.size} --batch-size {batch_size} --amp {amp_name}"
     return main_pretrain.get_args(f"{general} --method {own}".split())
-
-
-def random_batch(specs, n, device) -> Batch:
-    """n images of this process: random pixels, not mirrored."""
-    rng = torch.Generator().manual_seed(0)
-    shapes = [(n, *([s.count] if s.count > 1 else []), 3, s.size, s.size) for s in specs]
-    views = [torch.randint(0, 256, shape, generator=rng, dtype=torch.uint8).to(device) for shape in shapes]
-    ids = torch.arange(dist.rank() * n, (dist.rank() + 1) * n, device=device)
-    return Batch(views, [torch.zeros(n, s.count, dtype=torch.bool) for s in specs], ids, torch.full_like(ids, -1), [])
 
 
 def loaded(args, specs, device) -> Iterator[Batch]:

@@ -27,6 +27,7 @@ from methods import METHODS
 from utils.data.photometric import COLUMNS
 from utils.data.photometric_batch import photometric_batch
 from utils.data.views import ViewSpec, draw, parameters_of
+from utils.evaluation.fit import random_batch
 from utils.learning.contrast import counters_on_host_
 from utils.learning.method import Step
 from utils.run.engine import Votes
@@ -156,7 +157,7 @@ def count(args, case: str) -> dict[str, Launches]:
             method = METHODS[flags.method](flags, args.samples).train()
         counters_on_host_(method)
         train = step.train_step(method, method, flags, Unread(device, True), backward)
-        batch = step.random_batch(specs, args.batch_size, device)
+        batch = random_batch(specs, args.batch_size, device)
         for i, view in enumerate(batch.views):  # as the workers make them
             batch.views[i] = view.flatten(0, -4).contiguous(memory_format=torch.channels_last).view(view.shape)
         log.epoch(0)

@@ -154,7 +154,7 @@ class Trial:
     def __init__(self, build: Build, args: Namespace, specs: list[ViewSpec], n: int, device: torch.device):
         self.method, self.seed = build(args).train(), args.seed
         self.optimizer = optim.sgd(self.method.parameters(), 0.0, args.momentum, args.weight_decay, args.trust, exclude=True)
-        self.batch = _random_batch(specs, n, device)
+        self.batch = random_batch(specs, n, device)
 
     def step(self, number: int, slices: int) -> None:
         """A step. If one process is short of memory, it raises OutOfMemoryError on all, before they exchange their keys."""
@@ -173,7 +173,7 @@ class Trial:
         self.method.commit(step)
 
 
-def _random_batch(specs, n, device):
+def random_batch(specs: list[ViewSpec], n: int, device: torch.device) -> Batch:
     """n images of this process: random pixels, not mirrored."""
     rng = torch.Generator().manual_seed(0)
     shapes = [(n, *([s.count] if s.count > 1 else []), 3, s.size, s.size) for s in specs]
