@@ -123,8 +123,7 @@ def _train(command, before):
     signals.start()
     torch.set_num_threads(1)
     warnings.simplefilter("error")
-    # as conftest.py
-    pictures.write_curves = pictures.write_own_pca = os.fsync = log._commit = lambda *_: None
+    pictures.write_curves = pictures.write_own_pca = os.fsync = log._commit = lambda *_: None  # as conftest.py
     exec(before, {"main_pretrain": main_pretrain})
     MODULES[command[0]].main(command[1:])
 

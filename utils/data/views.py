@@ -154,7 +154,7 @@ def resize(image: torch.Tensor, height: int, width: int, mode: str) -> torch.Ten
 def _crop(image, box, reduction, place):
     """Resize a part of an image decoded at 1 / reduction into `place`. box: (top, left, height, width) at its full size.
 
-    The operation is that of `resize`, whose public function cannot write into given memory.
+    It calls the operation of F.interpolate directly, because F.interpolate always allocates its result.
     """
     top, left, height, width = box
     top, bottom = round(top / reduction), round((top + height) / reduction)
