@@ -256,6 +256,8 @@ def train(args, index, method, model, optimizer, scaler, start, init, lr, device
     if first_epoch >= args.epochs:
         say("This run has ended; a larger --epochs continues it.")
     model.train()
+    if method.prepares and start == (0, 0):
+        prepare(args, index, method, device)
     epochs = range(first_epoch, args.epochs)
     plan = training_plan(index, args.batch_size, args.seed, epochs, args.lanes, first_step)
     batches = load_batches(index, method.views(args), plan, args.seed, args.workers, device, args.photometric)
@@ -315,6 +317,21 @@ def train(args, index, method, model, optimizer, scaler, start, init, lr, device
     say(f"Results: {folder}/ (report.html, checkpoints, metrics.jsonl, config.json; curves: tensorboard --logdir {folder})")
     say(f"Next:    bash linear_{args.method}.sh, with the variables of this run (SHARDS, OUTPUT, RECIPE ...) if any were set")
     return 0
+
+
+def prepare(args, index, method: Method, device: torch.device) -> None:
+    """The pass before the first epoch. Its views are those of the epoch after the last, so training never sees them.
+
+    A run that is stopped here starts again, and gets the same values.
+    """
+    steps, epoch = steps_per_epoch(index.total, args.batch_size), args.epochs
+    say(f"Pass before the first epoch: {steps} steps without updates of weights")
+    plan = training_plan(index, args.batch_size, args.seed, range(epoch, epoch + 1), args.lanes)
+    batches = load_batches(index, method.views(args), plan, args.seed, args.workers, device, args.photometric)
+    for i, batch in enumerate(batches):
+        step = Step(epoch * steps + i, epoch * steps, args.seed)
+        step.seed_torch()
+        method.prepare(batch, step)
 
 
 def compute_again(args, device):

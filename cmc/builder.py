@@ -56,6 +56,8 @@ class MemoryBank(Method):
         add("--nce-k", type=int, default=16384, help="number of negatives: random rows of a bank")
         add("--nce-t", type=float, default=0.07, help="temperature of the scores")
         add("--nce-m", type=float, default=0.5, help="momentum of a bank's row: share of the old row in the new row")
+        add("--fill-banks", action="store_true",
+            help="write features of the untrained encoders into the banks, in a pass before the first epoch")  # fmt: skip
         add("--loss", choices=["nce", "softmax"], default="nce", help="loss: noise-contrastive estimation, or cross-entropy")
         mixture.add_flags(group)
         group.set_defaults(batch_size=128, lr=0.06, epochs=240, lr_steps=[120, 160, 200])  # 0.06 is 0.03 for a batch of 128
@@ -76,7 +78,7 @@ class MemoryBank(Method):
         """banks: one for each encoder. pairs: name of a criterion -> (number of the encoder, number of its queries' bank)."""
         super().__init__(args, samples)
         self.bn_splits, self.samples, self.negatives = args.bn_splits, samples, args.nce_k
-        self.momentum, self.temperature = args.nce_m, args.nce_t
+        self.momentum, self.temperature, self.prepares = args.nce_m, args.nce_t, args.fill_banks
         self.mixture = mixture.Mixture(args)
         self.encoder = encoder
         self.banks: Any = nn.ModuleDict({name: Bank(samples, args.nce_dim) for name in banks})
@@ -121,6 +123,14 @@ class MemoryBank(Method):
                     self.criteria[pair].start(scores)
         return targets
 
+    @torch.no_grad()
+    def prepare(self, batch: Batch, step: Step) -> None:
+        """Replace the rows of the images by their features. Z of NCE is that of the random rows, as without this pass."""
+        targets = self.targets(batch, step)
+        with statistics_kept(self.encoder):
+            self.keep(self.features(targets))
+        self.write(0)
+
     def features(self, targets: Targets) -> list[torch.Tensor]:
         """n x C of each encoder."""
         return [self.embed(e, x, targets.group_size) for e, x in zip(self.encoders(), targets.views, strict=True)]
@@ -139,8 +149,7 @@ class MemoryBank(Method):
     def forward(self, batch: Batch, targets: Targets, step: Step) -> tuple[torch.Tensor, Stats]:
         """The features of each encoder go into its own bank, and are contrasted with the banks of `pairs`."""
         features = self.features(targets)
-        for name, f in zip(self.banks, features, strict=True):
-            self.seen[name].append(f.detach())
+        self.keep(features)
         losses, top1 = [], dict[str, list[torch.Tensor]]()
         for pair, name, scores in self.scored(features, targets.rows):
             loss, right = self.criteria[pair](scores)
@@ -150,13 +159,21 @@ class MemoryBank(Method):
         stats |= {"top1": mean([x for found in top1.values() for x in found])}
         return sum(losses), stats | (self.health(features, targets) if step.watched else {})
 
-    @torch.no_grad()
+    def keep(self, features: list[torch.Tensor]) -> None:
+        """Keep the features of a step, or of a slice of it, for `write`."""
+        for name, f in zip(self.banks, features, strict=True):
+            self.seen[name].append(f.detach())
+
     def commit(self, step: Step) -> None:
         """Update the rows of the step's images and, after the first step, keep Z."""
+        self.write(self.momentum)
+
+    @torch.no_grad()
+    def write(self, momentum: float) -> None:
         sample_ids = dist.gather(self.sample_ids)
         last = last_places(sample_ids, self.samples)
         for name, bank in self.banks.items():
-            bank.update(dist.gather(torch.cat(self.seen[name]))[last], sample_ids, self.momentum)
+            bank.update(dist.gather(torch.cat(self.seen[name]))[last], sample_ids, momentum)
         for c in self.criteria.values():
             c.commit()
 

@@ -259,6 +259,30 @@ def test_step__loss_gradients_and_banks_equal_a_slow_loop(name, loss):
         torch.testing.assert_close(method.banks[bank].memory, memory, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("loss", ["nce", "softmax"])
+@pytest.mark.parametrize("name", ["cmc", "insdis"])
+def test_prepare__replaces_the_rows_of_its_images_by_their_features_and_changes_nothing_else(name, loss):
+    """But Z of NCE, which the first step of a training without this pass gives too."""
+    flags = ["--loss", loss, "--fill-banks"]
+    views, index, step = uint8_views(method_args(name)), torch.tensor([4, 39, 0, 7, 12, 13, 30, 21]), Step(0, 10, 0)
+    method, plain = build(name, *flags), build(name, *flags)
+    assert method.prepares and not build(name).prepares
+    before = copy.deepcopy(method.state_dict())
+    method.prepare(batch_of(views, index), step)
+    features = plain.features(plain.targets(batch_of(views, index), step))
+    forward(plain, batch_of(views, index), step)
+    plain.commit(step)
+    after = method.state_dict()
+    for bank, f in zip(method.banks, features, strict=True):
+        wanted = before.pop(f"banks.{bank}.memory").clone()
+        wanted[index] = f.detach()
+        torch.testing.assert_close(after[f"banks.{bank}.memory"], wanted)
+    for key, value in before.items():
+        wanted = plain.state_dict()[key] if key.endswith("log_z") else value
+        assert torch.equal(after[key], wanted), key
+        assert not key.endswith("log_z") or wanted.isfinite()
+
+
 @pytest.mark.parametrize("name", ["cmc", "insdis"])
 def test_step__in_bf16_scores_and_loss_are_float32(name):
     """And near those of float32: only the encoders are bf16."""

@@ -20,6 +20,7 @@ from utils.run import checkpoint
 pytestmark = pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes in /proc")
 methods = pytest.mark.parametrize("method", METHODS)
 SAVING = ["--save-steps", "2", "--epochs", "3"]
+MORE = {"insdis": ["--fill-banks"]}  # flags of a method
 # every save takes a while, so that one can be met; each process writes down the samples of each of its steps
 SLOW = """
 import time, torch
@@ -43,6 +44,10 @@ for method in METHODS.values():
 """
 
 
+def saving_run(images, out, method, *flags):
+    return pretrain(images, out, *SAVING, *MORE.get(method, ()), *flags, method=method)
+
+
 def state(folder):
     saved = torch.load(folder / checkpoint.LATEST, weights_only=True)
     return {name: saved[name] for name in ("epoch", "step", "state_dict", "optimizer", "scaler")}
@@ -57,7 +62,7 @@ def unbroken(images, tmp_path_factory):
         if method not in runs:
             folder = runs[method] = tmp_path_factory.mktemp(method)
             before = RECORDING.format(folder=folder)
-            with Run(folder, pretrain(images, folder / "run", *SAVING, method=method), TWO, before=before) as whole:
+            with Run(folder, saving_run(images, folder / "run", method), TWO, before=before) as whole:
                 assert whole.end() == 0, whole.said()
         return runs[method]
 
@@ -65,11 +70,13 @@ def unbroken(images, tmp_path_factory):
 
 
 def killed(images, tmp_path, method, moment):
-    """A run with all processes killed at once: after a number of steps, or in the middle of a save."""
+    """A run with all processes killed at once: after a number of steps, in a save, or in the pass before the first epoch."""
     out = tmp_path / "run"
     before, saving = len(steps(out)), lambda: list(out.glob(".checkpoint_*.tmp"))
-    with Run(tmp_path, pretrain(images, out, *SAVING, method=method), TWO, before=SLOW) as run:
-        if moment == "save":
+    with Run(tmp_path, saving_run(images, out, method), TWO, before=SLOW) as run:
+        if moment == "pass":
+            run.until(lambda: "Pass before the first epoch" in run.said())
+        elif moment == "save":
             run.until(lambda: len(steps(out)) > before and saving())
         else:
             run.until(lambda: len(steps(out)) >= min(13, before + moment))
@@ -79,11 +86,12 @@ def killed(images, tmp_path, method, moment):
 
 @methods
 def test_main_pretrain__killed_it_is_the_unbroken_run(images, tmp_path, unbroken, method):
-    """With SIGKILL, all its processes: while a checkpoint is being written; MosRep at two random steps too."""
+    """With SIGKILL, all its processes: in a save; some also at two random steps, or in the pass before."""
     out, rng = tmp_path / "run", random.Random(method)
-    for moment in (rng.randrange(1, 4), "save", rng.randrange(1, 4)) if method == "mosrep" else ("save",):
+    moments = {"mosrep": (rng.randrange(1, 4), "save", rng.randrange(1, 4)), "insdis": ("pass", "save")}
+    for moment in moments.get(method, ("save",)):
         killed(images, tmp_path, method, moment)
-    with Run(tmp_path, pretrain(images, out, *SAVING, method=method), TWO) as run:
+    with Run(tmp_path, saving_run(images, out, method), TWO) as run:
         assert run.end() == 0, run.said()
     whole = unbroken(method) / "run"
     assert same(state(out), state(whole))
@@ -98,7 +106,7 @@ def test_main_pretrain__continues_with_another_number_of_processes(images, tmp_p
     whole, folder = unbroken(method), tmp_path
     inside = sorted((whole / "run").glob("checkpoint_0002_*"))[0]
     first = 10 + int(re.search(r"_(\d+)\.", inside.name)[1])
-    argv = pretrain(images, folder / "run", *SAVING, "--resume", inside, *in_two(method), method=method)
+    argv = saving_run(images, folder / "run", method, "--resume", inside, *in_two(method))
     with Run(folder, argv, before=RECORDING.format(folder=folder)) as run:
         assert run.end() == 0, run.said()
 

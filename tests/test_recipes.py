@@ -37,8 +37,10 @@ W2SSL = SGD | COSINE | {
     "moco_m_cos": True, "loss_t": 0.3, "loss_loc": 1.0, "loss_crop": 1.0, "flip_aware_location": False, "trust": 0.001,
     "weight_decay": 1e-6, "warmup_epochs": 10.0, "lr_per": "step", "batch_size": 512, "lr": 0.6 * 512 / 256,
 }  # fmt: skip
-BANK = SGD | MIXTURE | DROPS_240 | {"size": 224, "crop_min": 0.08, "nce_dim": 128, "nce_k": 16384, "nce_t": 0.07, "nce_m": 0.5,
-        "batch_size": 128, "lr": 0.03, "amp": "fp32"}  # fmt: skip
+BANK = SGD | MIXTURE | DROPS_240 | {
+    "size": 224, "crop_min": 0.08, "nce_dim": 128, "nce_k": 16384, "nce_t": 0.07, "nce_m": 0.5, "fill_banks": False,
+    "batch_size": 128, "lr": 0.03, "amp": "fp32",
+}  # fmt: skip
 INSDIS = BANK | {"arch": "resnet50", "loss": "softmax"}
 CMC = BANK | {"arch": "resnet50v1", "graph": "full"}
 

@@ -8,7 +8,8 @@ A training step calls, in this order,
     method.commit(step)                                 # queue, bank, moving average
 
 `targets` and `forward` change only BatchNorm's statistics, so a step that fails can be computed again. Training passes
-the whole local batch; `forward` also takes a slice of it, for gradient accumulation.
+the whole local batch; `forward` also takes a slice of it, for gradient accumulation. Before its first epoch, a method whose
+`prepares` is true gets each batch of a pass over the data set in `prepare`.
 """
 
 from abc import ABC, abstractmethod
@@ -69,6 +70,7 @@ class Method(nn.Module, ABC):
     ARCH = "resnet50"  # trunk of an evaluation when neither flag nor checkpoint names one
     PROBE: ClassVar[dict[str, Any]] = {}  # the published linear probe: defaults of flags of main_lincls.py
     IDENTITY: ClassVar[tuple[str, ...]] = ()  # flags that decide the meaning of the weights
+    prepares = False  # whether a pass over the data set, without updates of weights, precedes the first epoch
     PER_IMAGE = False  # whether its state belongs to the images of one data set, in their order
 
     @staticmethod
@@ -102,6 +104,9 @@ class Method(nn.Module, ABC):
         with amp.autocast(x.device, self.amp):
             z = in_groups(network, x, group_size)
         return nn.functional.normalize(z.float(), dim=1)
+
+    def prepare(self, batch: Batch, step: Step) -> None:
+        """Learn from the local batch what the first epoch needs, such as the rows of a memory bank."""
 
     @abstractmethod
     def targets(self, batch: Batch, step: Step) -> Any:
