@@ -12,7 +12,7 @@ from torch import nn
 
 from cmc.color import PARTS, SCALES, SPACES, channels_of, color_views, view_names
 from cmc.memory import Bank, DrawnAhead, Scores, last_places
-from cmc.nets import ARCHS, Branches
+from cmc.nets import ARCHS, STRIDES, Branches
 from cmc.views import Views, bank_names, branch_names, chosen, graph_pairs
 from utils.data.views import moco_v1_view
 from utils.learning import backbones, health, mixture
@@ -34,6 +34,10 @@ def check_arch(args: Namespace) -> None:
         raise ValueError(f"--arch {args.arch}: CMC has {', '.join(ARCHS)}; pass one of them")
     if args.arch == "alexnet" and args.size != 224:
         raise ValueError(f"--size {args.size}: AlexNet's fully connected layers need 224; pass 224")
+    strides = (0,) if args.arch == "alexnet" else (0, *STRIDES)
+    if args.output_stride not in strides:
+        known = ", ".join(map(str, strides))
+        raise ValueError(f"--output-stride {args.output_stride}: {args.arch} has {known}; pass one of them")
 
 
 def mean(values: list[torch.Tensor]) -> torch.Tensor:
@@ -187,6 +191,7 @@ class CMC(MemoryBank):
     @staticmethod
     def add_flags(group) -> None:
         MemoryBank.add_flags(group)
+        backbones.add_flags(group, default=0)
         add = group.add_argument
         add("--space", action=Views, default="Lab", metavar="SPACE",
             help=f"colour space of two views, its first channel and its other two: {', '.join(SPACES)}")  # fmt: skip
@@ -211,6 +216,7 @@ class CMC(MemoryBank):
 
     @staticmethod
     def add_probe_flags(group) -> None:
+        backbones.add_flags(group)
         add = group.add_argument
         add("--space", action=Views, metavar="SPACE",
             help="colour space, or views joined by +; default: the checkpoint's, or Lab for `random`")  # fmt: skip
@@ -227,7 +233,7 @@ class CMC(MemoryBank):
         """The branches of the chosen views; layers 1 to 5 of AlexNet, 6 of a ResNet."""
         check_arch(args)
         names, views = branch_names(args.space), chosen(args)
-        trunk = Branches(args.arch, {names[view]: channels_of(view) for view in views})
+        trunk = Branches(args.arch, {names[view]: channels_of(view) for view in views}, output_stride=args.output_stride)
         space = "+".join(views)
         return backbones.Probed(
             trunk, trunk.layers, "fc",
@@ -243,7 +249,8 @@ class CMC(MemoryBank):
             if args.arch != "alexnet" and view in chosen(args):
                 branch, (space, part) = trunk.get_submodule(branch_names(args.space)[view]), PARTS[view]
                 channels = [branch.get_submodule(f"layer{stage}.0.conv1").out_channels for stage in (1, 2, 3, 4)]
-                options = {"in_chans": channels_of(view), "channels": channels}
+                stride = {"output_stride": args.output_stride} if args.output_stride else {}
+                options = {"in_chans": channels_of(view), "channels": channels} | stride
                 pixels = f"{view} of {space} in its usual units"
                 mean, std = (tuple(values)[part] for values in SCALES[space])
                 found[bank] = backbones.Network(branch, args.arch[:-2], options, partial(_view, view), pixels, mean, std)
@@ -263,7 +270,7 @@ class CMC(MemoryBank):
         pairs = graph_pairs(len(banks), args.graph)
         # a Z for each pair, as published: it depends on encoder and bank. With two views a bank has one pair, and names it
         criteria = {banks[b] if len(banks) == 2 else f"{banks[q]}_{banks[b]}": (q, b) for q, b in pairs}
-        super().__init__(args, samples, Branches(args.arch, channels, args.nce_dim), banks, criteria)
+        super().__init__(args, samples, Branches(args.arch, channels, args.nce_dim, args.output_stride), banks, criteria)
         self.space = args.space
 
     def encoders(self) -> list[nn.Module]:

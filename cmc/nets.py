@@ -8,6 +8,7 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import nn
 
 CHANNELS = (48, 128, 192, 192, 128)  # of the half AlexNet
+STRIDES = (8, 16, 32)  # of a ResNet: the pixels of a view for one of its last map
 RESNETS = {"resnet18": (BasicBlock, (2, 2, 2, 2)), "resnet50": (Bottleneck, (3, 4, 6, 3)),
            "resnet101": (Bottleneck, (3, 4, 23, 3))}  # fmt: skip
 WIDTHS = {"v1": 0.5, "v2": 1, "v3": 2}
@@ -53,9 +54,12 @@ class HalfResNet(ResNet):
 
     layers = (6,)
 
-    def __init__(self, in_channels: int, dim: int, block, depths, width: float):
+    def __init__(self, in_channels: int, dim: int, block, depths, width: float, output_stride: int):
         channels = tuple(int(c * width) for c in (64, 128, 256, 512))
-        super().__init__(block, depths, num_classes=dim, in_chans=in_channels, channels=channels, zero_init_last=False)
+        super().__init__(
+            block, depths, num_classes=dim, in_chans=in_channels, channels=channels, output_stride=output_stride,
+            zero_init_last=False,
+        )  # fmt: skip
 
     def maps(self, x, layers=(6,)) -> dict[int, torch.Tensor]:
         """The pooled features."""
@@ -65,21 +69,21 @@ class HalfResNet(ResNet):
         return self.forward_features(x)
 
 
-def half(arch: str, in_channels: int, dim: int = 0) -> AlexNet | HalfResNet:
-    """One branch; with dim 0 without its head."""
+def half(arch: str, in_channels: int, dim: int = 0, output_stride: int = 0) -> AlexNet | HalfResNet:
+    """One branch; with dim 0 without its head. output_stride: one of STRIDES for a ResNet; 0 is its own, 32."""
     if arch == "alexnet":
         return AlexNet(in_channels, dim)
     block, depths = RESNETS[arch[:-2]]
-    return HalfResNet(in_channels, dim, block, depths, WIDTHS[arch[-2:]])
+    return HalfResNet(in_channels, dim, block, depths, WIDTHS[arch[-2:]], output_stride or 32)
 
 
 class Branches(nn.Module):
-    """A branch for each view. channels: name of a branch -> channels of its view."""
+    """A branch for each view. channels: name of a branch -> channels of its view. The others are those of `half`."""
 
-    def __init__(self, arch: str, channels: Mapping[str, int], dim: int = 0):
+    def __init__(self, arch: str, channels: Mapping[str, int], dim: int = 0, output_stride: int = 0):
         super().__init__()
         for name, in_channels in channels.items():
-            self.add_module(name, half(arch, in_channels, dim))
+            self.add_module(name, half(arch, in_channels, dim, output_stride))
         self.layers: tuple[int, ...] = (AlexNet if arch == "alexnet" else HalfResNet).layers  # that can be probed
 
     def last_maps(self, views: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -350,6 +350,15 @@ def test_branches__layer_shapes(arch):
         assert trunk.l_to_ab.conv1.weight.shape == (64, 1, 7, 7) and trunk.ab_to_l.conv1.weight.shape == (64, 2, 7, 7)
 
 
+@pytest.mark.parametrize("stride", [0, 8, 16, 32])
+def test_branches__output_stride_dilates_without_other_weights(stride):
+    trunk = Branches("resnet18v1", TWO, output_stride=stride)
+    side = 64 // (stride or 32)
+    assert trunk.last_maps([torch.zeros(1, n, 64, 64) for n in (1, 2)]).shape == (1, 512, side, side)
+    shapes = [{name: v.shape for name, v in t.state_dict().items()} for t in (trunk, Branches("resnet18v1", TWO))]
+    assert shapes[0] == shapes[1]
+
+
 def test_alexnet__published_channels_and_maps():
     branch = Branches("alexnet", TWO, 128).l_to_ab.eval()
     shapes = [tuple(x.shape[1:]) for x in branch.maps(torch.zeros(1, 1, 224, 224), branch.layers).values()]
@@ -378,6 +387,8 @@ def test_flags__published_defaults(name, arch):
     ("cmc", ["--arch", "resnet50"], "--arch resnet50: CMC has alexnet, resnet18v1"),
     ("cmc", ["--arch", "alexnet"], "--size 32: AlexNet's .* 224"),
     ("cmc", ["--arch", "alexnet", "--size", "224", "--bn-splits", "8"], "--batch-size 8: leaves one image .*; pass 16"),
+    ("cmc", ["--arch", "alexnet", "--size", "224", "--output-stride", "8"], "--output-stride 8: alexnet has 0; pass"),
+    ("cmc", ["--output-stride", "4"], "--output-stride 4: tiny_resnetv0 has 0, 8, 16, 32; pass one of them"),
     ("cmc", ["--nce-k", "0"], "--nce-k 0"),
     ("insdis", ["--nce-m", "1.5"], "--nce-m 1.5"),
     ("insdis", ["--nce-t", "0"], "--nce-t 0"),

@@ -41,6 +41,7 @@ RUNS = {
     "cmc": ("cmc", "--arch", "resnet18v1"),  # of which timm has the depths
     "alexnet": ("cmc", "--arch", "alexnet", "--size", "224"),
     "dilated": ("moco", "--arch", "resnet18", "--output-stride", "16"),
+    "dilated cmc": ("cmc", "--arch", "resnet18v1", "--output-stride", "8"),
 }
 
 
@@ -174,13 +175,15 @@ def test_export__features_are_equal(run, tmp_path, arch, to, capsys):
     assert float(re.search(r"largest difference (\S+),", said)[1]) <= 1e-5
 
 
-@pytest.mark.parametrize("branch, to", [("l", "huggingface"), ("ab", "timm"), ("l", "safetensors")])
-def test_export__a_branch_of_cmc(run, tmp_path, branch, to):
+@pytest.mark.parametrize("branch, to, stride", [
+    ("l", "huggingface", 32), ("ab", "timm", 32), ("l", "safetensors", 32), ("ab", "huggingface", 8), ("l", "timm", 8)
+])  # fmt: skip
+def test_export__a_branch_of_cmc(run, tmp_path, branch, to, stride):
     """It is timm's ResNet of half the width, for one or two channels."""
-    name, number = {"l": ("l_to_ab.", 0), "ab": ("ab_to_l.", 1)}[branch]
-    state = {n.removeprefix(name): v for n, v in run("cmc")[1].items() if n.startswith(name)}
-    options = {"in_chans": number + 1, "channels": (32, 64, 128, 256)}
-    x, out = color_views(IMAGES, "Lab")[number], exported(run, "cmc", to, tmp_path, "--branch", branch)
+    cmc, (name, number) = {32: "cmc", 8: "dilated cmc"}[stride], {"l": ("l_to_ab.", 0), "ab": ("ab_to_l.", 1)}[branch]
+    state = {n.removeprefix(name): v for n, v in run(cmc)[1].items() if n.startswith(name)}
+    options = {"in_chans": number + 1, "channels": (32, 64, 128, 256), "output_stride": stride}
+    x, out = color_views(IMAGES, "Lab")[number], exported(run, cmc, to, tmp_path, "--branch", branch)
     model = huggingfaces(out, "") if to == "huggingface" else timms(out, "resnet18", **options)
     equal(model, x, features("resnet18", state, x, **options))
 
