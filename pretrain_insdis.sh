@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # InsDis pre-training (arXiv 1805.01978): instance discrimination with a memory bank.
-#   bash pretrain_insdis.sh                      ResNet-18, 64-pixel views of the embedded 6,000 images of Fashion-MNIST
+#   bash pretrain_insdis.sh                      ResNet-18, 32-pixel views of the embedded 6,000 images of Fashion-MNIST
 #   SHARDS=/imagenet-shards bash pretrain_insdis.sh        ResNet-50, ImageNet, batch 128, lr .03 in all, 240 epochs, NCE, K 16384
 # The published recipes, with the authors' figures (of CMC's code) in the linear probe; linear_insdis.sh takes the same RECIPE.
 # On ImageNet they have 200 epochs, lr x .1 after 120 and 160. All had 4 GPUs x 32 images: NPROC=4.
@@ -17,7 +17,7 @@ small=(--size 32 --output-stride 8 --crop-min 0.2 --batch-size 64 --lr 0.06 --lr
     --fill-banks --amp auto)
 if [[ $SAMPLE ]]; then
     use_recipe ""
-    recipe=(-a resnet18 --size 64 --crop-min 0.2 --batch-size 64 --lr 0.24 --epochs 6 --nce-k 1024 --loss softmax --lr-steps 4 5)
+    recipe=(-a resnet18 "${small[@]}" --epochs 20)
 else
     use_recipe softmax softmax-4096 nce-4096 100 cifar10
     recipe=(-a resnet50 --size 224 --batch-size 128 --lr 0.06)

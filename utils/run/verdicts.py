@@ -70,6 +70,9 @@ TABLE = (
         "the loss rises, from {first_loss:.2f} to {loss:.2f}: by itself no failure, and top-1 may fall with it. Negatives are "
         "easy to tell at first: random directions, in the first {queue_steps} steps, and then keys of an encoder that changes "
         "fast. They become harder. Look at spread, RankMe and kNN instead", "note"),
+    Verdict("stale_rows", lambda n: n["negatives"] > 0 and n["epoch"] >= 2 and n["loss"] > 1.25 * n["chance"],
+        "after two epochs the loss, {loss:.2f}, is far above that of guessing, {chance:.2f}: the encoder changes so fast that "
+        "a row of the bank is far from the new features of its image; pass --fill-banks, or a lower --lr"),
     Verdict("skipped_updates", lambda n: n["steps_seen"] >= LEAST_STEPS and n["skipped_share"] > 0.1,
         "{skipped_share:.0%} of the updates were skipped, because fp16 overflowed; pass --amp bf16 or a lower --lr"),
     Verdict("loader_limits", lambda n: n["workers"] > 0 and n["wait"] > 0.3,
