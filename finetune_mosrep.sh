@@ -14,6 +14,9 @@
 set -euo pipefail
 source "$(dirname "$(realpath "$0")")/utils/run/env.sh"
 METHOD=${METHOD:-mosrep}
+for name in MULTI_CROP BATCH; do # these choose a run of pre-training
+    [[ ${!name:-0} == 0 ]] || die "$name=${!name}: does not choose the run here; leave it out and set OUTPUT, such as OUTPUT=output/$METHOD"
+done
 use_environment requirements.txt
 if [[ $METHOD == cmc ]]; then use_color_shards "$@"; else use_shards "$@"; fi
 OUTPUT=${OUTPUT:-${PROJECT}output/${SAMPLE:+sample-}$METHOD}
@@ -21,7 +24,7 @@ use_checkpoint "$OUTPUT" "pretrain_$METHOD.sh" "$@"
 
 if [[ $SAMPLE ]]; then
     use_recipe
-    case $METHOD in cmc | insdis) side=64 ;; *) side=32 ;; esac
+    case $METHOD in cmc) side=64 ;; *) side=32 ;; esac
     # not a published protocol: few labels give few steps
     recipe=(--size "$side" --resize "$side" --crop-min 0.5 --batch-size 64 --lr 0.04 --lr-head 0.4 --lr-steps --eval-every 5)
     if [[ $METHOD != cmc && ! ${IMAGES:-} ]]; then # the shards are in random order

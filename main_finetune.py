@@ -63,7 +63,7 @@ def get_args(argv: list[str] | None = None, source: Source | None = None) -> fla
     add("--weight-decay", type=float, default=0.0, help="weight decay of SGD, of all weights")
     flags.add_lr_steps(group)
     group.set_defaults(lr_steps=[12, 16], lr_gamma=0.2)
-    add("--eval-every", type=int, default=1, metavar="EPOCHS", help="validate after every so many epochs, and after the last")
+    add("--eval-every", type=int, default=1, metavar="EPOCHS", help="validate after every Nth epoch, and after the last")
     flags.add_run_flags(
         parser, None, "folder of results; default: `finetune` in the run's folder, or finetune-FILE beside FILE"
     )

@@ -83,7 +83,7 @@ def get_args(argv=None) -> Flags:
     flags.add_run_flags(parser, output_dir="output/run", output_help="folder of checkpoints, metrics and configuration")
     METHODS[name].add_flags(method)  # last: a method has its own defaults of the other flags
     add = parser.group("run", identity=False).add_argument
-    add("--save-freq", type=int, default=10, help="keep the checkpoint of every so many epochs")
+    add("--save-freq", type=int, default=10, help="keep the checkpoint of every Nth epoch")
     add("--mirror", metavar="PLACE",
         help="copy the run to s3://, hf:// or a folder after each save; --resume auto finds it there")  # fmt: skip
     add("--compile", action="store_true", help="compile the encoders with torch.compile")

@@ -279,11 +279,15 @@ def test_launchers__a_variable_that_is_no_number_is_one_line(project, name, valu
      "RECIPE=v1 unmix: no such recipe; known: v1 v1-100 unmix cifar10"),
     ("pretrain_insdis.sh", {"RECIPE": "softmax"}, "RECIPE=softmax: no such recipe for the embedded sample; known: none"),
     ("linear_insdis.sh", {"RECIPE": "n", "SHARDS": "/x"},
-     "RECIPE=n: no such recipe; known: softmax softmax-4096 nce-4096 100"),
+     "RECIPE=n: no such recipe; known: softmax softmax-4096 nce-4096 100 cifar10"),
     ("linear_cmc.sh", {"RECIPE": "1000", "SHARDS": "/x"}, "RECIPE=1000: no such recipe; known: 100"),
     ("pretrain_mosrep.sh", {"RECIPE": "v1", "SHARDS": "/x"}, "RECIPE=v1: no such recipe; known: cifar10"),
     ("linear_w2ssl.sh", {"RECIPE": "v1", "SHARDS": "/x"}, "RECIPE=v1: no such recipe; known: cifar10"),
     ("linear_moco.sh", {"RECIPE": "v1", "MULTI_CROP": "1"}, "RECIPE=v1: has two crops; leave out MULTI_CROP=1"),
+    ("finetune_moco.sh", {"MULTI_CROP": "1"},
+     "MULTI_CROP=1: does not choose the run here; leave it out and set OUTPUT, such as OUTPUT=output/moco"),
+    ("finetune_w2ssl.sh", {"BATCH": "1024"},
+     "BATCH=1024: does not choose the run here; leave it out and set OUTPUT, such as OUTPUT=output/w2ssl"),
 ])  # fmt: skip
 def test_launchers__an_unknown_recipe_is_one_line(project, launcher, variables, message):
     done = bash(project / launcher, cwd=project, **variables)

@@ -31,8 +31,8 @@ def add_flags(group: flags.Group) -> None:
     add = group.add_argument
     add("--eval-shards", metavar="DIR", help="held-out shards: measure the trunk on them during training")
     add("--eval-every", type=int, metavar="EPOCHS", help="epochs between two measurements; default: 1")
-    add("--eval-images", type=int, help="measure at most so many images of --eval-shards; default: 5000")
-    add("--eval-neighbours", type=int, help="look for neighbours among so many training images; default: 20000")
+    add("--eval-images", type=int, help="largest number of images of --eval-shards that are measured; default: 5000")
+    add("--eval-neighbours", type=int, help="number of training images among which neighbours are looked for; default: 20000")
 
 
 def check(args: flags.Flags, train: Index, held_out: Index | None) -> None:

@@ -6,6 +6,10 @@ die() {
     exit 1
 }
 
+if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 404)); then
+    die "bash $BASH_VERSION is too old: the scripts need 4.4 or later (macOS: brew install bash)"
+fi
+
 # PROJECT: the project's folder with a slash at its end; empty if it is the working directory, where relative paths start.
 PROJECT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." >/dev/null && pwd -P)/
 if [[ $PROJECT == "$(pwd -P)/" ]]; then

@@ -198,8 +198,8 @@ def add_run_flags(parser: Parser, output_dir: str | None, output_help: str) -> N
     add("--resume", metavar="auto|PATH", help="resume a run: auto takes the newest checkpoint of --output-dir, if any")
     add("--print-freq", type=int, default=50, help="steps between two log lines")
     add("--tracker", choices=TRACKERS, help="also send numbers and pictures to this tracker; install its package first")
-    add("--save-steps", type=int, default=0, help="save every so many steps, in addition to every epoch; 0: never")
-    add("--save-minutes", type=float, default=15.0, help="save if so many minutes have passed since the last save; 0: never")
+    add("--save-steps", type=int, default=0, help="save every N steps, in addition to every epoch; 0: never")
+    add("--save-minutes", type=float, default=15.0, help="save N minutes after the last save; 0: never")
     add("--keep", type=int, default=3, help="number of newest checkpoints to keep; older ones are deleted")
     add("--dry-run", nargs="?", type=float, const=1000.0, metavar="RATE",
         help="check all flags, print the --workers for a device that trains RATE (1000) images/s, then stop")  # fmt: skip
