@@ -280,7 +280,7 @@ def test_launchers__a_variable_that_is_no_number_is_one_line(project, name, valu
     ("pretrain_insdis.sh", {"RECIPE": "softmax"}, "RECIPE=softmax: no such recipe for the embedded sample; known: none"),
     ("linear_insdis.sh", {"RECIPE": "n", "SHARDS": "/x"},
      "RECIPE=n: no such recipe; known: softmax softmax-4096 nce-4096 100 cifar10"),
-    ("linear_cmc.sh", {"RECIPE": "1000", "SHARDS": "/x"}, "RECIPE=1000: no such recipe; known: 100"),
+    ("linear_cmc.sh", {"RECIPE": "1000", "SHARDS": "/x"}, "RECIPE=1000: no such recipe; known: 100 cifar10"),
     ("pretrain_mosrep.sh", {"RECIPE": "v1", "SHARDS": "/x"}, "RECIPE=v1: no such recipe; known: cifar10"),
     ("linear_w2ssl.sh", {"RECIPE": "v1", "SHARDS": "/x"}, "RECIPE=v1: no such recipe; known: cifar10"),
     ("linear_moco.sh", {"RECIPE": "v1", "MULTI_CROP": "1"}, "RECIPE=v1: has two crops; leave out MULTI_CROP=1"),
