@@ -119,21 +119,27 @@ main_pretrain.optim.lr_at = lambda lr, at, *more: (1.3 < at < 1.5 and os.kill(os
 """  # a signal in the third step of the second epoch
 
 
-def test_main_pretrain__slices_resume_as_processes(images, tmp_path):
-    """One process with two slices stops in the middle of an epoch; two processes resume it, as if they had trained it all.
+SLICES, PROCESSES = (["--bn-splits", "2", "--accumulate", "2"], ()), ([], TWO)  # flags, and launch
+
+
+@pytest.mark.parametrize("before, after, splits", [(SLICES, PROCESSES, 2), (PROCESSES, SLICES, 1)], ids=["slices", "processes"])
+def test_main_pretrain__slices_and_processes_resume_each_other(images, tmp_path, before, after, splits):
+    """A run stops in the middle of an epoch. The other layout resumes it, as if it had trained it all.
 
     To the bit, as in the test of two processes above.
     """
-    flags = ["--epochs", "2", "--lr", "0.0006"]
-    sliced, whole = tmp_path / "sliced", tmp_path / "whole"
-    with Run(tmp_path, pretrain(images, sliced, *flags, "--bn-splits", 2, "--accumulate", 2), before=STOPPED) as first:
-        assert first.end() == 0 and steps(sliced)[-1] == (1, 2), first.said()
-    with (
-        Run(tmp_path, pretrain(images, sliced, *flags), TWO) as second,
-        Run(tmp_path, pretrain(images, whole, *flags), TWO) as other,
-    ):
+    moved, whole = tmp_path / "moved", tmp_path / "whole"
+
+    def start(out, layout, stopped=""):
+        flags, launch = layout
+        argv = pretrain(images, out, "--epochs", "2", "--lr", "0.0006", *flags)
+        return Run(tmp_path, argv, launch, before=stopped)
+
+    with start(moved, before, STOPPED) as first:
+        assert first.end() == 0 and steps(moved)[-1] == (1, 2), first.said()
+    with start(moved, after) as second, start(whole, after) as other:
         assert second.end() == other.end() == 0, second.said() + other.said()
-    assert "epochs 1 (from its step 3) to 2" in second.said() and "--bn-splits was 2" in second.said()
-    assert without_clock(metrics(sliced)) == without_clock(metrics(whole))
-    a, b = (checkpoint.find(folder, "").content for folder in (sliced, whole))
+    assert "epochs 1 (from its step 3) to 2" in second.said() and f"--bn-splits was {splits}" in second.said()
+    assert without_clock(metrics(moved)) == without_clock(metrics(whole))
+    a, b = (checkpoint.find(folder, "").content for folder in (moved, whole))
     assert same([a["state_dict"], a["optimizer"]], [b["state_dict"], b["optimizer"]])
