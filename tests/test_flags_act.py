@@ -67,13 +67,15 @@ def changed(name, flag):
 
 
 def two_steps(name, flags):
-    """Views, losses and weights of a step of the first epoch and one of the second; as main_pretrain.train() makes them."""
+    """Views, losses and weights of the pass before, a step of the first epoch and one of the second, as in main_pretrain.py."""
     args = method_args(name, "--epochs", "2", *flags)
     main_pretrain.check(args, 40)
     specs, losses = METHODS[name].views(args), []
     method = main_pretrain.build(args, 40, torch.device("cpu")).train()
     lr = optim.scaled_lr(args.lr, args.batch_size)
     optimizer = optim.sgd(method.parameters(), lr, args.momentum, args.weight_decay, args.trust, exclude=True)
+    if method.prepares:
+        method.prepare(uint8_batch(args, seed=9), Step(5 * args.epochs, 5 * args.epochs, args.seed))
     for number in (0, 7):
         step = Step(number, 5 * args.epochs, args.seed)
         schedule = args.warmup_epochs, args.lr_per == "step", args.lr_steps, args.lr_gamma
