@@ -116,7 +116,7 @@ def test_verdicts__the_loader_limits(many, tmp_path, monkeypatch, workers, name,
 
     def slow(index, specs, plan, seed, count, *rest):
         for batch in real(index, specs, plan, seed, 0, *rest):
-            time.sleep(0.05)
+            time.sleep(0.2)
             yield batch
 
     monkeypatch.setattr(main_pretrain, "load_batches", slow)
