@@ -48,6 +48,11 @@ def add_flags(group, default: int | None = None) -> None:
         help=f"output stride of the trunk: its last stages are dilated; 0: no dilation{trained}")  # fmt: skip
 
 
+def dilation(output_stride: int) -> dict[str, Any]:
+    """The keyword of timm for --output-stride; none for 0, the architecture's own."""
+    return {"output_stride": output_stride} if output_stride else {}
+
+
 @register_model
 def vit_small_mocov3(pretrained: bool = False, **kwargs) -> nn.Module:
     """ViT-S of MoCo-v3 (arXiv 2104.02057): 12 heads of 32 channels. timm's vit_small_patch16_224 has 6 of 64."""
@@ -64,10 +69,8 @@ def build(arch: str, output_stride: int = 0, zero_init_last: bool = True, **kwar
     if not timm.is_model(arch):
         near = difflib.get_close_matches(arch, timm.list_models(), n=3)
         raise ValueError(f"--arch {arch}: timm has no such model; try {' or '.join(near) or 'resnet50'}")
-    if output_stride:
-        kwargs["output_stride"] = output_stride
     try:
-        model = timm.create_model(arch, pretrained=False, **kwargs)
+        model = timm.create_model(arch, pretrained=False, **kwargs, **dilation(output_stride))
     except (TypeError, AssertionError, NotImplementedError, ValueError) as error:
         flags = f"--arch {arch} --output-stride {output_stride}"
         raise ValueError(f"{flags}: not available ({error}); pass --output-stride 0") from error

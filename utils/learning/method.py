@@ -162,8 +162,7 @@ class Method(nn.Module, ABC):
 
         A trunk that timm does not have is left out.
         """
-        options = {"output_stride": args.output_stride} if args.output_stride else {}
-        return {"": Network(trunk, args.arch, options)}
+        return {"": Network(trunk, args.arch, backbones.dilation(args.output_stride))}
 
     @staticmethod
     def add_probe_flags(group) -> None:
