@@ -22,7 +22,7 @@ from utils.run.log import say
 SHARE = {"cuda": 0.9, "cpu": 0.8}  # of the free memory, for a step; the rest is for batches that the loader prepares
 FEW = 4, 8  # images in a BatchNorm group of the steps that a CPU measures
 PIXELS = 16 * 224**2  # pixels of a local batch, up to which a CPU measures the step itself
-ASIDE = ("bn_splits", "lanes", "seed", "amp")  # flags with which the published recipe stays itself
+ASIDE = ("method", "bn_splits", "lanes", "seed", "amp")  # flags with which the published recipe stays itself
 Build = Callable[[Namespace], Method]
 
 
