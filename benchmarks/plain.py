@@ -9,7 +9,8 @@ import torch
 from torch.nn.functional import normalize
 from torchvision.ops import roi_align
 
-from cmc.builder import CMC, InsDis, MemoryBank
+from cmc.base import MemoryBank
+from cmc.builder import CMC, InsDis
 from moco.builder import MoCo
 from mosrep.builder import MosRep
 from mosrep.mosaic import compose, shift, tile_boxes, tile_weights
